@@ -1,0 +1,22 @@
+"""KL control for TRL's trainers: how the KL is estimated, where it enters, and what holds it at its target.
+
+`trl_klx.kl` is the maths (torch only), `trl_klx.control` the controllers of beta (plain Python), `trl_klx.trainers` the
+trainers. The trainers are imported on first use, so that `import trl_klx` does not load TRL.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["KLXGRPOConfig", "KLXGRPOTrainer", "__version__"]
+
+if TYPE_CHECKING:
+    from .trainers.grpo import KLXGRPOConfig, KLXGRPOTrainer
+
+_HOME = {"KLXGRPOConfig": "trainers.grpo", "KLXGRPOTrainer": "trainers.grpo"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,33 @@
+"""The maths of KL to a reference: pure functions of tensors, torch only.
+
+One idea per file: `masking`, `estimators` (k1, k2, k3), `exact` (full vocabulary, dense and chunked), `importance`
+(off-policy weights), `loss` (KL as a loss), `reward` (KL as a penalty in the reward), `term` (one configuration of
+them) and `gradients` (which gradient a configuration has). Everything is in nats.
+"""
+
+from .estimators import kl_estimate, log_ratio
+from .exact import chunked_exact_kl, exact_kl
+from .gradients import expected_gradient
+from .importance import effective_sample_size, importance_weights
+from .loss import kl_loss
+from .masking import fill_masked, last_token_index, masked_mean, masked_sum
+from .reward import kl_credit, leave_one_out_baseline
+from .term import KLTerm
+
+__all__ = [
+    "KLTerm",
+    "chunked_exact_kl",
+    "effective_sample_size",
+    "exact_kl",
+    "expected_gradient",
+    "fill_masked",
+    "importance_weights",
+    "kl_credit",
+    "kl_estimate",
+    "kl_loss",
+    "last_token_index",
+    "leave_one_out_baseline",
+    "log_ratio",
+    "masked_mean",
+    "masked_sum",
+]

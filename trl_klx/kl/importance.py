@@ -1,0 +1,88 @@
+"""Importance weights pi / mu that correct a KL measured on tokens that another policy, mu, has sampled."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from .estimators import at_least_float32
+from .masking import fill_masked, masked_sum
+
+WeightLevel = Literal["token", "prefix", "sequence"]
+WeightMode = Literal["truncate", "mask"]
+
+
+def importance_weights(
+    logps: Tensor,
+    sampler_logps: Tensor,
+    mask: Tensor,
+    *,
+    level: WeightLevel = "token",
+    mode: WeightMode = "truncate",
+    cap: float | None = None,
+) -> Tensor:
+    r"""Detached importance weights of the policy pi over the sampler mu.
+
+        token:     w_t = pi(a_t|s_t) / mu(a_t|s_t)      corrects the action, leaves the states mu's
+        prefix:    W_{1:t} = prod_{s<=t} w_s            corrects actions and states
+        sequence:  W = prod_s w_s, for every t          the same expectation as prefix, noisier
+
+    Products run over unmasked tokens only. There is no geometric mean (GSPO's weight): on a KL it is never right.
+
+    Args:
+        logps: (B, T) log-probs of the sampled tokens under the policy being trained, nats.
+        sampler_logps: (B, T) log-probs under the policy that really sampled them (the inference engine's, where it
+            reports them). NaN marks a token it could not score: its w_t is 1.
+        mask: (B, T) tokens that count.
+        level: "token", "prefix" or "sequence".
+        mode: "truncate" replaces w by min(w, cap); "mask" drops weights above the cap (0).
+        cap: largest weight, or None for no bound.
+
+    Returns:
+        (B, T) weights without gradient, float32 or wider; 0 on masked positions.
+
+    Raises:
+        ValueError: unknown level or mode, a cap that is not positive, or mode "mask" without a cap.
+
+    Source: Precup et al. (2000) for the per-decision (prefix) weight; Ionides (2008), "Truncated Importance
+    Sampling", for the cap; DeepSeek-V3.2 (arXiv:2512.02556), section 3.1, for the token weight on the KL.
+    """
+    if cap is not None and not cap > 0:
+        raise ValueError(f"cap={cap} must be positive, or None for no bound.")
+    log_weights = _log_weights(logps.detach(), sampler_logps.detach(), mask, level)
+    weights = fill_masked(log_weights.exp(), mask)
+    if cap is None:
+        if mode == "mask":
+            raise ValueError("mode='mask' drops the weights above a cap: give cap a number, or use mode='truncate'.")
+        return weights
+    if mode == "truncate":
+        return weights.clamp(max=cap)
+    if mode == "mask":
+        return weights.masked_fill(weights > cap, 0.0)
+    raise ValueError(f"mode={mode!r} is neither 'truncate' nor 'mask'.")
+
+
+def _log_weights(logps: Tensor, sampler_logps: Tensor, mask: Tensor, level: str) -> Tensor:
+    log_ratios = at_least_float32(logps) - at_least_float32(sampler_logps)
+    log_ratios = fill_masked(log_ratios, mask.bool() & ~sampler_logps.isnan())
+    if level == "token":
+        return log_ratios
+    if level == "prefix":
+        return log_ratios.cumsum(-1)
+    if level == "sequence":
+        return log_ratios.sum(-1, keepdim=True).expand_as(log_ratios)
+    raise ValueError(f"level={level!r} is not one of token, prefix, sequence.")
+
+
+def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:
+    r"""Effective sample size as a fraction of the samples, (sum w)^2 / (n sum w^2), over everything unmasked.
+
+    1 when all weights are equal, 1/n when one weight carries everything. Give it *untruncated* weights: a cap hides
+    the very imbalance it measures. Scale-free, and computed so that large weights do not overflow. Returns a scalar;
+    1 when nothing is unmasked. Source: Kong (1992).
+    """
+    weights = fill_masked(at_least_float32(weights), mask)
+    largest = weights.amax() if weights.numel() else weights.new_zeros(())
+    if not largest > 0:
+        return weights.new_ones(())
+    weights = weights.isinf().to(weights.dtype) if largest.isinf() else weights / largest
+    return masked_sum(weights, mask).square() / (mask.bool().sum() * masked_sum(weights.square(), mask))

@@ -1,0 +1,108 @@
+"""One KL configuration as a pure function: what a trainer adds to its loss and to its advantages."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .estimators import kl_estimate
+from .exact import Direction
+from .gradients import Gradient, credit_in_use, expected_gradient
+from .importance import WeightMode, importance_weights
+from .loss import kl_loss, value_with_slope
+from .reward import kl_credit
+
+EstimatorOrExact = Literal["k1", "k2", "k3", "exact"]
+Placement = Literal["none", "loss", "reward", "both"]
+RewardCredit = Literal["return_to_go", "immediate", "sequence"]
+WeightChoice = Literal["none", "token", "prefix", "sequence"]
+
+
+@dataclass(frozen=True)
+class KLTerm:
+    """Estimator, placement, credit and importance weight of a KL penalty, without its coefficient beta.
+
+    `loss` and `credit` are what the trainers use and what the tests enumerate; `gradient` is what they amount to.
+    """
+
+    estimator: EstimatorOrExact = "k3"
+    placement: Placement = "loss"
+    reward_credit: RewardCredit = "return_to_go"
+    weight_level: WeightChoice = "token"
+    weight_mode: WeightMode = "truncate"
+    weight_cap: float | None = None
+    value_cap: float | None = None
+    direction: Direction = "reverse"
+
+    @property
+    def in_loss(self) -> bool:
+        return self.placement in ("loss", "both")
+
+    @property
+    def in_reward(self) -> bool:
+        return self.placement in ("reward", "both")
+
+    @property
+    def weighted(self) -> bool:
+        return self.weight_level != "none"
+
+    @property
+    def gradient(self) -> Gradient:
+        """Expected on-policy gradient (with direction "reverse")."""
+        return expected_gradient(self.estimator, self.placement, self.reward_credit, self.weighted)
+
+    def weights(self, logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Tensor | None:
+        """(B, T) importance weights on the KL loss, or None.
+
+        An exact KL needs no token weight: it averages over the policy's tokens itself, so a token weight of mean 1
+        would only add variance.
+        """
+        if self.weight_level == "none" or (self.weight_level == "token" and self.estimator == "exact"):
+            return None
+        return importance_weights(
+            logps, sampler_logps, mask, level=self.weight_level, mode=self.weight_mode, cap=self.weight_cap
+        )
+
+    def loss(
+        self,
+        logps: Tensor,
+        ref_logps: Tensor,
+        mask: Tensor,
+        *,
+        sampler_logps: Tensor | None = None,
+        exact: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T) KL loss in nats per token, 0 on masked positions.
+
+        Args:
+            logps: (B, T) log-probs of the sampled tokens under the policy, with gradient.
+            ref_logps: (B, T) the same under the reference.
+            mask: (B, T) tokens that count.
+            sampler_logps: (B, T) the same under the policy that sampled; None on-policy.
+            exact: (B, T) exact KL with gradient; needed by the estimator "exact" only.
+
+        Raises:
+            ValueError: the estimator is "exact" and `exact` is None.
+        """
+        weights = self.weights(logps, logps if sampler_logps is None else sampler_logps, mask)
+        if self.estimator != "exact":
+            per_token = kl_loss(logps, ref_logps, estimator=self.estimator, weights=weights, value_cap=self.value_cap)
+        elif exact is None:
+            raise ValueError("estimator='exact' needs the full-vocabulary KL of each token: pass exact.")
+        else:
+            slope = torch.ones_like(exact) if weights is None else weights
+            value = slope * exact if self.value_cap is None else (slope * exact).clamp(max=self.value_cap)
+            per_token = value_with_slope(exact, value, slope)
+        return torch.where(mask.bool(), per_token, 0.0)
+
+    def credit(self, logps: Tensor, ref_logps: Tensor, mask: Tensor, *, exact: Tensor | None = None) -> Tensor:
+        """(B, T) nats that each token is charged for in the reward; subtract `beta` times it from the advantage."""
+        if self.estimator != "exact":
+            values = kl_estimate(logps.detach(), ref_logps.detach(), self.estimator)
+        elif exact is None:
+            raise ValueError("estimator='exact' needs the full-vocabulary KL of each token: pass exact.")
+        else:
+            values = exact
+        credit = credit_in_use(self.estimator, self.placement, self.reward_credit, self.weighted)
+        return kl_credit(values, mask, credit=credit)  # type: ignore[arg-type]

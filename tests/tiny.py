@@ -1,0 +1,56 @@
+"""A tiny language model, tokenizer and dataset: small enough to train in milliseconds."""
+
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+CHARACTERS = "0123456789=+abcdefgh"
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{char: i + 3 for i, char in enumerate(CHARACTERS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+
+
+def tiny_model(seed: int = 0, *, tied: bool = False, vocab: int = 23) -> Qwen3ForCausalLM:
+    """About 6000 parameters, float32, weights large enough that distributions are far from uniform."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        initializer_range=0.3,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def save_tiny(folder: Path, seed: int = 0, **settings) -> str:
+    tiny_model(seed, **settings).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_dataset(rows: int = 16) -> Dataset:
+    prompts = [f"{i % 10}+{(3 * i) % 10}=" if i % 3 else f"{i % 7}=" for i in range(rows)]
+    return Dataset.from_dict({"prompt": prompts, "answer": [str(i % 5) for i in range(rows)]})
+
+
+def digit_reward(completions: list[str], **kwargs) -> list[float]:
+    """Share of digits in the completion: varies within a group, needs no knowledge of the answer."""
+    return [sum(char.isdigit() for char in text) / max(len(text), 1) for text in completions]

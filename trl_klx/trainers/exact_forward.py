@@ -1,0 +1,208 @@
+"""The exact KL computed inside the policy's forward, where DDP and its kin see every parameter that is used.
+
+The reference's hidden states (B, C, H) are kept from its scoring pass; the policy's are taken from its backbone as it
+runs; both go through their output heads chunk by chunk (`chunked_exact_kl`). The result rides out on the model's
+output, as a field of a subclass of the output's own class: wrappers rebuild outputs from their declared fields, and
+an ad-hoc key would be lost or crash them.
+"""
+
+import dataclasses
+import functools
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..kl import chunked_exact_kl
+from ..kl.exact import Direction
+
+
+@dataclass
+class _Request:
+    """What one scoring call asks for. The trainer may split its batch; rows are handed out in order."""
+
+    ref_hidden: Tensor  # (B, C, H)
+    mask: Tensor  # (B, C)
+    with_grad: bool
+    next_row: int = 0
+
+    def take(self, rows: int) -> tuple[Tensor, Tensor]:
+        start, self.next_row = self.next_row, self.next_row + rows
+        return self.ref_hidden[start : self.next_row], self.mask[start : self.next_row].bool()
+
+
+class ExactKLForward:
+    """Gives a causal language model's forward the exact KL to a reference, on request.
+
+    Args:
+        policy: the causal language model being trained (the base model inside PEFT).
+        reference: the frozen reference, or `policy` itself where the reference is the policy without its adapter.
+        temperature: sampling temperature; both distributions are scored at it.
+        direction: "reverse" or "forward".
+
+    Raises:
+        ValueError: the output head carries an adapter, or the vocabularies differ.
+    """
+
+    def __init__(
+        self, policy: PreTrainedModel, reference: PreTrainedModel, *, temperature: float, direction: Direction
+    ) -> None:
+        self._policy, self._reference = policy, reference
+        self._temperature, self._direction = temperature, direction
+        self._logit_scale, self._softcap = _logit_transform(policy)
+        self._request: _Request | None = None
+        self._keep = False
+        self._hidden: Tensor | None = None
+        self._checked = False
+        _check_heads(policy, reference)
+        for model in {id(policy): policy, id(reference): reference}.values():
+            model.base_model.register_forward_hook(self._keep_hidden)
+        self._wrap_forward()
+
+    def _keep_hidden(self, backbone: nn.Module, args: tuple, output) -> None:
+        if self._keep:
+            self._hidden = output.last_hidden_state
+
+    def _wrap_forward(self) -> None:
+        original = self._policy.forward
+
+        # Same signature: `generate` validates its model arguments against it.
+        @functools.wraps(type(self._policy).forward)
+        def forward(model, *args, **kwargs):
+            output = original(*args, **kwargs)
+            if self._request is None:
+                return output
+            return _with_exact_kl(output, self._exact_kl(output))
+
+        self._policy.forward = types.MethodType(forward, self._policy)
+
+    @contextmanager
+    def hidden_states(self, model: nn.Module, completion_length: int) -> Iterator[list[Tensor]]:
+        """While active, collect (rows, C, H) hidden states that predict the completion, one tensor per forward."""
+        collected: list[Tensor] = []
+
+        def collect(*_) -> None:
+            collected.append(self._completion_hidden(completion_length).detach())
+
+        with self._capture(model, collect):
+            yield collected
+
+    @contextmanager
+    def exact_kl(
+        self, model: nn.Module, ref_hidden: Tensor, mask: Tensor, *, with_grad: bool
+    ) -> Iterator[list[Tensor]]:
+        """While active, forwards of `model` also compute the exact KL; collect it (rows, C), one tensor per forward.
+
+        Args:
+            model: the model as it is called, wrappers (DDP, PEFT) included.
+            ref_hidden: (B, C, H) from `hidden_states` of the reference.
+            mask: (B, C) tokens that count; the others are not computed and are 0.
+            with_grad: False where the value is only measured.
+        """
+        collected: list[Tensor] = []
+        self._request = _Request(ref_hidden, mask, with_grad)
+        try:
+            with self._capture(model, lambda _module, _args, output: collected.append(output.exact_kl)):
+                yield collected
+        finally:
+            self._request = None
+
+    @contextmanager
+    def _capture(self, model: nn.Module, hook) -> Iterator[None]:
+        handle = model.register_forward_hook(hook)
+        self._keep = True
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._keep, self._hidden = False, None
+
+    def _completion_hidden(self, length: int) -> Tensor:
+        if self._hidden is None:
+            raise RuntimeError(f"{type(self._policy).__name__} ran without its backbone, so no hidden state was seen.")
+        return self._hidden[:, -length - 1 : -1]
+
+    def _exact_kl(self, output) -> Tensor:
+        request = self._request
+        if request is None:
+            raise RuntimeError("exact KL was computed without a request.")
+        hidden = self._completion_hidden(request.mask.size(1))
+        ref_hidden, mask = request.take(hidden.size(0))
+        self._check_projection(hidden, output)
+        head, ref_head = self._policy.get_output_embeddings(), self._reference.get_output_embeddings()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and request.with_grad):
+            kl_N = chunked_exact_kl(
+                hidden[mask],
+                head.weight,
+                ref_hidden[mask],
+                ref_head.weight.detach(),
+                bias=head.bias,
+                ref_bias=ref_head.bias,
+                temperature=self._temperature,
+                logit_scale=self._logit_scale,
+                softcap=self._softcap,
+                direction=self._direction,
+            )
+        # masked_scatter keeps an all-masked batch connected to the graph, which DDP needs.
+        return kl_N.new_zeros(mask.shape).masked_scatter(mask, kl_N)
+
+    def _check_projection(self, hidden: Tensor, output) -> None:
+        """Once, on one token: our projection of the hidden state is the logits the model itself returns."""
+        logits = getattr(output, "logits", None)  # TRL >= 1.16's fused head returns none
+        if self._checked or logits is None or hidden.size(1) == 0:
+            return
+        self._checked = True
+        head = self._policy.get_output_embeddings()
+        with torch.no_grad():
+            ours = head(hidden[:1, -1]).float() * self._logit_scale
+            if self._softcap is not None:
+                ours = torch.tanh(ours / self._softcap) * self._softcap
+        theirs = logits[:1, -2].detach().float()
+        if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max())):
+            raise ValueError(
+                f"{type(self._policy).__name__} transforms its logits in a way that exact KL does not know: use "
+                "kl_estimator k1, k2 or k3, and please report the architecture."
+            )
+
+
+def _check_heads(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+    head, ref_head = policy.get_output_embeddings(), reference.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"the output head is a {type(head).__name__}: exact KL reads the head's weight, so remove 'lm_head' from "
+            "the adapter's target_modules and modules_to_save, or use kl_estimator k1, k2 or k3."
+        )
+    if head.weight.shape[0] != ref_head.weight.shape[0]:
+        raise ValueError(
+            f"the policy has a vocabulary of {head.weight.shape[0]} and the reference of {ref_head.weight.shape[0]}: "
+            "exact KL needs one vocabulary; use the checkpoint that the policy started from as reference."
+        )
+
+
+def _logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
+    """(logit scale, softcap) of the architecture, as its config declares them; (1, None) for most."""
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere; Muse Glimmer; Falcon-H1
+        if getattr(config, name, None) is not None:
+            return getattr(config, name), softcap
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is not None:  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
+        return (scaling if config.model_type == "hyperclovax" else 1 / scaling), softcap
+    return 1.0, softcap
+
+
+@functools.cache
+def _output_class(base: type) -> type:
+    return dataclasses.make_dataclass(
+        f"{base.__name__}WithExactKL", [("exact_kl", Tensor | None, dataclasses.field(default=None))], bases=(base,)
+    )
+
+
+def _with_exact_kl(output, exact_kl: Tensor):
+    fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    return _output_class(type(output))(**fields, exact_kl=exact_kl)  # type: ignore[arg-type]

@@ -1,0 +1,373 @@
+"""GRPO with a chosen KL: `KLXGRPOTrainer` and `KLXGRPOConfig`.
+
+TRL's loss is computed by TRL, with its own KL switched off; ours is added to it. A KL in the reward is subtracted from
+the advantages after TRL has normalised them. Shape legend: B answers, P prompt tokens, C completion tokens, H hidden.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import grpo_trainer
+
+from ..config import KLArguments
+from ..kl import importance_weights, kl_estimate, leave_one_out_baseline
+from ..kl.estimators import SAMPLED_ESTIMATORS
+from .exact_forward import ExactKLForward
+from .kl_control import KLControl, KLControlledTrainer
+from .trl_compat import LIGER_COMPUTES_THE_LOSS, check_trl_version
+
+check_trl_version()
+
+# Model inputs of vision-language models that TRL carries from the rollout to the loss.
+_VISION_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+@dataclass
+class KLXGRPOConfig(KLArguments, GRPOConfig):
+    """`GRPOConfig` plus the KL arguments. `beta` keeps TRL's name and is where a controller starts.
+
+    With its defaults (k3, loss, token weight) loss and gradients equal TRL's own.
+    """
+
+    use_bias_correction_kl: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "TRL's name for kl_importance_sampling: true means token, false means none. Set one of the two."
+        },
+    )
+
+    @property
+    def kl_coef_start(self) -> float:
+        return self.beta
+
+    @property
+    def kl_coef_name(self) -> str:
+        return "beta"
+
+    def __post_init__(self) -> None:
+        if self.use_bias_correction_kl is not None:
+            self._follow_trl_switch(self.use_bias_correction_kl)
+        self.check_kl()
+        self.use_bias_correction_kl = self.kl_importance_sampling != "none"
+        if LIGER_COMPUTES_THE_LOSS and self.use_liger_kernel and self.kl_is_measured:
+            raise ValueError(
+                "use_liger_kernel=true computes TRL's loss in a fused kernel with its own k3 KL: set it to false, or "
+                "install trl>=1.16, where it only swaps layers."
+            )
+        if self.kl_needs_exact and self.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model=true changes the reference between its scoring and the loss, which an exact KL cannot "
+                "follow: use kl_estimator k1, k2 or k3, or sync_ref_model=false."
+            )
+        super().__post_init__()
+
+    def _follow_trl_switch(self, corrected: bool) -> None:
+        meaning = "token" if corrected else "none"
+        if self.kl_importance_sampling is None:
+            self.kl_importance_sampling = None if self.kl_placement in ("none", "reward") else meaning
+        elif (self.kl_importance_sampling != "none") != corrected:
+            raise ValueError(
+                f"use_bias_correction_kl={corrected} means kl_importance_sampling={meaning!r} and "
+                f"kl_importance_sampling is {self.kl_importance_sampling!r}: set one of the two."
+            )
+
+
+@dataclass
+class _Scoring:
+    """One call of TRL's scoring function: log-probs (B, C), and what else was collected on the way."""
+
+    logps: Tensor
+    hidden: Tensor | None = None  # (B, C, H)
+    exact: Tensor | None = None  # (B, C)
+
+
+class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
+    """`GRPOTrainer` whose KL to the reference you choose: see `KLXGRPOConfig` and the table in the README.
+
+    Takes `GRPOTrainer`'s arguments, with a `KLXGRPOConfig` as `args`. Where the policy is given in memory rather than
+    by path, the reference is a copy of it as given (TRL would reload it from disk).
+
+    Raises:
+        TypeError: `args` is no `KLXGRPOConfig`.
+        ValueError: the exact KL cannot be computed for this model or this kind of sharding.
+    """
+
+    _tag_names = ["trl", "grpo", "trl_klx"]
+    _name = "KLX-GRPO"
+    args: KLXGRPOConfig
+    model: PreTrainedModel
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: KLXGRPOConfig | None = None, **kwargs: Any) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = KLXGRPOConfig(f"{name.split('/')[-1] or 'model'}-GRPO")
+        if not isinstance(args, KLXGRPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}: KLXGRPOTrainer takes a KLXGRPOConfig.")
+        self._scorings: list[_Scoring] | None = None
+        self._keep_ref_hidden = False
+        self._exact_request: tuple[Tensor, Tensor, bool] | None = None  # reference hidden states, mask, with gradient
+        with _reference_is_built(args), _reference_is_a_copy(model, args):
+            super().__init__(model, reward_funcs, args, **kwargs)
+        self.beta = args.beta
+        self.kl = KLControl(args, self.accelerator)
+        self.kl_term = args.kl_term()
+        self._exact = self._exact_forward() if args.kl_needs_exact else None
+
+    def _exact_forward(self) -> ExactKLForward:
+        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
+            raise ValueError(
+                "kl_estimator='exact' needs the whole output head, which ZeRO-3 and FSDP shard: use ZeRO-2 or DDP, or "
+                "kl_estimator k1, k2 or k3."
+            )
+        policy = _causal_lm(self.model)
+        reference = policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        return ExactKLForward(policy, reference, temperature=self.temperature, direction=self.args.kl_term().direction)
+
+    def _apply_kl_coef(self, coef: float) -> None:
+        self.beta = coef
+
+    @contextmanager
+    def _trl_sees_beta(self, beta: float) -> Iterator[None]:
+        """TRL tests `self.beta != 0` for two things we need apart: to score the reference and to add its own KL."""
+        kept, self.beta = self.beta, beta
+        try:
+            yield
+        finally:
+            self.beta = kept
+
+    @contextmanager
+    def _recording(
+        self, *, ref_hidden: bool = False, exact: tuple[Tensor, Tensor, bool] | None = None
+    ) -> Iterator[list[_Scoring]]:
+        """Record every scoring call made inside; `exact` asks them for the exact KL, `ref_hidden` for hidden states."""
+        self._scorings, self._keep_ref_hidden, self._exact_request = [], ref_hidden, exact
+        try:
+            yield self._scorings
+        finally:
+            self._scorings, self._keep_ref_hidden, self._exact_request = None, False, None
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        hidden: AbstractContextManager[list[Tensor]] = nullcontext([])
+        exact: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if self._exact is not None and self._keep_ref_hidden:
+            hidden = self._exact.hidden_states(model, logits_to_keep)
+        if self._exact is not None and self._exact_request is not None:
+            ref_hidden, mask, with_grad = self._exact_request
+            exact = self._exact.exact_kl(model, ref_hidden, mask, with_grad=with_grad)
+        with hidden as hidden_parts, exact as exact_parts:
+            out = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        if self._scorings is not None:
+            self._scorings.append(_Scoring(out[0], _joined(hidden_parts), _joined(exact_parts)))
+        return out
+
+    def _generate_and_score_completions(self, inputs):
+        if not self.args.kl_is_measured:
+            return super()._generate_and_score_completions(inputs)
+        with self._trl_sees_beta(1.0), self._recording(ref_hidden=self._exact is not None) as scorings:
+            output = super()._generate_and_score_completions(inputs)
+        if self._exact is not None:
+            (ref_scoring,) = (s for s in scorings if s.logps is output["ref_per_token_logps"])
+            output["ref_hidden_states"] = ref_scoring.hidden
+        if self.kl_term.in_reward and self.args.kl_is_penalised:
+            output["kl_credit"] = self._kl_credit(output)
+        return output
+
+    @torch.no_grad()
+    def _kl_credit(self, output: dict) -> Tensor:
+        """(B, C) KL credit of each token less its leave-one-out baseline, in nats; times -beta it is an advantage."""
+        mask = _loss_mask(output)
+        logps, exact = output.get("old_per_token_logps"), None
+        if logps is None or self._exact is not None:
+            scoring = self._score_policy(output, mask)
+            logps, exact = scoring.logps, scoring.exact
+        credit = self.kl_term.credit(logps, output["ref_per_token_logps"], mask, exact=exact)
+        return credit - self._baseline(credit, mask)
+
+    def _score_policy(self, output: dict, mask: Tensor) -> _Scoring:
+        """Score the sampled answers under the policy as it is now, in TRL's own way."""
+        training = self.model.training
+        exact = (output["ref_hidden_states"], mask, False) if self.kl_term.estimator == "exact" else None
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):  # type: ignore[arg-type]
+            with self._recording(exact=exact) as scorings:
+                self._get_per_token_logps_and_entropies(
+                    self.model,
+                    torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+                    torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+                    output["completion_ids"].size(1),
+                    batch_size=self.args.per_device_train_batch_size
+                    if training
+                    else self.args.per_device_eval_batch_size,
+                    **{name: output[name] for name in _VISION_INPUTS if name in output},
+                )
+        return scorings[0]
+
+    def _baseline(self, credit: Tensor, mask: Tensor) -> Tensor:
+        """Leave-one-out baseline; the answers to one prompt may lie on several processes."""
+        accelerator = self.accelerator
+        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        all_credit, all_mask = (
+            accelerator.gather(accelerator.pad_across_processes(tensor, dim=1)) for tensor in (credit, mask.int())
+        )
+        baseline = leave_one_out_baseline(all_credit, all_mask, group_size)  # type: ignore[arg-type]
+        rows, length = credit.shape
+        start = accelerator.process_index * rows
+        return baseline[start : start + rows, :length]
+
+    def _compute_loss(self, model, inputs):
+        if not self.args.kl_is_measured:
+            return super()._compute_loss(model, inputs)
+        mask = _loss_mask(inputs)
+        exact_has_grad = self.kl_term.estimator == "exact" and self.kl_term.in_loss
+        exact = (inputs["ref_hidden_states"], mask, exact_has_grad) if self._exact is not None else None
+        with self._trl_sees_beta(0.0), self._recording(exact=exact) as scorings:
+            loss = super()._compute_loss(model, self._with_kl_advantages(inputs))
+        (policy,) = scorings
+        self._measure(policy, inputs, mask)
+        if not (self.kl_term.in_loss and self.args.kl_is_penalised):
+            return loss
+        per_token_kl = self.kl_term.loss(
+            policy.logps,
+            inputs["ref_per_token_logps"],
+            mask,
+            sampler_logps=_sampler_logps(policy.logps.detach(), inputs),
+            exact=policy.exact,
+        )
+        kl_loss = self._aggregate(per_token_kl, mask, inputs)
+        shown = self.beta * kl_loss.detach() * self._accumulation
+        self._metrics[self._mode]["kl/loss"].append(self.accelerator.gather(shown).mean().item())
+        return loss + self.beta * kl_loss
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    @property
+    def _accumulation(self) -> float:
+        """Micro-batches that one optimizer step sums up; evaluation takes each batch for itself."""
+        return self.current_gradient_accumulation_steps if self.model.training else 1.0
+
+    def _with_kl_advantages(self, inputs: dict) -> dict:
+        """Subtract beta times the KL credit, (B, C), from the normalised advantages, (B,). Beta is today's."""
+        if "kl_credit" not in inputs:
+            return inputs
+        advantages = inputs["advantages"]
+        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        return {**inputs, "advantages": advantages - self.kl.coef * inputs["kl_credit"]}
+
+    def _measure(self, policy: _Scoring, inputs: dict, mask: Tensor) -> None:
+        logps, ref_logps = policy.logps.detach(), inputs["ref_per_token_logps"]
+        sampled = {name: kl_estimate(logps, ref_logps, name) for name in SAMPLED_ESTIMATORS if name in self.kl.names}
+        exact = {} if policy.exact is None else {"exact": policy.exact.detach()}
+        self.kl.measure(self._mode, sampled | exact, mask)
+        sampler_logps = _sampler_logps(logps, inputs)
+        if self.kl_term.weighted and sampler_logps is not logps:
+            level = self.kl_term.weight_level
+            weights = importance_weights(logps, sampler_logps, mask, level=level)  # type: ignore[arg-type]
+            for name, value in self.kl.weight_metrics(weights, mask).items():
+                self._metrics[self._mode][name].append(value)
+
+    def _aggregate(self, per_token: Tensor, mask: Tensor, inputs: dict) -> Tensor:
+        """Reduce (B, C) to the scalar that TRL's loss_type would make of it (or the token mean: kl_aggregation)."""
+        kind = "dapo" if self.args.kl_aggregation == "token" else self.loss_type
+        accumulation = self._accumulation
+        if kind in ("cispo", "dapo", "vespo"):
+            # num_items_in_batch counts the tokens of the generation batch, on all processes.
+            tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            share = accumulation / self.args.steps_per_generation if self.model.training else 1.0  # type: ignore[operator]
+            return per_token.sum() / (tokens * share)
+        if kind in ("grpo", "sapo"):
+            loss = (per_token.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+        elif kind == "bnpo":
+            loss = per_token.sum() / mask.sum().clamp(min=1.0)
+        elif kind == "dr_grpo":
+            loss = per_token.sum() / (per_token.size(0) * self.max_completion_length)  # type: ignore[operator]
+        elif kind == "luspo":
+            loss = per_token.sum(-1).mean()
+        else:
+            raise ValueError(f"loss_type={kind!r} is unknown to trl_klx: set kl_aggregation='token'.")
+        return loss / accumulation
+
+
+def _loss_mask(inputs: dict) -> Tensor:
+    """(B, C) tokens that the policy produced: no padding, and no tool output."""
+    mask = inputs["completion_mask"]
+    return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
+
+
+def _sampler_logps(policy_logps: Tensor, inputs: dict) -> Tensor:
+    """(B, C) log-probs under the policy that really sampled; `policy_logps` itself where that is the policy.
+
+    The inference engine's own, where TRL has them; NaN there marks tokens it could not score, which fall back to the
+    trainer's.
+    """
+    trainer_logps = inputs.get("old_per_token_logps")
+    trainer_logps = policy_logps if trainer_logps is None else trainer_logps
+    engine_logps = inputs.get("sampling_per_token_logps")
+    if engine_logps is None:
+        return trainer_logps
+    return torch.where(engine_logps.isnan(), trainer_logps, engine_logps)
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    """TRL may score a batch in several forwards."""
+    return torch.cat(parts) if parts else None
+
+
+def _causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The causal language model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+@contextmanager
+def _reference_is_built(args: KLXGRPOConfig) -> Iterator[None]:
+    """TRL builds no reference at beta 0; where the KL is measured all the same, it must."""
+    beta = args.beta
+    if args.kl_is_measured and beta == 0:
+        args.beta = 1.0
+    try:
+        yield
+    finally:
+        args.beta = beta
+
+
+@contextmanager
+def _reference_is_a_copy(model, args: KLXGRPOConfig) -> Iterator[None]:
+    """Where the policy is given in memory, make TRL's reference a copy of it.
+
+    TRL reloads the reference from the path in the policy's config, in float32 by default: another model, if the one in
+    memory was changed or cast. Sharded parameters (ZeRO-3) cannot be copied; there TRL's way stays.
+    """
+    in_memory = isinstance(model, PreTrainedModel) and not isinstance(model, PeftModel)
+    if not in_memory or not args.kl_is_measured or is_deepspeed_zero3_enabled():
+        yield
+        return
+    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    from_path = grpo_trainer.create_model_from_path
+    grpo_trainer.create_model_from_path = lambda *_args, **_kwargs: reference
+    try:
+        yield
+    finally:
+        grpo_trainer.create_model_from_path = from_path

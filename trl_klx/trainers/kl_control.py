@@ -1,0 +1,222 @@
+"""What all trainers share: measuring the KL, steering beta with it, logging it and saving the controller's state."""
+
+import json
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..config import KLArguments
+from ..control import Controller, make_controller
+from ..kl import effective_sample_size
+from ..monitor.moments import KLSummary, sequence_moments, summarise
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _HooksBase
+else:
+    _HooksBase = object
+
+logger = get_logger(__name__)
+
+STATE_FILE = "kl_state.json"
+_BUDGET_DECAY = 0.8  # one noisy batch beyond the budget must not end a run
+
+
+class KLControl:
+    """Beta, its controller and the statistics of one run. The same on every process.
+
+    KL sums are gathered from all processes once per optimizer step and added in one order, so that beta is the same
+    to the last bit everywhere.
+
+    Args:
+        args: the KL arguments of the trainer's config, already checked.
+        accelerator: for gathering.
+    """
+
+    def __init__(self, args: KLArguments, accelerator: Accelerator) -> None:
+        self._args, self._accelerator = args, accelerator
+        self.names = args.kl_logged_estimators
+        self.coef = args.kl_coef_start
+        self.over_budget = False
+        self._controller: Controller | None = None
+        self._window: dict[str, Tensor | None] = {"train": None, "eval": None}  # this process, this optimizer step
+        self._pool: Tensor | None = None  # all processes, since the last log
+        self._budget_sum, self._budget_weight = 0.0, 0.0
+
+    def start(self, total_steps: int) -> None:
+        """Build the controller, once the length of the run is known: `total_steps`, the optimizer steps of a schedule.
+
+        Does nothing when it was built before, by a resumed checkpoint say.
+        """
+        if self._controller is not None:
+            return
+        settings = dict(self._args.kl_controller_settings)
+        if self._args.kl_controller in ("linear", "cosine"):
+            settings["total"] = total_steps
+        self._controller = make_controller(self._args.kl_controller, self.coef, **settings)
+
+    def measure(self, mode: str, values: dict[str, Tensor], mask: Tensor) -> None:
+        """Add a batch of per-token KL values, (B, T) by estimator name, to the statistics of `mode` (train or eval)."""
+        moments = sequence_moments({name: values[name] for name in self.names}, mask)
+        window = self._window[mode]
+        self._window[mode] = moments if window is None else window + moments
+
+    def step(self) -> dict[str, float]:
+        """End an optimizer step: gather its KL, move beta. Returns the step's metrics; call on every process."""
+        moments = self._gather("train")
+        if moments is None:
+            return {}
+        self._pool = moments if self._pool is None else self._pool + moments
+        reading = summarise(moments, self.names)[self._args.kl_reading]
+        metrics = {"kl/coef": self.coef}
+        kl = reading.per_token if self._args.kl_target_unit == "token" else reading.per_sequence
+        if self._args.kl_target is not None:
+            metrics |= {"kl/target": self._args.kl_target, "kl/error": kl - self._args.kl_target}
+        if self._controller is not None:
+            self.coef = self._controller.update(kl, n=int(moments[0]))
+        self._watch_budget(reading)
+        return metrics
+
+    def metrics(self, mode: str) -> dict[str, float]:
+        """KL statistics since the last call, pooled over processes, steps and micro-batches; then start afresh.
+
+        Call on every process. Keys: `kl` (the configured estimator, per token), `kl/<name>`, `kl/<name>_se`,
+        `kl/sequence`, `kl/sequence_se`.
+        """
+        if mode == "train":
+            moments, self._pool = self._pool, None
+        else:
+            moments = self._gather(mode)
+        if moments is None:
+            return {}
+        summary = summarise(moments, self.names)
+        out = {"kl": summary[self._args.kl_estimator].per_token}
+        for name, numbers in summary.items():
+            out |= {f"kl/{name}": numbers.per_token, f"kl/{name}_se": numbers.per_token_se}
+        reading = summary[self._args.kl_reading]
+        return out | {"kl/sequence": reading.per_sequence, "kl/sequence_se": reading.per_sequence_se}
+
+    def weight_metrics(self, weights: Tensor, mask: Tensor) -> dict[str, float]:
+        """`kl/ess` (mean over processes) and `kl/weight_max` (largest anywhere) of untruncated importance weights."""
+        largest = torch.where(mask.bool(), weights, 0.0).amax() if weights.numel() else weights.new_zeros(())
+        both = torch.stack([effective_sample_size(weights, mask), largest])
+        gathered = self._accelerator.gather(both.unsqueeze(0))
+        return {"kl/ess": gathered[:, 0].mean().item(), "kl/weight_max": gathered[:, 1].max().item()}
+
+    def _gather(self, mode: str) -> Tensor | None:
+        moments, self._window[mode] = self._window[mode], None
+        if moments is None:
+            return None
+        return self._accelerator.gather(moments.unsqueeze(0)).cpu().sum(0)
+
+    def _watch_budget(self, reading: KLSummary) -> None:
+        if self._args.kl_budget is None or not math.isfinite(reading.per_sequence):
+            return
+        self._budget_sum = _BUDGET_DECAY * self._budget_sum + (1 - _BUDGET_DECAY) * reading.per_sequence
+        self._budget_weight = _BUDGET_DECAY * self._budget_weight + (1 - _BUDGET_DECAY)
+        smoothed = self._budget_sum / self._budget_weight
+        if smoothed > self._args.kl_budget and not self.over_budget:
+            consequence = "training stops here" if self._args.kl_budget_action == "stop" else "training goes on"
+            logger.warning(
+                f"The KL to the reference has reached {smoothed:.3g} nats per sequence (smoothed), beyond "
+                f"kl_budget={self._args.kl_budget:g}; {consequence}."
+            )
+        self.over_budget = smoothed > self._args.kl_budget
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the state into a checkpoint folder, whole or not at all."""
+        controller = None if self._controller is None else self._controller.state_dict()
+        state = {
+            "version": 1,
+            "coef": self.coef,
+            "controller": controller,
+            "budget": [self._budget_sum, self._budget_weight],
+        }
+        path = Path(folder) / STATE_FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(state, indent=2))
+        os.replace(partial, path)
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """Continue from a checkpoint. Call after `start`.
+
+        Raises:
+            ValueError: the file is there and unreadable, or belongs to another controller.
+        """
+        path = Path(folder) / STATE_FILE
+        if not path.exists():
+            logger.warning(
+                f"{folder} has no {STATE_FILE} (a checkpoint of another trainer?): beta starts at {self.coef:g}."
+            )
+            return
+        try:
+            state = json.loads(path.read_text())
+            budget_sum, budget_weight = (float(number) for number in state["budget"])
+            controller_state, coef = state["controller"], float(state["coef"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is not a readable controller state ({error}): resume from an earlier checkpoint, or delete "
+                "the file to start the controller afresh."
+            ) from error
+        if self._controller is not None and controller_state is not None:
+            try:
+                self._controller.load_state_dict(controller_state)
+            except ValueError as error:
+                raise ValueError(f"{path} does not fit this run: {error}") from error
+            if self._args.kl_target is not None:  # the recipe may have moved the target since
+                self._controller.target = self._args.kl_target
+        if self._args.kl_controller != "fixed":  # a fixed beta is whatever the recipe says now
+            self.coef = coef
+        self._budget_sum, self._budget_weight = budget_sum, budget_weight
+
+
+class KLControlledTrainer(_HooksBase):
+    """The four hooks of `transformers.Trainer` that carry a `KLControl`. Mix in before the trainer class.
+
+    The trainer sets `self.kl`, and implements `_apply_kl_coef` to put beta where its loss reads it.
+    """
+
+    kl: KLControl
+    args: Any
+    _metrics: dict[str, defaultdict[str, list[float]]]
+
+    def _apply_kl_coef(self, coef: float) -> None:
+        raise TypeError(f"{type(self).__name__} must say where its loss reads beta.")
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.kl.start(self.state.max_steps)
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            for name, value in self.kl.step().items():
+                self._metrics["train"][name].append(value)
+            self._apply_kl_coef(self.kl.coef)
+            if self.kl.over_budget and self.args.kl_budget_action == "stop":
+                self.control.should_save = True
+                self.control.should_training_stop = True
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
+        prefix = "" if mode == "train" else "eval_"
+        logs.update({f"{prefix}{name}": value for name, value in self.kl.metrics(mode).items()})
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.kl.save(Path(self._get_output_dir(trial=trial)) / folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.kl.start(self.state.max_steps)
+            self.kl.load(checkpoint)
+            self._apply_kl_coef(self.kl.coef)

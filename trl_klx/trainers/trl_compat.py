@@ -1,0 +1,20 @@
+"""What differs between the TRL versions we support, in one place."""
+
+from importlib.metadata import version
+
+from packaging.version import Version
+
+TRL_VERSION = Version(version("trl"))
+
+# Up to 1.14, use_liger_kernel computes the GRPO loss in a fused kernel with its own hard-coded k3, past
+# `_compute_loss`. Since 1.16 it only swaps layers.
+LIGER_COMPUTES_THE_LOSS = TRL_VERSION < Version("1.16")
+
+
+def check_trl_version() -> None:
+    """Raise ImportError where the trainers would fail later, and less clearly."""
+    if not Version("1.12") <= TRL_VERSION < Version("1.17") or (TRL_VERSION.major, TRL_VERSION.minor) == (1, 15):
+        raise ImportError(
+            f"trl {TRL_VERSION} is installed and trl_klx runs on trl>=1.12,<1.17,!=1.15.*: "
+            "pip install 'trl==1.12.0' (the last with PPO) or 'trl==1.16.0'."
+        )

@@ -227,7 +227,7 @@ def test_peft_reference_is_the_model_without_its_adapter(model_path: str, tmp_pa
 
 def test_exact_refuses_an_adapted_output_head(model_path: str, tmp_path: Path) -> None:
     lora = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="remove 'lm_head' from the adapter's target_modules"):
+    with pytest.raises(ValueError, match="'lm_head'.*target_modules"):
         make_trainer(model_path, tmp_path, peft_config=lora, kl_estimator="exact")
 
 

@@ -11,9 +11,10 @@ __version__ = "0.1.0"
 __all__ = ["KLXGRPOConfig", "KLXGRPOTrainer", "__version__"]
 
 if TYPE_CHECKING:
-    from .trainers.grpo import KLXGRPOConfig, KLXGRPOTrainer
+    from .trainers.grpo import KLXGRPOTrainer
+    from .trainers.grpo_config import KLXGRPOConfig
 
-_HOME = {"KLXGRPOConfig": "trainers.grpo", "KLXGRPOTrainer": "trainers.grpo"}
+_HOME = {"KLXGRPOConfig": "trainers.grpo_config", "KLXGRPOTrainer": "trainers.grpo"}
 
 
 def __getattr__(name: str) -> object:

@@ -1,5 +1,6 @@
 """TRL's trainers with a chosen KL."""
 
-from .grpo import KLXGRPOConfig, KLXGRPOTrainer
+from .grpo import KLXGRPOTrainer
+from .grpo_config import KLXGRPOConfig
 
 __all__ = ["KLXGRPOConfig", "KLXGRPOTrainer"]

@@ -1,30 +1,28 @@
-"""GRPO with a chosen KL: `KLXGRPOTrainer` and `KLXGRPOConfig`.
+"""GRPO with a chosen KL: `KLXGRPOTrainer`.
 
 TRL's loss is computed by TRL, with its own KL switched off; ours is added to it. A KL in the reward is subtracted from
 the advantages after TRL has normalised them. Shape legend: B answers, P prompt tokens, C completion tokens, H hidden.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer import grpo_trainer
 
-from ..config import KLArguments
 from ..kl import importance_weights, kl_estimate, leave_one_out_baseline
 from ..kl.estimators import SAMPLED_ESTIMATORS
 from .exact_forward import ExactKLForward
+from .grpo_config import KLXGRPOConfig
 from .kl_control import KLControl, KLControlledTrainer
-from .trl_compat import LIGER_COMPUTES_THE_LOSS, check_trl_version
+from .reference import causal_lm, reference_is_a_copy, reference_is_built
+from .trl_compat import check_trl_version
 
 check_trl_version()
 
@@ -41,56 +39,6 @@ _VISION_INPUTS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
-
-
-@dataclass
-class KLXGRPOConfig(KLArguments, GRPOConfig):
-    """`GRPOConfig` plus the KL arguments. `beta` keeps TRL's name and is where a controller starts.
-
-    With its defaults (k3, loss, token weight) loss and gradients equal TRL's own.
-    """
-
-    use_bias_correction_kl: bool | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "TRL's name for kl_importance_sampling: true means token, false means none. Set one of the two."
-        },
-    )
-
-    @property
-    def kl_coef_start(self) -> float:
-        return self.beta
-
-    @property
-    def kl_coef_name(self) -> str:
-        return "beta"
-
-    def __post_init__(self) -> None:
-        if self.use_bias_correction_kl is not None:
-            self._follow_trl_switch(self.use_bias_correction_kl)
-        self.check_kl()
-        self.use_bias_correction_kl = self.kl_importance_sampling != "none"
-        if LIGER_COMPUTES_THE_LOSS and self.use_liger_kernel and self.kl_is_measured:
-            raise ValueError(
-                "use_liger_kernel=true computes TRL's loss in a fused kernel with its own k3 KL: set it to false, or "
-                "install trl>=1.16, where it only swaps layers."
-            )
-        if self.kl_needs_exact and self.sync_ref_model:
-            raise ValueError(
-                "sync_ref_model=true changes the reference between its scoring and the loss, which an exact KL cannot "
-                "follow: use kl_estimator k1, k2 or k3, or sync_ref_model=false."
-            )
-        super().__post_init__()
-
-    def _follow_trl_switch(self, corrected: bool) -> None:
-        meaning = "token" if corrected else "none"
-        if self.kl_importance_sampling is None:
-            self.kl_importance_sampling = None if self.kl_placement in ("none", "reward") else meaning
-        elif (self.kl_importance_sampling != "none") != corrected:
-            raise ValueError(
-                f"use_bias_correction_kl={corrected} means kl_importance_sampling={meaning!r} and "
-                f"kl_importance_sampling is {self.kl_importance_sampling!r}: set one of the two."
-            )
 
 
 @dataclass
@@ -118,7 +66,14 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
     args: KLXGRPOConfig
     model: PreTrainedModel
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: KLXGRPOConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: KLXGRPOConfig | None = None,
+        *positional: Any,
+        **kwargs: Any,
+    ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = KLXGRPOConfig(f"{name.split('/')[-1] or 'model'}-GRPO")
@@ -127,8 +82,9 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         self._scorings: list[_Scoring] | None = None
         self._keep_ref_hidden = False
         self._exact_request: tuple[Tensor, Tensor, bool] | None = None  # reference hidden states, mask, with gradient
-        with _reference_is_built(args), _reference_is_a_copy(model, args):
-            super().__init__(model, reward_funcs, args, **kwargs)
+        without_adapter = kwargs.get("peft_config") is None
+        with reference_is_built(args), reference_is_a_copy(model, wanted=without_adapter and args.kl_is_measured):
+            super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self.beta = args.beta
         self.kl = KLControl(args, self.accelerator)
         self.kl_term = args.kl_term()
@@ -140,7 +96,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
                 "kl_estimator='exact' needs the whole output head, which ZeRO-3 and FSDP shard: use ZeRO-2 or DDP, or "
                 "kl_estimator k1, k2 or k3."
             )
-        policy = _causal_lm(self.model)
+        policy = causal_lm(self.model)
         reference = policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
         return ExactKLForward(policy, reference, temperature=self.temperature, direction=self.args.kl_term().direction)
 
@@ -334,40 +290,3 @@ def _sampler_logps(policy_logps: Tensor, inputs: dict) -> Tensor:
 def _joined(parts: list[Tensor]) -> Tensor | None:
     """TRL may score a batch in several forwards."""
     return torch.cat(parts) if parts else None
-
-
-def _causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The causal language model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
-
-
-@contextmanager
-def _reference_is_built(args: KLXGRPOConfig) -> Iterator[None]:
-    """TRL builds no reference at beta 0; where the KL is measured all the same, it must."""
-    beta = args.beta
-    if args.kl_is_measured and beta == 0:
-        args.beta = 1.0
-    try:
-        yield
-    finally:
-        args.beta = beta
-
-
-@contextmanager
-def _reference_is_a_copy(model, args: KLXGRPOConfig) -> Iterator[None]:
-    """Where the policy is given in memory, make TRL's reference a copy of it.
-
-    TRL reloads the reference from the path in the policy's config, in float32 by default: another model, if the one in
-    memory was changed or cast. Sharded parameters (ZeRO-3) cannot be copied; there TRL's way stays.
-    """
-    in_memory = isinstance(model, PreTrainedModel) and not isinstance(model, PeftModel)
-    if not in_memory or not args.kl_is_measured or is_deepspeed_zero3_enabled():
-        yield
-        return
-    reference = copy.deepcopy(model).requires_grad_(False).eval()
-    from_path = grpo_trainer.create_model_from_path
-    grpo_trainer.create_model_from_path = lambda *_args, **_kwargs: reference
-    try:
-        yield
-    finally:
-        grpo_trainer.create_model_from_path = from_path

@@ -1,0 +1,167 @@
+"""Wrong recipes and paths: one sentence on stderr, exit status 2, no traceback, before any model is loaded."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import save_tiny
+
+from trl_klx import cli
+from trl_klx.run import grpo
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny(folder / "model")
+    for name, rows in {
+        "data": [{"prompt": "1+1=", "answer": "2"}] * 4,
+        "no_prompt": [{"question": "1+1=", "answer": "2"}],
+        "no_answer": [{"prompt": "1+1="}],
+    }.items():
+        for split in ("train", "test"):
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "no_test").mkdir()
+    (folder / "no_test" / "train.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    (folder / "empty").mkdir()
+    return folder
+
+
+def recipe(inputs: Path, tmp_path: Path, **changes: object) -> Path:
+    fields = {
+        "model_name_or_path": str(inputs / "model"),
+        "dataset_name": str(inputs / "data"),
+        "reward_funcs": ["trl_klx.rewards.exact_match"],
+        "output_dir": str(tmp_path / "run"),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        **changes,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in fields.items() if value is not None}))
+    return path
+
+
+BAD_RECIPES = [
+    ({"kl_estimater": "k3"}, "the field 'kl_estimater' does not exist: did you mean 'kl_estimator'?"),
+    ({"learning_rates": 1}, "did you mean 'learning_rate'?"),
+    ({"zzz": 1}, "the field 'zzz' does not exist: remove it."),
+    ({"kl_estimator": "k4"}, "kl_estimator='k4' does not exist"),
+    ({"kl_estimator": "k1", "kl_importance_sampling": "none"}, "zero expected gradient"),
+    ({"kl_estimator": "exact", "kl_placement": "reward"}, "prefix term alone"),
+    ({"kl_controller": "pid", "beta": 0.1}, "set kl_target"),
+    ({"kl": {"estimator": "k3"}}, "the field 'kl' does not exist"),
+    ({"beta": {"start": 0.1}}, "beta must be a plain value, not a mapping"),
+    ({"model_name_or_path": None}, "model_name_or_path is missing"),
+    ({"model_name_or_path": "./nowhere"}, "model_name_or_path='./nowhere' is neither a local folder"),
+    ({"model_name_or_path": "runs/starter/nowhere"}, "run `trl-klx starter` first"),
+    ({"dataset_name": None}, "dataset_name is missing"),
+    ({"dataset_name": "./nowhere"}, "dataset_name='./nowhere' cannot be loaded (there is no such folder)"),
+    ({"dataset_name": "INPUTS/empty"}, "cannot be loaded"),
+    ({"dataset_name": "INPUTS/no_prompt"}, "has no column 'prompt' (it has question, answer)"),
+    ({"dataset_name": "INPUTS/no_answer"}, "'exact_match' needs a column 'answer'"),
+    ({"dataset_name": "INPUTS/no_test"}, "dataset_test_split='test' is not in"),
+    ({"dataset_train_split": "training"}, "dataset_train_split='training' is not in"),
+    ({"reward_funcs": None}, "reward_funcs is missing"),
+    ({"reward_funcs": ["trl_klx.rewards.exact_mach"]}, "reward_funcs='trl_klx.rewards.exact_mach' cannot be imported"),
+    ({"reward_funcs": ["nowhere.reward"]}, "cannot be imported"),
+    ({"reward_funcs": ["reward"]}, "is no function: give module.function"),
+    ({"reward_funcs": ["trl_klx.kl.gradients.NONE"]}, "is no function"),
+    ({"num_generations": 1, "per_device_train_batch_size": 1}, "at least 2 generations"),
+    ({"generation_batch_size": 7}, "must be divisible"),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), BAD_RECIPES, ids=lambda value: str(value)[:60])
+def test_recipe_is_refused(
+    inputs: Path,
+    tmp_path: Path,
+    changes: dict,
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(grpo, "build_trainer", lambda *_: pytest.fail("a model was about to be loaded"))
+    changes = {n: v.replace("INPUTS", str(inputs)) if isinstance(v, str) else v for n, v in changes.items()}
+    assert grpo.main(["--config", str(recipe(inputs, tmp_path, **changes))]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    message = error[error.index("error: ") :]
+    assert "Traceback" not in error
+    assert message.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_good_recipe_is_not_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table above means something: without its change, the recipe gets as far as building a trainer."""
+
+    class ReachedError(Exception):
+        pass
+
+    def reached(*_: object) -> None:
+        raise ReachedError
+
+    monkeypatch.setattr(grpo, "build_trainer", reached)
+    with pytest.raises(ReachedError):
+        grpo.main(["--config", str(recipe(inputs, tmp_path))])
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--config"], "--config needs the path of a recipe"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml does not exist"),
+        (["--config", "RECIPE", "--kl_targett", "1"], "did you mean 'kl_target'?"),
+        (["--config", "RECIPE", "stray"], "'stray' on the command line belongs to no field"),
+        (["--config", "LIST"], "must be a YAML mapping"),
+        (["--config", "BROKEN"], "is no valid YAML"),
+    ],
+)
+def test_command_line_is_refused(
+    inputs: Path, tmp_path: Path, argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"RECIPE": recipe(inputs, tmp_path), "LIST": tmp_path / "list.yaml", "BROKEN": tmp_path / "broken.yaml"}
+    files["LIST"].write_text("[1, 2]")
+    files["BROKEN"].write_text("a: [1")
+    assert grpo.main([str(files.get(part, part)) for part in argv]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["grop"], "the command 'grop' does not exist"),
+        (["grpo", "--accelerate_config", "zero9", "--config", "x"], "neither a file nor one of cpu, fsdp2"),
+        (["grpo", "--accelerate_config"], "neither a file nor one of"),
+        (["starter", "--seed", "-1"], "seed"),
+    ],
+)
+def test_cli_is_refused(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_help_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "starter" in printed
+    assert "grpo" in printed
+
+
+def test_a_bad_recipe_under_accelerate_launch(inputs: Path, tmp_path: Path) -> None:
+    """As a user meets it: the sentence, a status that is not 0, and no traceback of ours or of the launcher."""
+    path = recipe(inputs, tmp_path, kl_estimator="k4")
+    command = [sys.executable, "-m", "trl_klx.cli", "grpo", "--accelerate_config", "cpu", "--config", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "kl_estimator='k4' does not exist" in result.stderr
+    assert "Traceback" not in result.stderr

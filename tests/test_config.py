@@ -1,0 +1,187 @@
+"""Every rule about the KL arguments: what is accepted, what is refused, and the one sentence it says."""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from trl_klx import KLXGRPOConfig
+from trl_klx.config import CHOICES, ESTIMATORS, KLArguments
+from trl_klx.kl.gradients import EXPLANATION, SOUND, expected_gradient
+from trl_klx.trainers import grpo_config
+
+
+@dataclass
+class Arguments(KLArguments):
+    """The KL arguments alone, without a trainer's config around them."""
+
+    beta: float = 0.1
+
+    @property
+    def kl_coef_start(self) -> float:
+        return self.beta
+
+    @property
+    def kl_coef_name(self) -> str:
+        return "beta"
+
+    def __post_init__(self) -> None:
+        self.check_kl()
+
+
+def test_every_combination_is_accepted_exactly_when_its_gradient_is_a_kls() -> None:
+    placements = ("loss", "reward", "both")
+    seen = {"accepted": 0, "refused": 0}
+    combinations = itertools.product(ESTIMATORS, placements, CHOICES["kl_credit"], CHOICES["kl_importance_sampling"])
+    for estimator, placement, credit, weight in combinations:
+        if (placement == "loss" and credit != "return_to_go") or (placement == "reward" and weight != "none"):
+            continue  # dead options, refused for that: see BAD
+        names = ("kl_estimator", "kl_placement", "kl_credit", "kl_importance_sampling")
+        options = dict(zip(names, (estimator, placement, credit, weight), strict=True))
+        gradient = expected_gradient(estimator, placement, credit, weight != "none")
+        if gradient in SOUND:
+            Arguments(**options)
+            seen["accepted"] += 1
+            continue
+        seen["refused"] += 1
+        with pytest.raises(ValueError, match="allow_biased_kl") as error:
+            Arguments(**options)
+        assert EXPLANATION[gradient.name] in str(error.value)
+        with pytest.warns(UserWarning, match=r"expected gradient: ") as record:
+            Arguments(**options, allow_biased_kl=True)
+        assert f"(expected gradient: {gradient.name})" in str(record[0].message)
+    assert seen == {"accepted": 42, "refused": 34}
+
+
+BAD = [  # options, what the sentence must contain
+    ({"kl_estimator": "k1"}, None),  # weighted by default: accepted
+    ({"kl_estimator": "k1", "kl_importance_sampling": "none"}, "zero expected gradient"),
+    ({"kl_estimator": "k1", "kl_importance_sampling": "none"}, "use kl_estimator='k2'"),
+    ({"kl_estimator": "k2", "kl_placement": "reward"}, "vanishes near the reference"),
+    ({"kl_estimator": "k3", "kl_placement": "reward"}, "vanishes to first order near the reference"),
+    ({"kl_estimator": "k3", "kl_placement": "reward"}, "kl_estimator='k1' in the reward"),
+    ({"kl_estimator": "exact", "kl_placement": "reward"}, "prefix term alone"),
+    ({"kl_estimator": "exact", "kl_placement": "reward", "kl_credit": "immediate"}, "zero expected gradient"),
+    ({"kl_estimator": "k2", "kl_placement": "both"}, "kl_estimator='exact' or 'k3'"),
+    ({"kl_estimator": "k3", "kl_placement": "both", "kl_credit": "sequence"}, "kl_credit='return_to_go'"),
+    ({"kl_estimator": "k4"}, "kl_estimator='k4' does not exist; did you mean"),
+    ({"kl_estimator": "low_var"}, "did you mean 'low_var_kl'?"),
+    ({"kl_placement": "rewards"}, "did you mean 'reward'?"),
+    ({"kl_credit": "return"}, "did you mean 'return_to_go'?"),
+    ({"kl_importance_sampling": "tokens"}, "did you mean 'token'?"),
+    ({"kl_importance_sampling": "geometric"}, "geometric mean"),
+    ({"kl_is_mode": "clip"}, "kl_is_mode='clip' does not exist"),
+    ({"kl_aggregation": "mean"}, "choose one of loss_type, token"),
+    ({"kl_direction": "backward"}, "choose one of reverse, forward"),
+    ({"kl_direction": "forward"}, "set kl_estimator='exact'"),
+    ({"kl_controller": "pi"}, "did you mean 'pid'?"),
+    ({"kl_target_unit": "batch"}, "kl_target_unit='batch'"),
+    ({"kl_signal": "k2"}, "kl_signal='k2' does not exist"),
+    ({"kl_signal": "exact"}, "add exact to kl_monitor"),
+    ({"kl_budget_action": "halt"}, "choose one of stop, warn"),
+    ({"kl_monitor": ["k1", "k5"]}, "kl_monitor='k5' does not exist"),
+    ({"kl_monitor": "k1"}, "write [k1]"),
+    ({"kl_is_cap": 2.0, "kl_importance_sampling": "none", "kl_estimator": "k2"}, "remove it, or set"),
+    ({"kl_is_cap": -1.0}, "kl_is_cap=-1.0 must be more than zero"),
+    ({"kl_is_mode": "mask"}, "set kl_is_cap"),
+    ({"kl_value_cap": 0}, "kl_value_cap=0 must be more than zero"),
+    ({"kl_value_cap": 1.0, "kl_placement": "reward", "kl_estimator": "k1"}, "bend its gradient"),
+    ({"kl_credit": "immediate"}, "set kl_placement='reward'"),
+    ({"kl_placement": "reward", "kl_estimator": "k1", "kl_importance_sampling": "token"}, "use kl_placement='both'"),
+    ({"kl_target": 0.1}, "kl_target=0.1 has no effect with kl_controller='fixed'"),
+    ({"kl_target": 0.1, "kl_controller": "linear", "kl_coef_end": 0.1}, "kl_controller to 'adaptive' or 'pid'"),
+    ({"kl_controller": "pid"}, "set kl_target (nats per token)"),
+    ({"kl_controller": "adaptive", "kl_target_unit": "sequence"}, "set kl_target (nats per sequence)"),
+    ({"kl_controller": "pid", "kl_target": -0.1}, "kl_target=-0.1 must be more than zero"),
+    ({"kl_controller": "pid", "kl_target": "high"}, "kl_target='high' must be a finite number"),
+    ({"kl_controller": "pid", "kl_target": float("nan")}, "kl_target=nan must be a finite number"),
+    ({"kl_controller": "pid", "kl_target": True}, "kl_target=True must be a finite number"),
+    ({"kl_controller": "pid", "kl_target": 0.1, "kl_horizon": 10.0}, "kl_horizon=10.0 has no effect"),
+    ({"kl_controller": "adaptive", "kl_target": 0.1, "kl_kp": 1.0}, "kl_kp=1.0 has no effect"),
+    ({"kl_controller": "pid", "kl_target": 0.1, "kl_ki": -1.0}, "kl_ki=-1.0 must be zero or more"),
+    ({"kl_controller": "pid", "kl_target": 0.1, "kl_coef_min": 0.5}, "must lie between kl_coef_min=0.5"),
+    ({"kl_controller": "pid", "kl_target": 0.1, "kl_coef_max": 0.01}, "kl_coef_max=0.01"),
+    ({"kl_controller": "linear"}, "set kl_coef_end"),
+    ({"kl_controller": "cosine", "kl_coef_end": 0.0}, "kl_coef_end=0.0 must be more than zero"),
+    ({"kl_controller": "pid", "kl_target": 0.1, "beta": 0.0}, "give beta a positive start"),
+    ({"kl_controller": "pid", "kl_target": 0.1, "kl_placement": "none"}, "nothing to steer"),
+    ({"beta": -0.1}, "beta=-0.1 must be zero or more"),
+    ({"beta": float("inf")}, "beta=inf must be zero or more"),
+    ({"kl_budget": 0.0}, "kl_budget=0.0 must be more than zero"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), BAD, ids=lambda value: str(value)[:60])
+def test_one_sentence_each(options: dict, sentence: str | None) -> None:
+    if sentence is None:
+        Arguments(**options)
+        return
+    with pytest.raises(ValueError, match=r"\.$") as error:
+        Arguments(**options)
+    message = str(error.value)
+    assert sentence in message
+    assert message.endswith(".")
+    assert "\n" not in message
+
+
+def test_aliases() -> None:
+    for alias, name in {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "full": "exact"}.items():
+        assert Arguments(kl_estimator=alias).kl_estimator == name
+    assert Arguments(kl_monitor=["full", "kl"]).kl_monitor == ["exact", "k1"]
+
+
+def test_defaults_are_resolved() -> None:
+    assert Arguments().kl_importance_sampling == "token"
+    assert Arguments(kl_estimator="k1", kl_placement="reward").kl_importance_sampling == "none"
+    assert Arguments().kl_reading == "k3"
+    assert Arguments(kl_estimator="exact").kl_reading == "exact"
+    assert Arguments(kl_monitor=["exact"]).kl_reading == "exact"
+    assert Arguments(kl_estimator="exact", kl_signal="k1").kl_reading == "k1"
+
+
+def test_what_is_measured() -> None:
+    assert Arguments().kl_logged_estimators == ("k1", "k3")
+    assert Arguments(beta=0.0).kl_logged_estimators == ()
+    assert not Arguments(beta=0.0).kl_is_measured
+    assert Arguments(beta=0.0, kl_monitor=["k2"]).kl_logged_estimators == ("k2", "k3")
+    assert Arguments(beta=0.0, kl_placement="none").kl_is_measured
+    assert Arguments(kl_estimator="exact", kl_monitor=[]).kl_logged_estimators == ("exact",)
+    assert not Arguments().kl_needs_exact
+    assert Arguments(kl_monitor=["exact"]).kl_needs_exact
+
+
+def test_trl_switch_keeps_its_meaning(tmp_path: Path) -> None:
+    def config(**options: object) -> KLXGRPOConfig:
+        return KLXGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, beta=0.1, report_to=[], **options)
+
+    assert config().kl_importance_sampling == "token"
+    assert config().use_bias_correction_kl is True
+    assert config(use_bias_correction_kl=False).kl_importance_sampling == "none"
+    assert config(kl_importance_sampling="none").use_bias_correction_kl is False
+    assert config(use_bias_correction_kl=True, kl_importance_sampling="prefix").kl_importance_sampling == "prefix"
+    for corrected, level in ((False, "token"), (True, "none")):
+        with pytest.raises(ValueError, match="set one of the two"):
+            config(use_bias_correction_kl=corrected, kl_importance_sampling=level)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"kl_estimator": "exact", "sync_ref_model": True}, "sync_ref_model=false"),
+        ({"use_liger_kernel": True}, "use_liger_kernel=true computes TRL's loss"),
+    ],
+)
+def test_grpo_refuses(tmp_path: Path, options: dict, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo_config, "LIGER_COMPUTES_THE_LOSS", True)  # as up to TRL 1.14
+    with pytest.raises(ValueError, match=sentence):
+        KLXGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, beta=0.1, report_to=[], **options)
+
+
+def test_config_survives_a_round_trip(tmp_path: Path) -> None:
+    """What resolved once resolves to the same again: a checkpoint's arguments can be read back."""
+    settings = {"kl_estimator": "k1", "kl_placement": "reward", "use_cpu": True, "bf16": False, "report_to": []}
+    first = KLXGRPOConfig(str(tmp_path), beta=0.1, **settings)
+    names = [name for name in KLArguments.__dataclass_fields__] + ["use_bias_correction_kl"]
+    again = KLXGRPOConfig(str(tmp_path), **{**settings, "beta": 0.1, **{name: getattr(first, name) for name in names}})
+    assert all(getattr(first, name) == getattr(again, name) for name in names)

@@ -1,0 +1,60 @@
+"""The command `trl-klx`. Thin: every subcommand is a function elsewhere."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+USAGE = """\
+usage: trl-klx COMMAND [options]
+
+  starter   make a small, really trained model, its data and its reward (about 20 s on two cores)
+  grpo      train with GRPO: trl-klx grpo --config RECIPE.yaml [--accelerate_config cpu] [--field value ...]
+
+`trl-klx COMMAND --help` says what a command takes.
+"""
+_ACCELERATE_CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status."""
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("--help", "-h"):
+        print(USAGE, end="")
+        return 0
+    if command == "starter":
+        from .starter import main as starter
+
+        return starter(rest)
+    if command == "grpo":
+        return _train("grpo", rest)
+    print(f"error: the command {command!r} does not exist: use starter or grpo.", file=sys.stderr)
+    return 2
+
+
+def _train(algorithm: str, argv: list[str]) -> int:
+    """Train in this process, or under `accelerate launch` where --accelerate_config asks for it."""
+    if "--accelerate_config" not in argv:
+        from .run.grpo import main as train
+
+        return train(argv, program=f"trl-klx {algorithm}")
+    position = argv.index("--accelerate_config")
+    name = (argv[position + 1 : position + 2] or [""])[0]
+    config = _accelerate_config(name)
+    if config is None:
+        known = ", ".join(sorted(path.stem for path in _ACCELERATE_CONFIGS.glob("*.yaml")))
+        print(f"error: --accelerate_config {name} is neither a file nor one of {known}.", file=sys.stderr)
+        return 2
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
+    rest = argv[:position] + argv[position + 2 :]
+    return subprocess.call([*launch, "-m", f"trl_klx.run.{algorithm}", *rest])
+
+
+def _accelerate_config(name: str) -> Path | None:
+    for path in (Path(name), _ACCELERATE_CONFIGS / f"{name}.yaml"):
+        if name and path.is_file():
+            return path
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

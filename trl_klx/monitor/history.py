@@ -1,0 +1,48 @@
+"""Every logged metric as one JSON line, written as it is logged: a crash loses nothing that was printed."""
+
+import json
+from pathlib import Path
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+HISTORY_FILE = "metrics.jsonl"
+
+
+class HistoryCallback(TrainerCallback):
+    """Appends each log entry to `<output_dir>/metrics.jsonl`, from the main process; a fresh run starts it afresh."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir or ".") / HISTORY_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # On resume, drop what an interrupted run logged past its last checkpoint: those steps are run again.
+        kept = [entry for entry in read_history(path) if entry.get("step", 0) <= state.global_step]
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept if state.global_step > 0))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            with (Path(args.output_dir or ".") / HISTORY_FILE).open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}, default=str) + "\n")
+
+
+def read_history(path: Path) -> list[dict]:
+    """Entries of a metrics file; a last line cut short by a crash is left out. An absent file is an empty history."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return entries

@@ -1,0 +1,27 @@
+"""A progress bar that shows what one watches in KL-controlled training: reward, KL and beta."""
+
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+
+# (label, metric); metrics of evaluation carry the prefix eval_.
+_SHOWN = (("reward", "reward"), ("kl/seq", "kl/sequence"), ("beta", "kl/coef"))
+
+
+class KLProgressCallback(ProgressCallback):
+    """transformers' progress bar, with three numbers beside it instead of a printed dictionary of all metrics."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        shown = {label: f"{logs[name]:.3g}" for label, name in _SHOWN if logs.get(name) is not None}
+        if shown:
+            self.training_bar.set_postfix(shown)
+        evaluated = [f"{label} {logs[f'eval_{name}']:.3g}" for label, name in _SHOWN if f"eval_{name}" in logs]
+        if evaluated:
+            self.training_bar.write(f"step {state.global_step}, held out: {', '.join(evaluated)}")

@@ -1,0 +1,77 @@
+"""Reading a recipe: YAML file, command line, and one clear sentence for whatever is wrong with them."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import ScriptArguments, TrlParser
+
+
+@dataclass
+class RunArguments(ScriptArguments):
+    """What TRL's scripts take, with rewards as dotted paths."""
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Reward functions as dotted paths, for example trl_klx.rewards.exact_match."},
+    )
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot work. The message is one sentence that names the field, value and remedy."""
+
+
+def parse_recipe(program: str, dataclass_types: tuple[Any, ...], argv: list[str]) -> tuple:
+    """Parse `--config recipe.yaml --any_field value …` into the dataclasses; the command line wins.
+
+    Raises:
+        BadInput: the file is missing or no mapping, or a field or value does not exist.
+    """
+    parser = TrlParser(dataclass_types, prog=program, usage=f"{program} --config RECIPE.yaml [--field value ...]")
+    known = {f.name for cls in dataclass_types for f in dataclasses.fields(cls) if f.init} | {"env"}
+    _check_config_file(argv, known)
+    try:
+        *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    fields = [text.lstrip("-").split("=")[0] for text in unknown if text.startswith("--")]
+    if fields:
+        raise BadInput(f"on the command line, {_unknown_field(fields[0], known)}")
+    if unknown:
+        raise BadInput(f"{unknown[0]!r} on the command line belongs to no field: write --field value.")
+    return tuple(parsed)
+
+
+def _check_config_file(argv: list[str], known: set[str]) -> None:
+    if "--config" not in argv:
+        return
+    position = argv.index("--config") + 1
+    if position == len(argv):
+        raise BadInput("--config needs the path of a recipe, for example recipes/starter/grpo_exact_both_pid.yaml.")
+    path = Path(argv[position])
+    if not path.is_file():
+        raise BadInput(f"--config {path} does not exist: give the path of a recipe (see recipes/README.md).")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} must be a YAML mapping of field: value, and is a {type(content).__name__}.")
+    for name, value in content.items():
+        if name not in known:
+            raise BadInput(f"in {path}, {_unknown_field(name, known)}")
+        if (
+            isinstance(value, dict)
+            and name not in ("env", "model_init_kwargs", "generation_kwargs")
+            and not (name.endswith("_kwargs") or name.endswith("_config"))
+        ):
+            raise BadInput(f"in {path}, {name} must be a plain value, not a mapping: recipes are flat.")
+
+
+def _unknown_field(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}?" if near else "remove it."
+    return f"the field {name!r} does not exist: {hint}"

@@ -1,0 +1,102 @@
+"""Model path, dataset and reward functions, checked before any model is loaded."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from transformers import AutoConfig
+
+from .arguments import BadInput, RunArguments
+
+# What TRL itself passes to every reward function.
+_FROM_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+
+
+def check_model(path: str | None, revision: str | None = None) -> None:
+    """Refuse a path that is neither a local model nor one on the Hub; reads its config only."""
+    if path is None:
+        raise BadInput("model_name_or_path is missing: give a local folder or the name of a model on the Hub.")
+    try:
+        AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        hint = "run `trl-klx starter` first" if path.startswith("runs/starter") else "check the spelling"
+        raise BadInput(
+            f"model_name_or_path={path!r} is neither a local folder with a config.json nor a model that the Hub gives "
+            f"here: {hint}."
+        ) from error
+
+
+def load_reward_functions(names: list[str] | None) -> list[Callable]:
+    """Import reward functions from dotted paths; the working directory is on the path, as in TRL's scripts."""
+    if not names:
+        raise BadInput("reward_funcs is missing: give dotted paths, for example trl_klx.rewards.exact_match.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return [_load_function(name) for name in names]
+
+
+def _load_function(name: str) -> Callable:
+    module_name, _, function_name = name.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name) if module_name else None
+    except (ImportError, AttributeError) as error:
+        raise BadInput(f"reward_funcs={name!r} cannot be imported ({error}): give module.function.") from error
+    if not callable(function):
+        raise BadInput(f"reward_funcs={name!r} is no function: give module.function.")
+    return function
+
+
+def load_splits(args: RunArguments, reward_functions: list[Callable], *, needs_test: bool) -> DatasetDict:
+    """Load the dataset and check its splits, columns and size against what the run needs.
+
+    Raises:
+        BadInput: dataset, split or column is missing, or a split is empty.
+    """
+    if args.dataset_name is None:
+        raise BadInput("dataset_name is missing: give a folder with train.jsonl, or the name of a dataset on the Hub.")
+    try:
+        dataset = load_dataset(args.dataset_name, name=args.dataset_config, streaming=args.dataset_streaming)
+    except Exception as error:  # `datasets` raises a different class for every way a path can be wrong
+        looks_local = args.dataset_name.startswith(("/", ".", "runs/")) and not Path(args.dataset_name).exists()
+        reason = "there is no such folder" if looks_local else f"{type(error).__name__}: {_first_line(error)}"
+        hint = "; run `trl-klx starter` first" if args.dataset_name.startswith("runs/starter") else ""
+        raise BadInput(f"dataset_name={args.dataset_name!r} cannot be loaded ({reason}){hint}.") from error
+    wanted = {"dataset_train_split": args.dataset_train_split}
+    if needs_test:
+        wanted["dataset_test_split"] = args.dataset_test_split
+    for field, split in wanted.items():
+        if split not in dataset:
+            raise BadInput(
+                f"{field}={split!r} is not in {args.dataset_name}, which has {', '.join(dataset)}: name one of these."
+            )
+        _check_columns(dataset[split], split, reward_functions)
+    return dataset
+
+
+def _check_columns(dataset: Dataset | IterableDataset, split: str, reward_functions: list[Callable]) -> None:
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise BadInput(f"the split {split!r} of the dataset is empty: give it at least one prompt.")
+    columns = dataset.column_names
+    if columns is None:  # a stream may not know its columns before it is read
+        return
+    if "prompt" not in columns:
+        raise BadInput(f"the split {split!r} has no column 'prompt' (it has {', '.join(columns)}): rename one to it.")
+    for function in reward_functions:
+        for name, parameter in inspect.signature(function).parameters.items():
+            required = parameter.default is parameter.empty and parameter.kind in (
+                parameter.POSITIONAL_OR_KEYWORD,
+                parameter.KEYWORD_ONLY,
+            )
+            if required and name not in _FROM_TRL and name not in columns:
+                raise BadInput(
+                    f"the reward function {getattr(function, '__name__', function)!r} needs a column {name!r} and the "
+                    f"split {split!r} has {', '.join(columns)}: rename or add the column."
+                )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -1,0 +1,58 @@
+"""`KLXGRPOConfig`: TRL's `GRPOConfig` with the KL arguments."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from ..config import KLArguments
+from .trl_compat import LIGER_COMPUTES_THE_LOSS
+
+
+@dataclass
+class KLXGRPOConfig(KLArguments, GRPOConfig):
+    """`GRPOConfig` plus the KL arguments. `beta` keeps TRL's name and is where a controller starts.
+
+    With its defaults (k3, loss, token weight) loss and gradients equal TRL's own.
+    """
+
+    use_bias_correction_kl: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "TRL's name for kl_importance_sampling: true means token, false means none. Set one of the two."
+        },
+    )
+
+    @property
+    def kl_coef_start(self) -> float:
+        return self.beta
+
+    @property
+    def kl_coef_name(self) -> str:
+        return "beta"
+
+    def __post_init__(self) -> None:
+        if self.use_bias_correction_kl is not None:
+            self._follow_trl_switch(self.use_bias_correction_kl)
+        self.check_kl()
+        self.use_bias_correction_kl = self.kl_importance_sampling != "none"
+        if LIGER_COMPUTES_THE_LOSS and self.use_liger_kernel and self.kl_is_measured:
+            raise ValueError(
+                "use_liger_kernel=true computes TRL's loss in a fused kernel with its own k3 KL: set it to false, or "
+                "install trl>=1.16, where it only swaps layers."
+            )
+        if self.kl_needs_exact and self.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model=true changes the reference between its scoring and the loss, which an exact KL cannot "
+                "follow: use kl_estimator k1, k2 or k3, or sync_ref_model=false."
+            )
+        super().__post_init__()
+
+    def _follow_trl_switch(self, corrected: bool) -> None:
+        meaning = "token" if corrected else "none"
+        if self.kl_importance_sampling is None:
+            self.kl_importance_sampling = None if self.kl_placement in ("none", "reward") else meaning
+        elif (self.kl_importance_sampling != "none") != corrected:
+            raise ValueError(
+                f"use_bias_correction_kl={corrected} means kl_importance_sampling={meaning!r} and "
+                f"kl_importance_sampling is {self.kl_importance_sampling!r}: set one of the two."
+            )

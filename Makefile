@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/installed
 	$(BIN)/trl-klx starter --output_dir runs/starter
-	$(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml scripts/grpo.py \
-		--config recipes/starter/grpo_exact_both_pid.yaml
+	$(BIN)/accelerate launch --quiet --num_cpu_threads_per_process 1 --config_file recipes/accelerate/cpu.yaml \
+		scripts/grpo.py --config recipes/starter/grpo_exact_both_pid.yaml
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

@@ -83,6 +83,7 @@ BAD = [  # options, what the sentence must contain
     ({"kl_monitor": ["k1", "k5"]}, "kl_monitor='k5' does not exist"),
     ({"kl_monitor": "k1"}, "write [k1]"),
     ({"kl_is_cap": 2.0, "kl_importance_sampling": "none", "kl_estimator": "k2"}, "remove it, or set"),
+    ({"kl_is_cap": 2.0, "kl_estimator": "exact"}, "an exact KL takes no token weight"),
     ({"kl_is_cap": -1.0}, "kl_is_cap=-1.0 must be more than zero"),
     ({"kl_is_mode": "mask"}, "set kl_is_cap"),
     ({"kl_value_cap": 0}, "kl_value_cap=0 must be more than zero"),

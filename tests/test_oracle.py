@@ -236,7 +236,55 @@ def test_fixture_variance_of_one_sample(term: KLTerm, variance: float) -> None:
     samples = torch.stack([one_sample_gradient(world, term, n) for n in range(len(probs_N))])
     mean = (probs_N[:, None] * samples).sum(0)
     found = (probs_N * (samples - mean).square().sum(-1)).sum()
-    assert float(found) == pytest.approx(variance, rel=1e-7)
+    assert float(found.detach()) == pytest.approx(variance, rel=1e-7)
+
+
+def test_fixture_variance_of_the_ratio_in_the_graph() -> None:
+    """Why the weighted loss is no autograd through ratio * k1: the same expectation, P, at 15 times the variance."""
+    world = fixture_world()
+    probs_N = world.sequence_probs(world.policy_logps()).detach()
+
+    def one_sample(n: int) -> Tensor:
+        logps = world.policy_logps()[n]
+        return world.gradient(((logps - logps.detach()).exp() * (logps - world.ref_logps()[n])).sum())
+
+    samples = torch.stack([one_sample(n) for n in range(len(probs_N))])
+    mean = (probs_N[:, None] * samples).sum(0)
+    assert relative_error(mean, targets(world)["P"], mean) < TOLERANCE
+    assert float((probs_N * (samples - mean).square().sum(-1)).sum()) == pytest.approx(2.5435282, rel=1e-7)
+
+
+BANDIT_REF = torch.tensor([0.35, 0.25, 0.20, 0.15, 0.05], dtype=torch.float64)
+BANDIT_REWARD = torch.tensor([0.0, 1.0, 0.5, -1.0, 2.0], dtype=torch.float64)
+BANDIT_FIXED_POINTS = [  # configuration, where exact ascent on E[r] - penalty (beta 1) ends, E[r] - KL there
+    (KLTerm("k2", "loss", weight_level="none"), (0.196194, 0.380936, 0.184839, 0.030932, 0.207098), 0.578830),
+    (KLTerm("k3", "loss"), (0.196194, 0.380936, 0.184839, 0.030932, 0.207098), 0.578830),
+    (KLTerm("exact", "both"), (0.196194, 0.380936, 0.184839, 0.030932, 0.207098), 0.578830),
+    (KLTerm("k1", "reward", weight_level="none"), (0.196194, 0.380936, 0.184839, 0.030932, 0.207098), 0.578830),
+    (KLTerm("k3", "loss", weight_level="none"), (0.165551, 0.224385, 0.123904, 0.048167, 0.437994), 0.425870),
+]
+
+
+@pytest.mark.parametrize(
+    ("term", "policy", "objective"), BANDIT_FIXED_POINTS, ids=[label(t[0]) for t in BANDIT_FIXED_POINTS]
+)
+def test_bandit_fixed_points(term: KLTerm, policy: tuple[float, ...], objective: float) -> None:
+    """One token, five actions: exact ascent ends at ref * exp(r) / Z, and with the literal k3 at a point of its own."""
+    theta = BANDIT_REF.log().clone().requires_grad_()
+    mask = torch.ones(5, 1)
+    for _ in range(4000):
+        logps = theta.log_softmax(-1)
+        exact = exact_kl(theta, BANDIT_REF.log()).expand(5, 1)
+        columns = (logps[:, None], BANDIT_REF.log()[:, None], mask)
+        score = BANDIT_REWARD - (term.credit(*columns, exact=exact)[:, 0] if term.in_reward else 0.0)
+        penalty = term.loss(*columns, exact=exact)[:, 0] if term.in_loss else torch.zeros(5)
+        ascent = (logps.detach().exp() * (score.detach() * logps - penalty)).sum()
+        (grad,) = torch.autograd.grad(ascent, theta)
+        theta = (theta + 0.5 * grad).detach().requires_grad_()
+    probs = theta.softmax(-1)
+    torch.testing.assert_close(probs, torch.tensor(policy, dtype=torch.float64), rtol=0, atol=2e-6)
+    found = (probs * BANDIT_REWARD).sum() - exact_kl(theta, BANDIT_REF.log())
+    assert float(found.detach()) == pytest.approx(objective, abs=2e-6)
 
 
 def one_sample_gradient(world: World, term: KLTerm, n: int) -> Tensor:

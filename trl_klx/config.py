@@ -231,6 +231,11 @@ class KLArguments:
                 f"kl_is_cap={self.kl_is_cap} bounds an importance weight and kl_importance_sampling='none' has none: "
                 "remove it, or set kl_importance_sampling='token'."
             )
+        if self.kl_is_cap is not None and (self.kl_estimator, self.kl_importance_sampling) == ("exact", "token"):
+            raise ValueError(
+                f"kl_is_cap={self.kl_is_cap} has no effect: an exact KL takes no token weight (it averages over the "
+                "policy's tokens itself); remove it, or set kl_importance_sampling='prefix'."
+            )
         if self.kl_is_mode == "mask" and self.kl_is_cap is None:
             raise ValueError("kl_is_mode='mask' drops the weights above kl_is_cap: set kl_is_cap, for example 2.0.")
         if self.kl_credit != "return_to_go" and self.kl_placement in ("none", "loss"):

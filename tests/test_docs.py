@@ -1,0 +1,69 @@
+"""The docs say what the code does: tables as printed, paths that exist, commands that the Makefile has."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_oracle import oracle_table
+
+from trl_klx.config import ESTIMATORS, KLArguments
+from trl_klx.kl.gradients import SOUND, expected_gradient
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md", "docs/gradients.md")]
+
+
+def test_gradient_page_is_what_the_oracle_prints() -> None:
+    page = (ROOT / "docs" / "gradients.md").read_text()
+    for row in oracle_table():
+        pattern = rf"\| {re.escape(row.configuration)} \| {re.escape(row.target)} \| ([^|]*) \| ([^|]*) \|"
+        found = re.search(pattern, page)
+        assert found, row.configuration
+        assert found[2] == ("yes" if row.accepted else "refused")
+        if row.target != "biased":
+            assert float(found[1]) < 1e-9
+            assert row.error < 1e-9
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("placement", ["loss", "reward", "both"])
+def test_readme_table_has_the_verdict_of_the_code(estimator: str, placement: str) -> None:
+    """Each cell names the gradient of the defaults; a refused combination is in italics."""
+    page = (ROOT / "README.md").read_text()
+    header = next(line for line in page.splitlines() if line.startswith("| estimator |"))
+    columns = [cell.strip(" `") for cell in header.strip("|").split("|")]
+    line = next(line for line in page.splitlines() if line.startswith(f"| `{estimator}` |"))
+    cell = line.strip("|").split("|")[columns.index(placement)].strip()
+    gradient = expected_gradient(estimator, placement, "return_to_go", placement != "reward")
+    assert f"**{gradient.name}**" in cell or f"_{gradient.name}" in cell
+    assert cell.startswith("_refused") == (gradient not in SOUND)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_paths_in_docs_exist(page: Path) -> None:
+    text = page.read_text()
+    linked = re.findall(r"\]\(([^)#:]+)\)", text)
+    quoted = re.findall(r"`((?:recipes|scripts|tests|docs|trl_klx|\.ci)/[\w./]*)`", text)
+    launched = re.findall(r"(?:recipes|scripts)/[\w/]+\.(?:yaml|py)", text)
+    for name in linked:
+        assert (page.parent / name).exists() or (ROOT / name).exists(), name
+    for name in quoted + launched:
+        assert (ROOT / name).exists(), name
+
+
+def test_make_targets_in_the_readme_exist() -> None:
+    targets = set(re.findall(r"\bmake (\w+)", (ROOT / "README.md").read_text()))
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_options_in_the_readme_exist() -> None:
+    named = set(re.findall(r"`(kl_\w+|allow_biased_kl)`?[:=`]?", (ROOT / "README.md").read_text()))
+    assert named
+    assert named <= set(KLArguments.__dataclass_fields__) | {"kl_credit", "kl_coef", "kl_state", "kl_control"}
+
+
+def test_ci_calls_the_readmes_test_command() -> None:
+    assert "make test" in (ROOT / ".ci" / "run").read_text()

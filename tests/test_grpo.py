@@ -202,7 +202,7 @@ def test_beta_of_today_scales_the_buffered_credit(model_path: str, tmp_path: Pat
     trainer = make_trainer(model_path, tmp_path, kl_estimator="k1", kl_placement="reward")
     drift(trainer)
     inputs = rollout(trainer)
-    trainer.kl.coef = 0.4
+    trainer.beta = 0.4
     moved = trainer._with_kl_advantages(inputs)["advantages"]
     torch.testing.assert_close(moved, inputs["advantages"][:, None] - 0.4 * inputs["kl_credit"])
 

@@ -31,7 +31,7 @@ TRAIN_PROMPTS, TEST_PROMPTS = 4096, 512
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS = 128, 2, 4
 BATCH_SIZE, LEARNING_RATE = 64, 1.5e-3
 NEXT_COMMAND = (
-    "accelerate launch --config_file recipes/accelerate/cpu.yaml scripts/grpo.py "
+    "accelerate launch --num_cpu_threads_per_process 1 --config_file recipes/accelerate/cpu.yaml scripts/grpo.py "
     "--config recipes/starter/grpo_exact_both_pid.yaml"
 )
 

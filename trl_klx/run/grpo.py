@@ -36,8 +36,10 @@ def main(argv: list[str] | None = None, program: str = "grpo.py") -> int:
         write_resolved_recipe(Path(args.output_dir), run, args, model)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
+    on_the_hub = None if Path(run.dataset_name).exists() else run.dataset_name
+    trainer.create_model_card(model_name=Path(args.output_dir).name, dataset_name=on_the_hub)
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=run.dataset_name)
+        trainer.push_to_hub(dataset_name=on_the_hub)
     if trainer.accelerator.is_main_process:
         report(Path(args.output_dir), args)
     _leave_together(trainer)

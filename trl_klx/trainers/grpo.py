@@ -198,8 +198,9 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         mask = _loss_mask(inputs)
         exact_has_grad = self.kl_term.estimator == "exact" and self.kl_term.in_loss
         exact = (inputs["ref_hidden_states"], mask, exact_has_grad) if self._exact is not None else None
+        penalised = self._with_kl_advantages(inputs)
         with self._trl_sees_beta(0.0), self._recording(exact=exact) as scorings:
-            loss = super()._compute_loss(model, self._with_kl_advantages(inputs))
+            loss = super()._compute_loss(model, penalised)
         (policy,) = scorings
         self._measure(policy, inputs, mask)
         if not (self.kl_term.in_loss and self.args.kl_is_penalised):
@@ -231,7 +232,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
             return inputs
         advantages = inputs["advantages"]
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-        return {**inputs, "advantages": advantages - self.kl.coef * inputs["kl_credit"]}
+        return {**inputs, "advantages": advantages - self.beta * inputs["kl_credit"]}
 
     def _measure(self, policy: _Scoring, inputs: dict, mask: Tensor) -> None:
         logps, ref_logps = policy.logps.detach(), inputs["ref_per_token_logps"]

@@ -291,7 +291,7 @@ def test_command_prints_where_things_are_and_what_comes_next(
     assert "runs/starter/model" in out
     assert "runs/starter/data" in out
     assert out.endswith(
-        "accelerate launch --config_file recipes/accelerate/cpu.yaml scripts/grpo.py "
+        "accelerate launch --num_cpu_threads_per_process 1 --config_file recipes/accelerate/cpu.yaml scripts/grpo.py "
         "--config recipes/starter/grpo_exact_both_pid.yaml\n"
     )
     assert main(["--output_dir", "my runs", "--seed", "1", "--force"]) == 0

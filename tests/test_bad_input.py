@@ -118,6 +118,7 @@ def test_the_good_recipe_is_not_refused(inputs: Path, tmp_path: Path, monkeypatc
     ("argv", "sentence"),
     [
         (["--config"], "--config needs the path of a recipe"),
+        (["--config=nowhere.yaml"], "--config nowhere.yaml does not exist"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml does not exist"),
         (["--config", "RECIPE", "--kl_targett", "1"], "did you mean 'kl_target'?"),
         (["--config", "RECIPE", "stray"], "'stray' on the command line belongs to no field"),
@@ -147,6 +148,19 @@ def test_command_line_is_refused(
 def test_cli_is_refused(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [["--max_steps", "abc"], ["--beta", "high"]])
+def test_a_value_of_the_wrong_kind(
+    inputs: Path, tmp_path: Path, change: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        grpo.main(["--config", str(recipe(inputs, tmp_path)), *change])
+    assert stopped.value.code == 2
+    usage, error = capsys.readouterr().err.strip().splitlines()
+    assert usage.startswith("usage: ")
+    assert f"argument {change[0]}" in error
+    assert change[1] in error
 
 
 def test_help_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:

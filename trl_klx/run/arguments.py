@@ -31,6 +31,7 @@ def parse_recipe(program: str, dataclass_types: tuple[Any, ...], argv: list[str]
         BadInput: the file is missing or no mapping, or a field or value does not exist.
     """
     parser = TrlParser(dataclass_types, prog=program, usage=f"{program} --config RECIPE.yaml [--field value ...]")
+    argv = [part for text in argv for part in (text.split("=", 1) if text.startswith("--config=") else [text])]
     known = {f.name for cls in dataclass_types for f in dataclasses.fields(cls) if f.init} | {"env"}
     _check_config_file(argv, known)
     try:
@@ -63,11 +64,7 @@ def _check_config_file(argv: list[str], known: set[str]) -> None:
     for name, value in content.items():
         if name not in known:
             raise BadInput(f"in {path}, {_unknown_field(name, known)}")
-        if (
-            isinstance(value, dict)
-            and name not in ("env", "model_init_kwargs", "generation_kwargs")
-            and not (name.endswith("_kwargs") or name.endswith("_config"))
-        ):
+        if isinstance(value, dict) and name != "env" and not name.endswith(("_kwargs", "_config")):
             raise BadInput(f"in {path}, {name} must be a plain value, not a mapping: recipes are flat.")
 
 

@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
 
-GLOBAL_BATCH, GROUP = 8, 8  # on two processes, the answers to one prompt lie on both
+GLOBAL_BATCH, GROUP = 12, 4  # three prompts; on two processes, the answers to the second lie on both
 
 
 class FixedRollouts(KLXGRPOTrainer):

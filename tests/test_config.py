@@ -108,7 +108,19 @@ BAD = [  # options, what the sentence must contain
     ({"kl_controller": "pid", "kl_target": 0.1, "beta": 0.0}, "give beta a positive start"),
     ({"kl_controller": "pid", "kl_target": 0.1, "kl_placement": "none"}, "nothing to steer"),
     ({"beta": -0.1}, "beta=-0.1 must be zero or more"),
-    ({"beta": float("inf")}, "beta=inf must be zero or more"),
+    ({"beta": float("inf")}, "beta=inf must be a finite number"),
+    ({"beta": None}, "beta=None must be a finite number"),
+    ({"beta": [0.1]}, "beta=[0.1] must be a finite number"),
+    ({"beta": 0.0, "kl_estimator": "exact"}, "kl_estimator='exact' has no effect at beta=0"),
+    ({"beta": 0.0, "kl_placement": "both"}, "kl_placement='both' has no effect at beta=0"),
+    ({"kl_estimator": ["k1", "k3"]}, "kl_estimator=['k1', 'k3'] does not exist"),
+    ({"kl_monitor": 3}, "kl_monitor=3 must be a list"),
+    ({"kl_controller": None}, "kl_controller=None does not exist"),
+    ({"kl_target_unit": None}, "kl_target_unit=None does not exist"),
+    ({"kl_credit": None}, "kl_credit=None does not exist"),
+    ({"kl_placement": "none", "kl_importance_sampling": "token"}, "kl_placement='none' has none"),
+    ({"kl_placement": "none", "kl_aggregation": "token"}, "averages the KL loss"),
+    ({"kl_estimator": "exact", "kl_direction": "forward", "kl_signal": "exact"}, "use kl_signal='k3'"),
     ({"kl_budget": 0.0}, "kl_budget=0.0 must be more than zero"),
 ]
 
@@ -139,6 +151,7 @@ def test_defaults_are_resolved() -> None:
     assert Arguments(kl_estimator="exact").kl_reading == "exact"
     assert Arguments(kl_monitor=["exact"]).kl_reading == "exact"
     assert Arguments(kl_estimator="exact", kl_signal="k1").kl_reading == "k1"
+    assert Arguments(kl_estimator="exact", kl_direction="forward").kl_reading == "k3"
 
 
 def test_what_is_measured() -> None:
@@ -171,6 +184,12 @@ def test_trl_switch_keeps_its_meaning(tmp_path: Path) -> None:
     [
         ({"kl_estimator": "exact", "sync_ref_model": True}, "sync_ref_model=false"),
         ({"use_liger_kernel": True}, "use_liger_kernel=true computes TRL's loss"),
+        ({"kl_placement": "both", "importance_sampling_level": "sequence"}, "averages them over the answer"),
+        ({"kl_placement": "both", "top_entropy_quantile": 0.5}, "drops them on low-entropy tokens"),
+        ({"kl_placement": "both", "off_policy_mask_threshold": 0.5}, "drops them by their sign"),
+        ({"kl_placement": "both", "loss_type": "cispo"}, "scales them down"),
+        ({"kl_placement": "both", "loss_type": "luspo", "kl_aggregation": "token"}, "different scales"),
+        ({"kl_estimator": "k1", "kl_placement": "reward", "use_bias_correction_kl": True}, "has none: remove it"),
     ],
 )
 def test_grpo_refuses(tmp_path: Path, options: dict, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:

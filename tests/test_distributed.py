@@ -29,7 +29,7 @@ def run(folder: Path, model: str, processes: int, options: dict) -> list[dict]:
     config.write_text(ACCELERATE.format(kind=kind, processes=processes))
     script, arguments = TESTS / "distributed_script.py", json.dumps({**options, "processes": processes})
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
     result = subprocess.run(
         [*launch, str(script), model, str(output), arguments],
         capture_output=True,

@@ -1,5 +1,6 @@
 """KLXGRPOTrainer in real, tiny training runs: placements, exact KL, PEFT, monitoring, controllers, checkpoints."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from tiny import digit_reward, save_tiny, tiny_dataset, tiny_model, tiny_tokenizer
+from tiny import digit_reward, save_tiny, tiny_dataset, tiny_family, tiny_model, tiny_tokenizer
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
@@ -106,8 +107,10 @@ def test_every_kind_of_configuration_trains(model_path: str, tmp_path: Path, opt
     assert all(value is not None and abs(value) < 1e6 for entry in logs for value in entry.values())
 
 
-def test_logged_names(model_path: str, tmp_path: Path) -> None:
-    trainer = make_trainer(model_path, tmp_path, kl_estimator="exact", kl_controller="pid", kl_target=0.02)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_logged_names(model_path: str, tmp_path: Path, accumulation: int) -> None:
+    options = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    trainer = make_trainer(model_path, tmp_path, kl_estimator="exact", kl_controller="pid", kl_target=0.02, **options)
     trainer.train()
     entry = trainer.state.log_history[1]
     names = {"kl", "kl/k1", "kl/k1_se", "kl/k3", "kl/k3_se", "kl/exact", "kl/exact_se", "kl/sequence", "kl/sequence_se"}
@@ -161,6 +164,7 @@ def test_reward_moves_advantages_after_normalisation(
 ) -> None:
     """TRL's loss sees its own normalised advantages less exactly beta * (credit - leave-one-out baseline)."""
     options = {"kl_estimator": estimator, "kl_placement": placement, "kl_credit": credit, "scale_rewards": "group"}
+    options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}  # scored in two forwards
     trainer = make_trainer(model_path, tmp_path, **options)
     drift(trainer)
     inputs = rollout(trainer)
@@ -306,10 +310,12 @@ def test_the_samplers_own_log_probs_weight_the_kl(model_path: str, tmp_path: Pat
     with torch.no_grad():
         logps = dense_logits(trainer.model, inputs).log_softmax(-1)
         logps = logps.gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    trained = logps + 0.2 * torch.rand(logps.shape, generator=torch.Generator().manual_seed(1))
+    inputs["old_per_token_logps"] = trained  # the trainer's own scores of the sampler
     engine = logps - 0.3 * torch.rand(logps.shape, generator=torch.Generator().manual_seed(0))
     engine[0, 0] = torch.nan
     loss = trainer._compute_loss(trainer.model, {**inputs, "sampling_per_token_logps": engine})
-    weights = torch.where(engine.isnan(), torch.ones_like(logps), (logps - engine).exp())
+    weights = (logps - torch.where(engine.isnan(), trained, engine)).exp()
     mask = inputs["completion_mask"].bool()
     k3 = kl_estimate(logps, inputs["ref_per_token_logps"], "k3")
     torch.testing.assert_close(loss, 0.2 * (weights * k3)[mask].mean(), rtol=1e-4, atol=1e-6)
@@ -351,20 +357,106 @@ def test_resume_continues_beta_controller_and_metrics(model_path: str, tmp_path:
         assert torch.equal(a, b)
 
 
+def test_batches_without_a_token_that_counts(model_path: str, tmp_path: Path) -> None:
+    """Every answer cut short and masked: no KL is logged, no controller moves, no gradient is NaN."""
+    options = {"mask_truncated_completions": True, "max_completion_length": 1, "kl_estimator": "exact"}
+    options |= {"kl_placement": "both", "kl_controller": "pid", "kl_target": 0.1}
+    trainer = make_trainer(model_path, tmp_path, **options, generation_kwargs={"suppress_tokens": [0, 1]})
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 3
+    assert all(value is not None and value == value for entry in logs for value in entry.values())
+    assert not any(name.startswith("kl/k") or name == "kl" for entry in logs for name in entry)
+    assert trainer.beta == 0.2
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
 def test_a_spoilt_state_file_is_named_and_refused(model_path: str, tmp_path: Path) -> None:
     options = {"kl_controller": "pid", "kl_target": 0.01, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(model_path, tmp_path, **options).train()
     checkpoint = tmp_path / "checkpoint-1"
     state = json.loads((checkpoint / STATE_FILE).read_text())
     assert state["controller"]["kind"] == "pid"
-    for content, reason in (
-        ("{", "not a readable"),
-        (json.dumps({**state, "controller": {"kind": "adaptive"}}), "fit"),
-    ):
+    reason = "not a readable controller state"
+    for content in ("{", "[]", json.dumps({**state, "controller": {"kind": "pid"}}), json.dumps({"version": 1})):
         (checkpoint / STATE_FILE).write_text(content)
         with pytest.raises(ValueError, match=reason) as error:
             make_trainer(model_path, tmp_path, **options).train(resume_from_checkpoint=str(checkpoint))
         assert str(checkpoint / STATE_FILE) in str(error.value)
+
+
+def test_resume_takes_settings_from_the_recipe(model_path: str, tmp_path: Path) -> None:
+    """Gains, target and the length of a schedule may change; what the controller had learnt stays."""
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    pid = {**options, "kl_controller": "pid", "kl_target": 0.01}
+    first = make_trainer(model_path, tmp_path / "pid", **pid)
+    first.train()
+    checkpoint = str(tmp_path / "pid" / "checkpoint-2")
+    resumed = make_trainer(model_path, tmp_path / "pid", **{**pid, "kl_target": 5.0, "kl_kp": 0.1, "max_steps": 3})
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.kl._controller.target == 5.0
+    assert resumed.kl._controller.kp == 0.1
+    assert resumed.kl._controller.readings == 3
+    assert resumed.beta < first.beta  # the KL is now far below its target
+    fixed = make_trainer(model_path, tmp_path / "pid", **{**options, "beta": 0.7, "max_steps": 3})
+    fixed.train(resume_from_checkpoint=checkpoint)
+    assert fixed.beta == 0.7
+    linear = {**options, "kl_controller": "linear", "kl_coef_end": 0.1}
+    make_trainer(model_path, tmp_path / "linear", **linear).train()
+    longer = make_trainer(model_path, tmp_path / "linear", **{**linear, "max_steps": 4})
+    longer.train(resume_from_checkpoint=str(tmp_path / "linear" / "checkpoint-2"))
+    assert longer.beta == pytest.approx(0.1)
+    assert longer.kl._controller.total == 4
+
+
+def test_train_again_starts_the_schedule_again(model_path: str, tmp_path: Path) -> None:
+    trainer = make_trainer(model_path, tmp_path, kl_controller="linear", kl_coef_end=0.01)
+    trainer.train()
+    trainer.train()
+    betas = [entry["kl/coef"] for entry in trainer.state.log_history if "kl/coef" in entry]
+    assert betas == pytest.approx([0.2, 0.2 - 0.19 / 3, 0.2 - 0.38 / 3])
+
+
+def test_two_trainers_on_one_model_have_references_of_their_own(tmp_path: Path) -> None:
+    """A copy of a model that an exact-KL trainer has used runs itself: neither reference nor snapshot follows it."""
+    model = tiny_model(seed=0)
+    first = make_trainer(model, tmp_path / "first", kl_estimator="exact")
+    snapshot = copy.deepcopy(model)
+    ids = torch.arange(3, 9).unsqueeze(0)
+    before = snapshot(input_ids=ids).logits
+    first.train()
+    torch.testing.assert_close(snapshot(input_ids=ids).logits, before, rtol=0, atol=0)
+    second = make_trainer(model, tmp_path / "second")
+    second.train()
+    logs = [entry["kl"] for entry in second.state.log_history if "kl" in entry]
+    assert logs[0] == pytest.approx(0.0, abs=1e-6)
+    assert logs[2] > 1e-3
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere"])
+def test_exact_kl_knows_how_architectures_transform_logits(family: str, tmp_path: Path) -> None:
+    """Gemma's softcap and Cohere's logit scale: value equals the dense one from the model's own logits."""
+    model = tiny_family(family)
+    trainer = make_trainer(model, tmp_path, kl_estimator="exact", temperature=0.8, loss_type="bnpo")
+    drift(trainer)
+    inputs = rollout(trainer)
+    inputs["advantages"] = torch.zeros_like(inputs["advantages"])
+    with torch.no_grad():
+        loss = trainer._compute_loss(trainer.model, inputs)
+        logits, ref_logits = (dense_logits(model, inputs, 0.8) for model in (trainer.model, trainer.ref_model))
+    wanted = 0.2 * exact_kl(logits, ref_logits)[inputs["completion_mask"].bool()].mean()
+    assert float(wanted) > 1e-4
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_forward_direction_is_named_and_steered_by_the_reverse_kl(model_path: str, tmp_path: Path) -> None:
+    options = {"kl_estimator": "exact", "kl_direction": "forward", "kl_controller": "pid", "kl_target": 0.1}
+    trainer = make_trainer(model_path, tmp_path, **options)
+    trainer.train()
+    entry = trainer.state.log_history[2]
+    assert entry["kl"] == entry["kl/exact_forward"] != entry["kl/k3"]
+    assert "kl/exact" not in entry
+    assert entry["kl/error"] == pytest.approx(entry["kl/k3"] - 0.1)
 
 
 def test_budget_stops_with_a_checkpoint(model_path: str, tmp_path: Path) -> None:

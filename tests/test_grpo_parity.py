@@ -61,6 +61,7 @@ def batch(trainer: GRPOTrainer, *, sampler_shift: float) -> dict[str, Tensor]:
         "completion_mask": completion_mask,
         "tool_mask": tool_mask,
         "advantages": torch.randn(rows, generator=generator),
+        "kl_prompts": torch.arange(rows) // 4,
         "num_items_in_batch": (completion_mask * tool_mask).sum() * 4,
     }
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
@@ -182,7 +183,7 @@ def test_logged_kl_is_unweighted(trainers) -> None:
     _, ours = trainers
     inputs = batch(ours, sampler_shift=0.3)
     ours.kl_term = KLTerm()
-    ours.kl._window["train"] = None
+    ours.kl._window["train"] = []
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     loss_and_gradients(ours, inputs, loss_type="dapo", importance_sampling_level="token")

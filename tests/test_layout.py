@@ -62,7 +62,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_files_and_functions_stay_short(path: Path) -> None:
     text = (PACKAGE / path).read_text()
-    assert text.count("\n") <= 330
+    assert text.count("\n") <= 360
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body

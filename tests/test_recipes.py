@@ -93,6 +93,9 @@ def test_starter_recipes_run(
     assert resolved["max_steps"] == 4
     assert all(resolved[name] == value for name, value in recipe.items() if name.startswith("kl_"))
     assert {"trl_klx", "trl", "torch"} <= set(json.loads((folder / "versions.json").read_text()))
+    again = ["--config", str(folder / "resolved_recipe.yaml")]
+    _, args, _ = parse_recipe("test", (RunArguments, KLXGRPOConfig, ModelConfig), again)
+    assert (args.max_steps, args.kl_estimator, args.beta) == (4, resolved["kl_estimator"], recipe["beta"])
     printed = capfd.readouterr().out
     assert "held-out prompts" in printed
     assert "KL, nats per sequence" in printed

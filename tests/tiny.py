@@ -5,7 +5,16 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 CHARACTERS = "0123456789=+abcdefgh"
 
@@ -38,6 +47,27 @@ def tiny_model(seed: int = 0, *, tied: bool = False, vocab: int = 23) -> Qwen3Fo
         initializer_range=0.3,
     )
     return Qwen3ForCausalLM(config)
+
+
+def tiny_family(name: str) -> PreTrainedModel:
+    """A tiny model of an architecture that transforms its logits: gemma2 (softcap) or cohere (scale)."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 23,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        "initializer_range": 0.5,
+    }
+    if name == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=8, final_logit_softcapping=3.0))
+    return CohereForCausalLM(CohereConfig(**shape, logit_scale=0.25))
 
 
 def save_tiny(folder: Path, seed: int = 0, **settings) -> str:

@@ -38,6 +38,10 @@ CONTROLLER_SETTINGS: dict[str, tuple[str, ...]] = {
     "kl_coef_max": ("adaptive", "pid"),
     "kl_coef_end": ("linear", "cosine"),
 }
+# Choices that may be left open; check_kl or the trainer settles them.
+_OPTIONAL = ("kl_importance_sampling", "kl_signal")
+# Options that mean nothing without a KL.
+_NEED_KL = ("kl_estimator", "kl_placement", "kl_credit", "kl_direction", "kl_is_cap", "kl_value_cap")
 _POSITIVE = ("kl_target", "kl_horizon", "kl_coef_min", "kl_coef_max", "kl_coef_end", "kl_is_cap", "kl_value_cap")
 _NOT_NEGATIVE = ("kl_kp", "kl_ki", "kl_kd")
 # What to use instead of a refused combination, by estimator and placement.
@@ -155,6 +159,8 @@ class KLArguments:
         """The estimator that the controller, the budget and `kl/sequence` read."""
         if self.kl_signal is not None:
             return self.kl_signal
+        if self.kl_direction == "forward":
+            return "k3"  # target, budget and kl/sequence are of the reverse KL, whatever the loss is
         return "exact" if self.kl_estimator == "exact" or "exact" in (self.kl_monitor or ()) else "k3"
 
     @property
@@ -184,13 +190,14 @@ class KLArguments:
         self._check_exact_only_options()
         self._check_controller()
         self._check_gradient()
+        self._check_kl_is_on()
 
     def _check_names(self) -> None:
         self.kl_estimator = _estimator_name("kl_estimator", self.kl_estimator)
         if self.kl_signal is not None:
             self.kl_signal = _estimator_name("kl_signal", self.kl_signal)
         if self.kl_monitor is not None:
-            if isinstance(self.kl_monitor, str):
+            if not isinstance(self.kl_monitor, list):
                 raise ValueError(f"kl_monitor={self.kl_monitor!r} must be a list: write [{self.kl_monitor}].")
             self.kl_monitor = [_estimator_name("kl_monitor", name) for name in self.kl_monitor]
         if self.kl_importance_sampling in ("geometric", "gspo", "sequence_mean"):
@@ -200,7 +207,7 @@ class KLArguments:
             )
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            if value is not None and value not in choices:
+            if value not in choices and not (value is None and name in _OPTIONAL):
                 raise ValueError(_unknown(name, value, choices))
 
     def _check_numbers(self) -> None:
@@ -208,23 +215,28 @@ class KLArguments:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{name}={value!r} must be a finite number.")
+            _check_number(name, value)
             if value < 0 or (value == 0 and name not in _NOT_NEGATIVE):
                 wanted = "zero or more" if name in _NOT_NEGATIVE else "more than zero"
                 raise ValueError(f"{name}={value} must be {wanted}.")
         coef = self.kl_coef_start
-        if not math.isfinite(coef) or coef < 0:
+        _check_number(self.kl_coef_name, coef)
+        if coef < 0:
             raise ValueError(f"{self.kl_coef_name}={coef} must be zero or more: a negative weight rewards divergence.")
 
     def _check_dead_options(self) -> None:
         if self.kl_importance_sampling is None:
             self.kl_importance_sampling = "none" if self.kl_placement in ("none", "reward") else "token"
-        elif self.kl_placement == "reward" and self.kl_importance_sampling != "none":
+        elif self.kl_placement in ("none", "reward") and self.kl_importance_sampling != "none":
             raise ValueError(
-                f"kl_importance_sampling={self.kl_importance_sampling!r} weights the KL loss and kl_placement='reward' "
-                "has none: remove it (the policy gradient's own correction weights a KL in the reward), or use "
-                "kl_placement='both'."
+                f"kl_importance_sampling={self.kl_importance_sampling!r} weights the KL loss and kl_placement="
+                f"{self.kl_placement!r} has none: remove it (the policy gradient's own correction weights a KL in the "
+                "reward), or use kl_placement='both'."
+            )
+        if self.kl_aggregation == "token" and self.kl_placement in ("none", "reward"):
+            raise ValueError(
+                f"kl_aggregation='token' averages the KL loss and kl_placement={self.kl_placement!r} has none: remove "
+                "it."
             )
         if self.kl_is_cap is not None and self.kl_importance_sampling == "none":
             raise ValueError(
@@ -254,6 +266,11 @@ class KLArguments:
             raise ValueError(
                 f"kl_direction='forward' needs the full vocabulary and kl_estimator is {self.kl_estimator!r}: set "
                 "kl_estimator='exact', or remove kl_direction."
+            )
+        if self.kl_direction == "forward" and self.kl_signal == "exact":
+            raise ValueError(
+                "kl_signal='exact' would be the forward KL with kl_direction='forward', and targets and budgets are of "
+                "the reverse KL: use kl_signal='k3'."
             )
         if self.kl_signal == "exact" and self.kl_estimator != "exact" and "exact" not in (self.kl_monitor or ()):
             raise ValueError(
@@ -287,6 +304,18 @@ class KLArguments:
                 f"{self.kl_coef_name}={self.kl_coef_start} must lie between kl_coef_min={low} and kl_coef_max={high}."
             )
 
+    def _check_kl_is_on(self) -> None:
+        """At beta 0, TRL's default for GRPO, a chosen estimator or placement would silently do nothing."""
+        if self.kl_is_measured:
+            return
+        defaults = type(self).__dataclass_fields__
+        for name in _NEED_KL:
+            if getattr(self, name) != defaults[name].default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect at {self.kl_coef_name}=0: give {self.kl_coef_name} "
+                    "a positive value, for example 0.04, or measure without a penalty by kl_placement='none'."
+                )
+
     def _check_gradient(self) -> None:
         """Refuse what has no KL's gradient; the verdict comes from the table that the tests prove."""
         if self.kl_placement == "none":
@@ -306,8 +335,13 @@ class KLArguments:
         warnings.warn(f"{verdict} (expected gradient: {gradient.name}).", UserWarning, stacklevel=4)
 
 
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number.")
+
+
 def _estimator_name(option: str, value: str) -> str:
-    name = ESTIMATOR_ALIASES.get(value, value)
+    name = ESTIMATOR_ALIASES.get(str(value), value)
     if name not in ESTIMATORS:
         raise ValueError(_unknown(option, value, (*ESTIMATORS, *ESTIMATOR_ALIASES)))
     return name

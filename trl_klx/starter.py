@@ -192,6 +192,7 @@ def _existing_results(folder: Path, settings: dict[str, float], force: bool) -> 
     names = {path.name for path in folder.iterdir()}
     try:
         record = json.loads((folder / "starter.json").read_text())
+        record = record if isinstance(record, dict) else {}
     except (FileNotFoundError, ValueError):
         record = {}
     made_with = record.get("settings")

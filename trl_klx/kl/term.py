@@ -48,17 +48,22 @@ class KLTerm:
         return self.weight_level != "none"
 
     @property
+    def takes_weights(self) -> bool:
+        """Whether the loss is multiplied by importance weights.
+
+        An exact KL needs no token weight: it averages over the policy's tokens itself, so a token weight of mean 1
+        would only add variance.
+        """
+        return self.weighted and not (self.weight_level == "token" and self.estimator == "exact")
+
+    @property
     def gradient(self) -> Gradient:
         """Expected on-policy gradient (with direction "reverse")."""
         return expected_gradient(self.estimator, self.placement, self.reward_credit, self.weighted)
 
     def weights(self, logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Tensor | None:
-        """(B, T) importance weights on the KL loss, or None.
-
-        An exact KL needs no token weight: it averages over the policy's tokens itself, so a token weight of mean 1
-        would only add variance.
-        """
-        if self.weight_level == "none" or (self.weight_level == "token" and self.estimator == "exact"):
+        """(B, T) importance weights on the KL loss, or None where `takes_weights` is False."""
+        if self.weight_level == "none" or not self.takes_weights:
             return None
         return importance_weights(
             logps, sampler_logps, mask, level=self.weight_level, mode=self.weight_mode, cap=self.weight_cap

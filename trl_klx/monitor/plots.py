@@ -11,13 +11,14 @@ from matplotlib import pyplot as plt
 REWARD_VS_KL, KL_CONTROL = "reward_vs_kl.png", "kl_control.png"
 
 
-def plot_run(history: list[dict], folder: Path, *, target_unit: str = "token") -> list[Path]:
+def plot_run(history: list[dict], folder: Path, *, target_unit: str = "token", reading: str = "k3") -> list[Path]:
     """Draw the pictures that the logged metrics allow; returns the files written.
 
     Args:
         history: log entries with `step` and metrics, as `HistoryCallback` writes them.
         folder: where the pictures go.
         target_unit: unit of `kl/target`: "token" or "sequence".
+        reading: the estimator that the target is about, for the unit "token".
     """
     train = [entry for entry in history if _finite(entry, "kl/sequence")]
     held_out = [entry for entry in history if _finite(entry, "eval_kl/sequence")]
@@ -25,7 +26,7 @@ def plot_run(history: list[dict], folder: Path, *, target_unit: str = "token") -
     if any(_finite(entry, "reward") for entry in train):
         written.append(_reward_vs_kl(train, held_out, folder / REWARD_VS_KL))
     if train:
-        written.append(_kl_control(train, held_out, folder / KL_CONTROL, target_unit))
+        written.append(_kl_control(train, held_out, folder / KL_CONTROL, target_unit, reading))
     return written
 
 
@@ -60,16 +61,15 @@ def _reward_vs_kl(train: list[dict], held_out: list[dict], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _kl_control(train: list[dict], held_out: list[dict], path: Path, unit: str) -> Path:
+def _kl_control(train: list[dict], held_out: list[dict], path: Path, unit: str, reading: str) -> Path:
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(6, 5), sharex=True, layout="constrained", height_ratios=(2, 1))
-    name = "kl/sequence" if unit == "sequence" else "kl"
+    name = "kl/sequence" if unit == "sequence" else f"kl/{reading}"
     steps, kl = _column(train, "step"), _column(train, name)
     upper.plot(steps, kl, color="tab:blue", label="training batches")
-    if unit == "sequence":
-        error = [2 * value for value in _column(train, "kl/sequence_se")]
-        bounds = [[value - e for value, e in zip(kl, error, strict=True)]]
-        bounds.append([value + e for value, e in zip(kl, error, strict=True)])
-        upper.fill_between(steps, *bounds, alpha=0.2, color="tab:blue", label="± 2 standard errors")
+    error = [2 * value for value in _column(train, f"{name}_se")]
+    bounds = [[value - e for value, e in zip(kl, error, strict=True)]]
+    bounds.append([value + e for value, e in zip(kl, error, strict=True)])
+    upper.fill_between(steps, *bounds, alpha=0.2, color="tab:blue", label="± 2 standard errors")
     if held_out:
         upper.plot(_column(held_out, "step"), _column(held_out, f"eval_{name}"), "o", color="crimson", label="held out")
     targets = [entry for entry in train if _finite(entry, "kl/target")]

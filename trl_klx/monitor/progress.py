@@ -22,6 +22,8 @@ class KLProgressCallback(ProgressCallback):
         shown = {label: f"{logs[name]:.3g}" for label, name in _SHOWN if logs.get(name) is not None}
         if shown:
             self.training_bar.set_postfix(shown)
-        evaluated = [f"{label} {logs[f'eval_{name}']:.3g}" for label, name in _SHOWN if f"eval_{name}" in logs]
+        evaluated = [
+            f"{label} {logs[f'eval_{name}']:.3g}" for label, name in _SHOWN if logs.get(f"eval_{name}") is not None
+        ]
         if evaluated:
             self.training_bar.write(f"step {state.global_step}, held out: {', '.join(evaluated)}")

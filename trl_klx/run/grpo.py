@@ -12,8 +12,9 @@ from ..monitor.history import HistoryCallback
 from ..monitor.progress import KLProgressCallback
 from ..trainers.grpo import KLXGRPOTrainer
 from ..trainers.grpo_config import KLXGRPOConfig
+from ..trainers.kl_control import ControllerStateError
 from .arguments import RunArguments, parse_recipe
-from .inputs import check_model, load_reward_functions, load_splits
+from .inputs import check_checkpoint, check_model, load_reward_functions, load_splits
 from .report import report, write_resolved_recipe
 
 
@@ -26,15 +27,17 @@ def main(argv: list[str] | None = None, program: str = "grpo.py") -> int:
         rewards = load_reward_functions(run.reward_funcs)
         evaluates = args.eval_strategy != "no" or args.eval_on_start
         dataset = load_splits(run, rewards, needs_test=evaluates)
-        check_model(model.model_name_or_path, model.model_revision)
+        check_checkpoint(args.resume_from_checkpoint)
+        check_model(model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
+        trainer = build_trainer(run, args, model, rewards, dataset, evaluates)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    trainer = build_trainer(run, args, model, rewards, dataset, evaluates)
+        return _refuse(error)
     if trainer.accelerator.is_main_process:
         write_resolved_recipe(Path(args.output_dir), run, args, model)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except ControllerStateError as error:
+        return _refuse(error)
     trainer.save_model(args.output_dir)
     on_the_hub = None if Path(run.dataset_name).exists() else run.dataset_name
     trainer.create_model_card(model_name=Path(args.output_dir).name, dataset_name=on_the_hub)
@@ -44,6 +47,12 @@ def main(argv: list[str] | None = None, program: str = "grpo.py") -> int:
         report(Path(args.output_dir), args)
     _leave_together(trainer)
     return 0
+
+
+def _refuse(error: ValueError) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def build_trainer(run, args, model, rewards, dataset, evaluates: bool) -> KLXGRPOTrainer:

@@ -16,12 +16,12 @@ from .arguments import BadInput, RunArguments
 _FROM_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
 
 
-def check_model(path: str | None, revision: str | None = None) -> None:
+def check_model(path: str | None, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
     """Refuse a path that is neither a local model nor one on the Hub; reads its config only."""
     if path is None:
         raise BadInput("model_name_or_path is missing: give a local folder or the name of a model on the Hub.")
     try:
-        AutoConfig.from_pretrained(path, revision=revision)
+        AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         hint = "run `trl-klx starter` first" if path.startswith("runs/starter") else "check the spelling"
         raise BadInput(
@@ -30,10 +30,19 @@ def check_model(path: str | None, revision: str | None = None) -> None:
         ) from error
 
 
-def load_reward_functions(names: list[str] | None) -> list[Callable]:
+def check_checkpoint(path: str | None) -> None:
+    """Refuse a checkpoint to resume from that is not there."""
+    if path is not None and not Path(path).is_dir():
+        raise BadInput(
+            f"resume_from_checkpoint={path!r} is no folder: give a checkpoint-<step> folder of an earlier run."
+        )
+
+
+def load_reward_functions(names: list[str] | str | None) -> list[Callable]:
     """Import reward functions from dotted paths; the working directory is on the path, as in TRL's scripts."""
     if not names:
         raise BadInput("reward_funcs is missing: give dotted paths, for example trl_klx.rewards.exact_match.")
+    names = [names] if isinstance(names, str) else names
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     return [_load_function(name) for name in names]

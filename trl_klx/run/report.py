@@ -26,6 +26,8 @@ def write_resolved_recipe(folder: Path, run: RunArguments, args: TrainingArgumen
     folder.mkdir(parents=True, exist_ok=True)
     # `to_dict` and not `asdict`: it leaves the Hub token out.
     resolved = {**asdict(run), **asdict(model), **args.to_dict()}
+    # Derived from two others, and refused beside them if the file is run again.
+    del resolved["generation_batch_size"]
     plain = {name: value for name, value in resolved.items() if _plain(value)}
     (folder / "resolved_recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=True))
     versions = {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()}
@@ -39,7 +41,7 @@ def _plain(value: object) -> bool:
 def report(folder: Path, args: KLArguments) -> None:
     """Print the summary table and draw the pictures, from the metrics file of the run."""
     history = read_history(folder / HISTORY_FILE)
-    pictures = plot_run(history, folder, target_unit=args.kl_target_unit)
+    pictures = plot_run(history, folder, target_unit=args.kl_target_unit, reading=args.kl_reading)
     console = Console()
     console.print(summary_table(history, args))
     for path in pictures:

@@ -55,26 +55,23 @@ class ExactKLForward:
         self._temperature, self._direction = temperature, direction
         self._logit_scale, self._softcap = _logit_transform(policy)
         self._request: _Request | None = None
-        self._keep = False
         self._hidden: Tensor | None = None
         self._checked = False
         _check_heads(policy, reference)
-        for model in {id(policy): policy, id(reference): reference}.values():
-            model.base_model.register_forward_hook(self._keep_hidden)
         self._wrap_forward()
 
     def _keep_hidden(self, backbone: nn.Module, args: tuple, output) -> None:
-        if self._keep:
-            self._hidden = output.last_hidden_state
+        self._hidden = output.last_hidden_state
 
     def _wrap_forward(self) -> None:
-        original = self._policy.forward
+        # The function and not the bound method: a copy of the model must run itself, not this one.
+        original = self._policy.forward.__func__  # type: ignore[attr-defined]
 
         # Same signature: `generate` validates its model arguments against it.
         @functools.wraps(type(self._policy).forward)
         def forward(model, *args, **kwargs):
-            output = original(*args, **kwargs)
-            if self._request is None:
+            output = original(model, *args, **kwargs)
+            if self._request is None or model is not self._policy:
                 return output
             return _with_exact_kl(output, self._exact_kl(output))
 
@@ -113,13 +110,16 @@ class ExactKLForward:
 
     @contextmanager
     def _capture(self, model: nn.Module, hook) -> Iterator[None]:
-        handle = model.register_forward_hook(hook)
-        self._keep = True
+        # Only while scoring: generation runs the backbone too, and a copy of the model must not carry our hooks.
+        backbones = {id(m.base_model): m.base_model for m in (self._policy, self._reference)}.values()
+        handles = [backbone.register_forward_hook(self._keep_hidden) for backbone in backbones]
+        handles.append(model.register_forward_hook(hook))
         try:
             yield
         finally:
-            handle.remove()
-            self._keep, self._hidden = False, None
+            for handle in handles:
+                handle.remove()
+            self._hidden = None
 
     def _completion_hidden(self, length: int) -> Tensor:
         if self._hidden is None:
@@ -171,10 +171,11 @@ class ExactKLForward:
 
 def _check_heads(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
     head, ref_head = policy.get_output_embeddings(), reference.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
+    if type(head) is not nn.Linear:
         raise ValueError(
-            f"the output head is a {type(head).__name__}: exact KL reads the head's weight, so remove 'lm_head' from "
-            "the adapter's target_modules and modules_to_save, or use kl_estimator k1, k2 or k3."
+            f"the output head is a {type(head).__module__}.{type(head).__name__}: exact KL reads a plain head's "
+            "weight, so remove 'lm_head' from the adapter's target_modules and modules_to_save, or use kl_estimator "
+            "k1, k2 or k3."
         )
     if head.weight.shape[0] != ref_head.weight.shape[0]:
         raise ValueError(

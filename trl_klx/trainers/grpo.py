@@ -54,7 +54,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
     """`GRPOTrainer` whose KL to the reference you choose: see `KLXGRPOConfig` and the table in the README.
 
     Takes `GRPOTrainer`'s arguments, with a `KLXGRPOConfig` as `args`. Where the policy is given in memory rather than
-    by path, the reference is a copy of it as given (TRL would reload it from disk).
+    by path, the reference is a copy of it as given (TRL would reload it from disk, and under ZeRO-3 still does).
 
     Raises:
         TypeError: `args` is no `KLXGRPOConfig`.
@@ -80,6 +80,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         if not isinstance(args, KLXGRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}: KLXGRPOTrainer takes a KLXGRPOConfig.")
         self._scorings: list[_Scoring] | None = None
+        self._prompts_seen = 0
         self._keep_ref_hidden = False
         self._exact_request: tuple[Tensor, Tensor, bool] | None = None  # reference hidden states, mask, with gradient
         without_adapter = kwargs.get("peft_config") is None
@@ -144,6 +145,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         with self._trl_sees_beta(1.0), self._recording(ref_hidden=self._exact is not None) as scorings:
             output = super()._generate_and_score_completions(inputs)
+        output["kl_prompts"] = self._prompt_numbers(len(inputs))
         if self._exact is not None:
             (ref_scoring,) = (s for s in scorings if s.logps is output["ref_per_token_logps"])
             output["ref_hidden_states"] = ref_scoring.hidden
@@ -151,12 +153,25 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
             output["kl_credit"] = self._kl_credit(output)
         return output
 
+    def _prompt_numbers(self, rows: int) -> Tensor:
+        """(B,) a number per prompt, unique in the run and the same on all processes; TRL lays groups out adjacently."""
+        accelerator = self.accelerator
+        place = accelerator.process_index * rows + torch.arange(rows, device=accelerator.device)
+        numbers = self._prompts_seen + place // self._group_size
+        self._prompts_seen += -(-rows * accelerator.num_processes // self._group_size)
+        return numbers
+
+    @property
+    def _group_size(self) -> int:
+        """Answers per prompt."""
+        return self.num_generations if self.model.training else self.num_generations_eval  # type: ignore[return-value]
+
     @torch.no_grad()
     def _kl_credit(self, output: dict) -> Tensor:
         """(B, C) KL credit of each token less its leave-one-out baseline, in nats; times -beta it is an advantage."""
         mask = _loss_mask(output)
         logps, exact = output.get("old_per_token_logps"), None
-        if logps is None or self._exact is not None:
+        if logps is None or self.kl_term.estimator == "exact":
             scoring = self._score_policy(output, mask)
             logps, exact = scoring.logps, scoring.exact
         credit = self.kl_term.credit(logps, output["ref_per_token_logps"], mask, exact=exact)
@@ -183,11 +198,10 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
     def _baseline(self, credit: Tensor, mask: Tensor) -> Tensor:
         """Leave-one-out baseline; the answers to one prompt may lie on several processes."""
         accelerator = self.accelerator
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
         all_credit, all_mask = (
             accelerator.gather(accelerator.pad_across_processes(tensor, dim=1)) for tensor in (credit, mask.int())
         )
-        baseline = leave_one_out_baseline(all_credit, all_mask, group_size)  # type: ignore[arg-type]
+        baseline = leave_one_out_baseline(all_credit, all_mask, self._group_size)
         rows, length = credit.shape
         start = accelerator.process_index * rows
         return baseline[start : start + rows, :length]
@@ -238,9 +252,9 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         logps, ref_logps = policy.logps.detach(), inputs["ref_per_token_logps"]
         sampled = {name: kl_estimate(logps, ref_logps, name) for name in SAMPLED_ESTIMATORS if name in self.kl.names}
         exact = {} if policy.exact is None else {"exact": policy.exact.detach()}
-        self.kl.measure(self._mode, sampled | exact, mask)
+        self.kl.measure(self._mode, sampled | exact, mask, inputs["kl_prompts"])
         sampler_logps = _sampler_logps(logps, inputs)
-        if self.kl_term.weighted and sampler_logps is not logps:
+        if self.kl_term.takes_weights and sampler_logps is not logps:
             level = self.kl_term.weight_level
             weights = importance_weights(logps, sampler_logps, mask, level=level)  # type: ignore[arg-type]
             for name, value in self.kl.weight_metrics(weights, mask).items():

@@ -45,12 +45,44 @@ class KLXGRPOConfig(KLArguments, GRPOConfig):
                 "sync_ref_model=true changes the reference between its scoring and the loss, which an exact KL cannot "
                 "follow: use kl_estimator k1, k2 or k3, or sync_ref_model=false."
             )
+        if self.kl_placement in ("reward", "both") and not self.allow_biased_kl:
+            self._check_reward_reaches_every_token()
         super().__post_init__()
+
+    def _check_reward_reaches_every_token(self) -> None:
+        """Refuse TRL options that gate or average the advantages, and with them the KL that is subtracted there."""
+        epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        gates = {
+            "importance_sampling_level": (
+                self.importance_sampling_level == "sequence",
+                "averages them over the answer",
+            ),
+            "top_entropy_quantile": (self.top_entropy_quantile < 1.0, "drops them on low-entropy tokens"),
+            "off_policy_mask_threshold": (self.off_policy_mask_threshold is not None, "drops them by their sign"),
+            "loss_type": (self.loss_type == "cispo" and epsilon_high < 1, "with epsilon_high < 1 scales them down"),
+        }
+        for name, (active, effect) in gates.items():
+            if active:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} acts on the advantages ({effect}) and kl_placement="
+                    f"{self.kl_placement!r} puts the KL there, so its gradient would be wrong: use "
+                    f"kl_placement='loss', or leave {name} at its default."
+                )
+        if self.kl_placement == "both" and self.kl_aggregation == "token" and self.loss_type != "dapo":
+            raise ValueError(
+                f"kl_aggregation='token' with kl_placement='both' and loss_type={self.loss_type!r} would give the two "
+                "halves of the KL different scales: use loss_type='dapo', or kl_aggregation='loss_type'."
+            )
 
     def _follow_trl_switch(self, corrected: bool) -> None:
         meaning = "token" if corrected else "none"
+        if corrected and self.kl_placement in ("none", "reward"):
+            raise ValueError(
+                f"use_bias_correction_kl=True weights the KL loss and kl_placement={self.kl_placement!r} has none: "
+                "remove it."
+            )
         if self.kl_importance_sampling is None:
-            self.kl_importance_sampling = None if self.kl_placement in ("none", "reward") else meaning
+            self.kl_importance_sampling = meaning
         elif (self.kl_importance_sampling != "none") != corrected:
             raise ValueError(
                 f"use_bias_correction_kl={corrected} means kl_importance_sampling={meaning!r} and "

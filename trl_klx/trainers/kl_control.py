@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..config import KLArguments
 from ..control import Controller, make_controller
 from ..kl import effective_sample_size
-from ..monitor.moments import KLSummary, sequence_moments, summarise
+from ..monitor.moments import KLSummary, prompt_moments, sequence_count, sequence_rows, summarise
 
 if TYPE_CHECKING:
     from transformers import Trainer as _HooksBase
@@ -26,14 +26,14 @@ else:
 logger = get_logger(__name__)
 
 STATE_FILE = "kl_state.json"
-_BUDGET_DECAY = 0.8  # one noisy batch beyond the budget must not end a run
+_BUDGET_DECAY = 0.8  # the budget is compared with a mean over about five batches
 
 
 class KLControl:
     """Beta, its controller and the statistics of one run. The same on every process.
 
-    KL sums are gathered from all processes once per optimizer step and added in one order, so that beta is the same
-    to the last bit everywhere.
+    One row per sequence is gathered from all processes once per optimizer step and summed in one order, so that beta is
+    the same to the last bit everywhere.
 
     Args:
         args: the KL arguments of the trainer's config, already checked.
@@ -43,10 +43,11 @@ class KLControl:
     def __init__(self, args: KLArguments, accelerator: Accelerator) -> None:
         self._args, self._accelerator = args, accelerator
         self.names = args.kl_logged_estimators
-        self.coef = args.kl_coef_start
+        self.coef = args.kl_coef_start if args.kl_is_penalised else 0.0
         self.over_budget = False
         self._controller: Controller | None = None
-        self._window: dict[str, Tensor | None] = {"train": None, "eval": None}  # this process, this optimizer step
+        # Rows of this process: of this optimizer step, or of this evaluation.
+        self._window: dict[str, list[Tensor]] = {"train": [], "eval": []}
         self._pool: Tensor | None = None  # all processes, since the last log
         self._budget_sum, self._budget_weight = 0.0, 0.0
 
@@ -62,11 +63,18 @@ class KLControl:
             settings["total"] = total_steps
         self._controller = make_controller(self._args.kl_controller, self.coef, **settings)
 
-    def measure(self, mode: str, values: dict[str, Tensor], mask: Tensor) -> None:
-        """Add a batch of per-token KL values, (B, T) by estimator name, to the statistics of `mode` (train or eval)."""
-        moments = sequence_moments({name: values[name] for name in self.names}, mask)
-        window = self._window[mode]
-        self._window[mode] = moments if window is None else window + moments
+    def restart(self) -> None:
+        """Forget what an earlier call of `train` left: the learning-rate schedule starts anew, and so does beta."""
+        self.coef = self._args.kl_coef_start if self._args.kl_is_penalised else 0.0
+        self.over_budget, self._controller = False, None
+        self._budget_sum, self._budget_weight = 0.0, 0.0
+
+    def measure(self, mode: str, values: dict[str, Tensor], mask: Tensor, prompts: Tensor) -> None:
+        """Add a batch of per-token KL values, (B, T) by estimator name, to the statistics of `mode` (train or eval).
+
+        `prompts`, (B,), are integers, equal for the answers to one prompt, on whatever process they are.
+        """
+        self._window[mode].append(sequence_rows({name: values[name] for name in self.names}, mask, prompts))
 
     def step(self) -> dict[str, float]:
         """End an optimizer step: gather its KL, move beta. Returns the step's metrics; call on every process."""
@@ -79,16 +87,18 @@ class KLControl:
         kl = reading.per_token if self._args.kl_target_unit == "token" else reading.per_sequence
         if self._args.kl_target is not None:
             metrics |= {"kl/target": self._args.kl_target, "kl/error": kl - self._args.kl_target}
+        metrics = _numbers(metrics)
         if self._controller is not None:
-            self.coef = self._controller.update(kl, n=int(moments[0]))
+            self.coef = self._controller.update(kl, n=sequence_count(moments))
         self._watch_budget(reading)
         return metrics
 
     def metrics(self, mode: str) -> dict[str, float]:
         """KL statistics since the last call, pooled over processes, steps and micro-batches; then start afresh.
 
-        Call on every process. Keys: `kl` (the configured estimator, per token), `kl/<name>`, `kl/<name>_se`,
-        `kl/sequence`, `kl/sequence_se`.
+        Call on every process. Keys: `kl` (the configured estimator, per token), `kl/<name>`, `kl/<name>_se` (`kl/exact`
+        becomes `kl/exact_forward` where the direction is forward),
+        `kl/sequence`, `kl/sequence_se`; a number that there is too little data for is left out.
         """
         if mode == "train":
             moments, self._pool = self._pool, None
@@ -98,10 +108,12 @@ class KLControl:
             return {}
         summary = summarise(moments, self.names)
         out = {"kl": summary[self._args.kl_estimator].per_token}
-        for name, numbers in summary.items():
+        for estimator, numbers in summary.items():
+            forward = estimator == "exact" and self._args.kl_direction == "forward"
+            name = "exact_forward" if forward else estimator
             out |= {f"kl/{name}": numbers.per_token, f"kl/{name}_se": numbers.per_token_se}
         reading = summary[self._args.kl_reading]
-        return out | {"kl/sequence": reading.per_sequence, "kl/sequence_se": reading.per_sequence_se}
+        return _numbers(out | {"kl/sequence": reading.per_sequence, "kl/sequence_se": reading.per_sequence_se})
 
     def weight_metrics(self, weights: Tensor, mask: Tensor) -> dict[str, float]:
         """`kl/ess` (mean over processes) and `kl/weight_max` (largest anywhere) of untruncated importance weights."""
@@ -111,10 +123,10 @@ class KLControl:
         return {"kl/ess": gathered[:, 0].mean().item(), "kl/weight_max": gathered[:, 1].max().item()}
 
     def _gather(self, mode: str) -> Tensor | None:
-        moments, self._window[mode] = self._window[mode], None
-        if moments is None:
+        rows, self._window[mode] = self._window[mode], []
+        if not rows:
             return None
-        return self._accelerator.gather(moments.unsqueeze(0)).cpu().sum(0)
+        return prompt_moments(self._accelerator.gather(torch.cat(rows)).cpu())
 
     def _watch_budget(self, reading: KLSummary) -> None:
         if self._args.kl_budget is None or not math.isfinite(reading.per_sequence):
@@ -148,7 +160,7 @@ class KLControl:
         """Continue from a checkpoint. Call after `start`.
 
         Raises:
-            ValueError: the file is there and unreadable, or belongs to another controller.
+            ControllerStateError: the file is there and unreadable.
         """
         path = Path(folder) / STATE_FILE
         if not path.exists():
@@ -159,26 +171,41 @@ class KLControl:
         try:
             state = json.loads(path.read_text())
             budget_sum, budget_weight = (float(number) for number in state["budget"])
-            controller_state, coef = state["controller"], float(state["coef"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            self._load_controller(state["controller"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ControllerStateError(
                 f"{path} is not a readable controller state ({error}): resume from an earlier checkpoint, or delete "
                 "the file to start the controller afresh."
             ) from error
-        if self._controller is not None and controller_state is not None:
-            try:
-                self._controller.load_state_dict(controller_state)
-            except ValueError as error:
-                raise ValueError(f"{path} does not fit this run: {error}") from error
-            if self._args.kl_target is not None:  # the recipe may have moved the target since
-                self._controller.target = self._args.kl_target
-        if self._args.kl_controller != "fixed":  # a fixed beta is whatever the recipe says now
-            self.coef = coef
         self._budget_sum, self._budget_weight = budget_sum, budget_weight
+
+    def _load_controller(self, saved: dict[str, Any]) -> None:
+        """Take what the controller had learnt, and the settings (gains, target, start, length) from today's recipe."""
+        if self._controller is None or self._controller.kind == "fixed":
+            return  # a fixed beta is whatever the recipe says now
+        if saved["kind"] != self._controller.kind:
+            logger.warning(
+                f"The checkpoint's beta was {saved['kind']} and the recipe's is {self._controller.kind}: it starts "
+                f"afresh at {self.coef:g}."
+            )
+            return
+        own = self._controller.state_dict()
+        settings = {name: own[name] for name in ("coef", *self._controller.takes)}
+        self._controller.load_state_dict({**saved, **settings})
+        self.coef = self._controller.value
+
+
+class ControllerStateError(ValueError):
+    """A checkpoint's controller state cannot be used; the message names the file and the remedy."""
+
+
+def _numbers(metrics: dict[str, float]) -> dict[str, float]:
+    """Without NaN (no sequence had a token that counts, or an error bar of one sequence): JSON loggers choke on it."""
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 class KLControlledTrainer(_HooksBase):
-    """The four hooks of `transformers.Trainer` that carry a `KLControl`. Mix in before the trainer class.
+    """The hooks of `transformers.Trainer` that carry a `KLControl`. Mix in before the trainer class.
 
     The trainer sets `self.kl`, and implements `_apply_kl_coef` to put beta where its loss reads it.
     """
@@ -189,6 +216,11 @@ class KLControlledTrainer(_HooksBase):
 
     def _apply_kl_coef(self, coef: float) -> None:
         raise TypeError(f"{type(self).__name__} must say where its loss reads beta.")
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.kl.restart()
+        self._apply_kl_coef(self.kl.coef)
+        return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self.kl.start(self.state.max_steps)

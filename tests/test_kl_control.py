@@ -1,0 +1,115 @@
+"""KLControl on its own: what it measures, in which unit, and what it hands to the controller."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from trl_klx.config import KLArguments
+from trl_klx.trainers.kl_control import STATE_FILE, KLControl
+
+# Two prompts, two answers each, of 2, 1, 3 and 2 tokens.
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]])
+PROMPTS = torch.tensor([0, 0, 1, 1])
+K1 = torch.tensor([[0.1, 0.3, 9.0], [0.2, 9.0, 9.0], [0.5, 0.1, 0.0], [0.2, 0.2, 9.0]])
+PER_TOKEN, PER_SEQUENCE = 1.6 / 8, 1.6 / 4
+
+
+@dataclass
+class Arguments(KLArguments):
+    beta: float = 0.2
+
+    @property
+    def kl_coef_start(self) -> float:
+        return self.beta
+
+    @property
+    def kl_coef_name(self) -> str:
+        return "beta"
+
+    def __post_init__(self) -> None:
+        self.check_kl()
+
+
+def control(**options: object) -> KLControl:
+    return KLControl(Arguments(**options), Accelerator(cpu=True))
+
+
+def measured(kl: KLControl, mode: str = "train") -> KLControl:
+    kl.measure(mode, {"k1": K1, "k3": 2 * K1}, MASK, PROMPTS)
+    return kl
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_units(mode: str) -> None:
+    kl = measured(control(kl_signal="k1"), mode)
+    if mode == "train":
+        kl.step()
+    metrics = kl.metrics(mode)
+    assert metrics["kl/k1"] == pytest.approx(PER_TOKEN)
+    assert metrics["kl/k3"] == metrics["kl"] == pytest.approx(2 * PER_TOKEN)
+    assert metrics["kl/sequence"] == pytest.approx(PER_SEQUENCE)
+    assert kl.metrics(mode) == {}  # starts afresh
+
+
+@pytest.mark.parametrize(("unit", "reading"), [("token", PER_TOKEN), ("sequence", PER_SEQUENCE)])
+def test_the_controller_reads_its_unit_and_the_number_of_sequences(unit: str, reading: float) -> None:
+    options = {"kl_controller": "adaptive", "kl_target": 0.35, "kl_horizon": 100.0, "kl_signal": "k1"}
+    kl = control(**options, kl_target_unit=unit)
+    kl.start(total_steps=10)
+    step = measured(kl).step()
+    assert step["kl/error"] == pytest.approx(reading - 0.35)
+    assert step["kl/coef"] == 0.2
+    clipped = max(-0.2, min(0.2, reading / 0.35 - 1))
+    assert kl.coef == pytest.approx(0.2 * (1 + clipped * 4 / 100))
+
+
+def test_micro_batches_of_one_step_are_one_reading() -> None:
+    whole, split = measured(control()), control()
+    for rows in (slice(0, 1), slice(1, 3), slice(3, 4)):  # the answers to a prompt lie in different micro-batches
+        split.measure("train", {"k1": K1[rows], "k3": 2 * K1[rows]}, MASK[rows], PROMPTS[rows])
+    for kl in (whole, split):
+        kl.step()
+    assert split.metrics("train") == pytest.approx(whole.metrics("train"))
+
+
+def test_weight_metrics() -> None:
+    weights = torch.tensor([[0.5, 2.0, 50.0]])
+    metrics = control().weight_metrics(weights, torch.tensor([[1, 1, 0]]))
+    assert metrics["kl/weight_max"] == 2.0
+    assert metrics["kl/ess"] == pytest.approx(2.5**2 / (2 * 4.25))
+
+
+def test_state_holds_controller_and_budget(tmp_path: Path) -> None:
+    options = {"kl_controller": "pid", "kl_target": 0.01, "kl_budget": 0.7}
+    kl = control(**options)
+    kl.start(10)
+    for _ in range(3):
+        measured(kl).step()
+    kl.save(tmp_path)
+    again = control(**options)
+    again.start(10)
+    again.load(tmp_path)
+    assert again.coef == kl.coef > 0.2
+    assert measured(again).step() == measured(kl).step()
+    assert again.over_budget is kl.over_budget is True
+    assert again._budget_sum == kl._budget_sum
+    assert json.loads((tmp_path / STATE_FILE).read_text())["controller"]["kind"] == "pid"
+
+
+def test_another_kind_of_controller_starts_afresh(tmp_path: Path) -> None:
+    kl = control(kl_controller="adaptive", kl_target=0.01)
+    kl.start(10)
+    measured(kl).step()
+    kl.save(tmp_path)
+    other = control(kl_controller="pid", kl_target=0.01, beta=0.5)
+    other.start(10)
+    other.load(tmp_path)
+    assert other.coef == 0.5
+
+
+def test_without_a_penalty_beta_is_logged_as_zero() -> None:
+    assert measured(control(kl_placement="none")).step()["kl/coef"] == 0.0

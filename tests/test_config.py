@@ -1,33 +1,15 @@
 """Every rule about the KL arguments: what is accepted, what is refused, and the one sentence it says."""
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tiny import Arguments
 
 from trl_klx import KLXGRPOConfig
 from trl_klx.config import CHOICES, ESTIMATORS, KLArguments
 from trl_klx.kl.gradients import EXPLANATION, SOUND, expected_gradient
 from trl_klx.trainers import grpo_config
-
-
-@dataclass
-class Arguments(KLArguments):
-    """The KL arguments alone, without a trainer's config around them."""
-
-    beta: float = 0.1
-
-    @property
-    def kl_coef_start(self) -> float:
-        return self.beta
-
-    @property
-    def kl_coef_name(self) -> str:
-        return "beta"
-
-    def __post_init__(self) -> None:
-        self.check_kl()
 
 
 def test_every_combination_is_accepted_exactly_when_its_gradient_is_a_kls() -> None:

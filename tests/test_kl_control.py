@@ -1,14 +1,13 @@
 """KLControl on its own: what it measures, in which unit, and what it hands to the controller."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from tiny import Arguments
 
-from trl_klx.config import KLArguments
 from trl_klx.trainers.kl_control import STATE_FILE, KLControl
 
 # Two prompts, two answers each, of 2, 1, 3 and 2 tokens.
@@ -18,24 +17,8 @@ K1 = torch.tensor([[0.1, 0.3, 9.0], [0.2, 9.0, 9.0], [0.5, 0.1, 0.0], [0.2, 0.2,
 PER_TOKEN, PER_SEQUENCE = 1.6 / 8, 1.6 / 4
 
 
-@dataclass
-class Arguments(KLArguments):
-    beta: float = 0.2
-
-    @property
-    def kl_coef_start(self) -> float:
-        return self.beta
-
-    @property
-    def kl_coef_name(self) -> str:
-        return "beta"
-
-    def __post_init__(self) -> None:
-        self.check_kl()
-
-
 def control(**options: object) -> KLControl:
-    return KLControl(Arguments(**options), Accelerator(cpu=True))
+    return KLControl(Arguments(**{"beta": 0.2, **options}), Accelerator(cpu=True))
 
 
 def measured(kl: KLControl, mode: str = "train") -> KLControl:

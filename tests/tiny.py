@@ -1,5 +1,6 @@
 """A tiny language model, tokenizer and dataset: small enough to train in milliseconds."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from trl_klx.config import KLArguments
 
 CHARACTERS = "0123456789=+abcdefgh"
 
@@ -84,3 +87,21 @@ def tiny_dataset(rows: int = 16) -> Dataset:
 def digit_reward(completions: list[str], **kwargs) -> list[float]:
     """Share of digits in the completion: varies within a group, needs no knowledge of the answer."""
     return [sum(char.isdigit() for char in text) / max(len(text), 1) for text in completions]
+
+
+@dataclass
+class Arguments(KLArguments):
+    """The KL arguments alone, without a trainer's config around them."""
+
+    beta: float = 0.1
+
+    @property
+    def kl_coef_start(self) -> float:
+        return self.beta
+
+    @property
+    def kl_coef_name(self) -> str:
+        return "beta"
+
+    def __post_init__(self) -> None:
+        self.check_kl()

@@ -380,7 +380,7 @@ def test_a_spoilt_state_file_is_named_and_refused(model_path: str, tmp_path: Pat
     state = json.loads((checkpoint / STATE_FILE).read_text())
     assert state["controller"]["kind"] == "pid"
     reason = "not a readable controller state"
-    for content in ("{", "[]", json.dumps({**state, "controller": {"kind": "pid"}}), json.dumps({"version": 1})):
+    for content in ("{", "[]", json.dumps({**state, "controller": {"kind": "pid"}}), json.dumps({"budget": [0, 0]})):
         (checkpoint / STATE_FILE).write_text(content)
         with pytest.raises(ValueError, match=reason) as error:
             make_trainer(model_path, tmp_path, **options).train(resume_from_checkpoint=str(checkpoint))

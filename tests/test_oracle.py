@@ -167,6 +167,25 @@ def test_geometric_weight_is_no_kl_gradient(world: World) -> None:
     assert relative_error(found, mixture, wanted["P"]) < TOLERANCE
 
 
+@pytest.mark.parametrize("world", WORLDS, ids=lambda w: w.name)
+@pytest.mark.parametrize("term", [KLTerm("k1", "reward", weight_level="none"), KLTerm("exact", "both")], ids=label)
+def test_sequence_level_ratio_bends_a_kl_in_the_reward(world: World, term: KLTerm) -> None:
+    """Why importance_sampling_level "sequence" is refused there: it hands each token its answer's mean credit."""
+    wanted = targets(world)["KLseq"] if term.placement == "reward" else targets(world)["M"]
+    logps, mask = world.policy_logps(), world.mask_NT
+    probs_N = world.sequence_probs(logps.detach())
+    exact = exact_values(world) if term.estimator == "exact" else None
+    credit = term.credit(logps, world.ref_logps(), mask, exact=exact)
+
+    def residual(score: Tensor) -> float:
+        found = world.gradient((probs_N[:, None] * credit * score * mask).sum())
+        return float((found - wanted * (found @ wanted) / (wanted @ wanted)).norm() / found.norm())
+
+    geometric = ((logps * mask).sum(-1) / mask.sum(-1))[:, None].expand_as(logps)  # gradient of the ratio at 1
+    assert residual(logps) < TOLERANCE
+    assert residual(geometric) > 0.03
+
+
 def test_per_sequence_mean_changes_the_direction() -> None:
     """Dividing each response's KL by its length (loss_type "grpo") leaves no multiple of P; a common divisor does."""
     world = all_worlds()[1]

@@ -26,17 +26,17 @@ def main(argv: list[str] | None = None) -> int:
 
         return starter(rest)
     if command == "grpo":
-        return _train("grpo", rest)
+        return _grpo(rest)
     print(f"error: the command {command!r} does not exist: use starter or grpo.", file=sys.stderr)
     return 2
 
 
-def _train(algorithm: str, argv: list[str]) -> int:
+def _grpo(argv: list[str]) -> int:
     """Train in this process, or under `accelerate launch` where --accelerate_config asks for it."""
     if "--accelerate_config" not in argv:
         from .run.grpo import main as train
 
-        return train(argv, program=f"trl-klx {algorithm}")
+        return train(argv, program="trl-klx grpo")
     position = argv.index("--accelerate_config")
     name = (argv[position + 1 : position + 2] or [""])[0]
     config = _accelerate_config(name)
@@ -46,7 +46,7 @@ def _train(algorithm: str, argv: list[str]) -> int:
         return 2
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
     rest = argv[:position] + argv[position + 2 :]
-    return subprocess.call([*launch, "-m", f"trl_klx.run.{algorithm}", *rest])
+    return subprocess.call([*launch, "-m", "trl_klx.run.grpo", *rest])
 
 
 def _accelerate_config(name: str) -> Path | None:

@@ -1,8 +1,8 @@
 """Mean KL with a standard error that counts prompts, not answers or tokens, as independent.
 
 Tokens of one answer share their prefix, and the answers to one prompt share the prompt: counting either as independent
-makes error bars too small (2.5 times, for the exact KL with 8 answers per prompt on the starter task). All that is
-needed is a handful of sums over prompts; sums add up over steps, and rows over micro-batches and processes.
+makes error bars too small. All that is needed is a handful of sums over prompts; sums add up over steps, and rows over
+micro-batches and processes.
 """
 
 import math

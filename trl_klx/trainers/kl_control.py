@@ -43,13 +43,11 @@ class KLControl:
     def __init__(self, args: KLArguments, accelerator: Accelerator) -> None:
         self._args, self._accelerator = args, accelerator
         self.names = args.kl_logged_estimators
-        self.coef = args.kl_coef_start if args.kl_is_penalised else 0.0
-        self.over_budget = False
-        self._controller: Controller | None = None
         # Rows of this process: of this optimizer step, or of this evaluation.
         self._window: dict[str, list[Tensor]] = {"train": [], "eval": []}
         self._pool: Tensor | None = None  # all processes, since the last log
-        self._budget_sum, self._budget_weight = 0.0, 0.0
+        self._controller: Controller | None = None
+        self.restart()
 
     def start(self, total_steps: int) -> None:
         """Build the controller, once the length of the run is known: `total_steps`, the optimizer steps of a schedule.
@@ -64,7 +62,7 @@ class KLControl:
         self._controller = make_controller(self._args.kl_controller, self.coef, **settings)
 
     def restart(self) -> None:
-        """Forget what an earlier call of `train` left: the learning-rate schedule starts anew, and so does beta."""
+        """Begin a run: whatever an earlier call of `train` left, learning rate and beta start anew."""
         self.coef = self._args.kl_coef_start if self._args.kl_is_penalised else 0.0
         self.over_budget, self._controller = False, None
         self._budget_sum, self._budget_weight = 0.0, 0.0
@@ -145,12 +143,7 @@ class KLControl:
     def save(self, folder: str | os.PathLike) -> None:
         """Write the state into a checkpoint folder, whole or not at all."""
         controller = None if self._controller is None else self._controller.state_dict()
-        state = {
-            "version": 1,
-            "coef": self.coef,
-            "controller": controller,
-            "budget": [self._budget_sum, self._budget_weight],
-        }
+        state = {"controller": controller, "budget": [self._budget_sum, self._budget_weight]}
         path = Path(folder) / STATE_FILE
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(state, indent=2))

@@ -8,13 +8,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["KLXGRPOConfig", "KLXGRPOTrainer", "__version__"]
+__all__ = [
+    "KLXDPOConfig",
+    "KLXDPOTrainer",
+    "KLXGRPOConfig",
+    "KLXGRPOTrainer",
+    "KLXPPOConfig",
+    "KLXPPOTrainer",
+    "__version__",
+]
 
 if TYPE_CHECKING:
+    from .trainers.dpo import KLXDPOTrainer
+    from .trainers.dpo_config import KLXDPOConfig
     from .trainers.grpo import KLXGRPOTrainer
     from .trainers.grpo_config import KLXGRPOConfig
+    from .trainers.ppo import KLXPPOTrainer
+    from .trainers.ppo_config import KLXPPOConfig
 
-_HOME = {"KLXGRPOConfig": "trainers.grpo_config", "KLXGRPOTrainer": "trainers.grpo"}
+_HOME = {
+    "KLXDPOConfig": "trainers.dpo_config",
+    "KLXDPOTrainer": "trainers.dpo",
+    "KLXGRPOConfig": "trainers.grpo_config",
+    "KLXGRPOTrainer": "trainers.grpo",
+    "KLXPPOConfig": "trainers.ppo_config",
+    "KLXPPOTrainer": "trainers.ppo",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -11,6 +11,7 @@ from .exact import Direction
 from .gradients import Gradient, credit_in_use, expected_gradient
 from .importance import WeightMode, importance_weights
 from .loss import kl_loss, value_with_slope
+from .masking import fill_masked
 from .reward import kl_credit
 
 EstimatorOrExact = Literal["k1", "k2", "k3", "exact"]
@@ -101,13 +102,20 @@ class KLTerm:
             per_token = value_with_slope(exact, value, slope)
         return torch.where(mask.bool(), per_token, 0.0)
 
+    @property
+    def credit_kind(self) -> str:
+        """The credit that the reward uses: `reward_credit`, or "future" where the loss has the token's own KL."""
+        return credit_in_use(self.estimator, self.placement, self.reward_credit, self.weighted)
+
+    def penalty(self, logps: Tensor, ref_logps: Tensor, mask: Tensor, *, exact: Tensor | None = None) -> Tensor:
+        """(B, T) KL of each token as a penalty in the reward: nats, without gradient, 0 on masked positions."""
+        if self.estimator != "exact":
+            return fill_masked(kl_estimate(logps.detach(), ref_logps.detach(), self.estimator), mask)
+        if exact is None:
+            raise ValueError("estimator='exact' needs the full-vocabulary KL of each token: pass exact.")
+        return fill_masked(exact.detach(), mask)
+
     def credit(self, logps: Tensor, ref_logps: Tensor, mask: Tensor, *, exact: Tensor | None = None) -> Tensor:
         """(B, T) nats that each token is charged for in the reward; subtract `beta` times it from the advantage."""
-        if self.estimator != "exact":
-            values = kl_estimate(logps.detach(), ref_logps.detach(), self.estimator)
-        elif exact is None:
-            raise ValueError("estimator='exact' needs the full-vocabulary KL of each token: pass exact.")
-        else:
-            values = exact
-        credit = credit_in_use(self.estimator, self.placement, self.reward_credit, self.weighted)
-        return kl_credit(values, mask, credit=credit)  # type: ignore[arg-type]
+        penalty = self.penalty(logps, ref_logps, mask, exact=exact)
+        return kl_credit(penalty, mask, credit=self.credit_kind)  # type: ignore[arg-type]

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..kl import chunked_exact_kl
 from ..kl.exact import Direction
@@ -29,6 +30,10 @@ class _Request:
     mask: Tensor  # (B, C)
     with_grad: bool
     next_row: int = 0
+
+    @property
+    def is_served(self) -> bool:
+        return self.next_row == len(self.mask)
 
     def take(self, rows: int) -> tuple[Tensor, Tensor]:
         start, self.next_row = self.next_row, self.next_row + rows
@@ -71,7 +76,7 @@ class ExactKLForward:
         @functools.wraps(type(self._policy).forward)
         def forward(model, *args, **kwargs):
             output = original(model, *args, **kwargs)
-            if self._request is None or model is not self._policy:
+            if self._request is None or self._request.is_served or model is not self._policy:
                 return output
             return _with_exact_kl(output, self._exact_kl(output))
 
@@ -102,8 +107,13 @@ class ExactKLForward:
         """
         collected: list[Tensor] = []
         self._request = _Request(ref_hidden, mask, with_grad)
+
+        def collect(_module: nn.Module, _args: tuple, output) -> None:
+            if sum(map(len, collected)) < len(mask):  # the trainer may run the model once more, for its outputs
+                collected.append(output.exact_kl)
+
         try:
-            with self._capture(model, lambda _module, _args, output: collected.append(output.exact_kl)):
+            with self._capture(model, collect):
                 yield collected
         finally:
             self._request = None
@@ -167,6 +177,15 @@ class ExactKLForward:
                 f"{type(self._policy).__name__} transforms its logits in a way that exact KL does not know: use "
                 "kl_estimator k1, k2 or k3, and please report the architecture."
             )
+
+
+def check_head_is_whole(trainer: Trainer) -> None:
+    """Refuse the exact KL where the output head is sharded."""
+    if is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled:
+        raise ValueError(
+            "the exact KL needs the whole output head, which ZeRO-3 and FSDP shard: use ZeRO-2 or DDP, or kl_estimator "
+            "k1, k2 or k3 (in DPO kl_coef 0, with kl_monitor=['k1', 'k3'] for the probe)."
+        )
 
 
 def _check_heads(policy: PreTrainedModel, reference: PreTrainedModel) -> None:

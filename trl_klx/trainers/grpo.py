@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..kl import importance_weights, kl_estimate, leave_one_out_baseline
 from ..kl.estimators import SAMPLED_ESTIMATORS
-from .exact_forward import ExactKLForward
+from .exact_forward import ExactKLForward, check_head_is_whole
 from .grpo_config import KLXGRPOConfig
 from .kl_control import KLControl, KLControlledTrainer
 from .reference import causal_lm, reference_is_a_copy, reference_is_built
@@ -92,11 +91,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         self._exact = self._exact_forward() if args.kl_needs_exact else None
 
     def _exact_forward(self) -> ExactKLForward:
-        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
-            raise ValueError(
-                "kl_estimator='exact' needs the whole output head, which ZeRO-3 and FSDP shard: use ZeRO-2 or DDP, or "
-                "kl_estimator k1, k2 or k3."
-            )
+        check_head_is_whole(self)
         policy = causal_lm(self.model)
         reference = policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
         return ExactKLForward(policy, reference, temperature=self.temperature, direction=self.args.kl_term().direction)

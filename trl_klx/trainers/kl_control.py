@@ -75,10 +75,13 @@ class KLControl:
         self._window[mode].append(sequence_rows({name: values[name] for name in self.names}, mask, prompts))
 
     def step(self) -> dict[str, float]:
-        """End an optimizer step: gather its KL, move beta. Returns the step's metrics; call on every process."""
+        """End an optimizer step: gather its KL, move beta. Returns the step's metrics; call on every process.
+
+        Without a measurement (DPO measures now and then) only a schedule moves: it counts steps, not readings.
+        """
         moments = self._gather("train")
         if moments is None:
-            return {}
+            return self._step_unmeasured()
         self._pool = moments if self._pool is None else self._pool + moments
         reading = summarise(moments, self.names)[self._args.kl_reading]
         metrics = {"kl/coef": self.coef}
@@ -91,10 +94,19 @@ class KLControl:
         self._watch_budget(reading)
         return metrics
 
+    def _step_unmeasured(self) -> dict[str, float]:
+        if not self._args.kl_is_penalised:
+            return {}
+        metrics = {"kl/coef": self.coef}
+        if self._controller is not None:
+            self.coef = self._controller.update(math.nan)  # counts in a schedule; the others skip it
+        return metrics
+
     def metrics(self, mode: str) -> dict[str, float]:
         """KL statistics since the last call, pooled over processes, steps and micro-batches; then start afresh.
 
-        Call on every process. Keys: `kl` (the configured estimator, per token), `kl/<name>`, `kl/<name>_se` (`kl/exact`
+        Call on every process. Keys: `kl` (the configured estimator, per token; the one of `kl/sequence` where that is
+        not measured), `kl/<name>`, `kl/<name>_se` (`kl/exact`
         becomes `kl/exact_forward` where the direction is forward),
         `kl/sequence`, `kl/sequence_se`; a number that there is too little data for is left out.
         """
@@ -105,7 +117,8 @@ class KLControl:
         if moments is None:
             return {}
         summary = summarise(moments, self.names)
-        out = {"kl": summary[self._args.kl_estimator].per_token}
+        headline = self._args.kl_estimator if self._args.kl_estimator in summary else self._args.kl_reading
+        out = {"kl": summary[headline].per_token}
         for estimator, numbers in summary.items():
             forward = estimator == "exact" and self._args.kl_direction == "forward"
             name = "exact_forward" if forward else estimator
@@ -219,13 +232,17 @@ class KLControlledTrainer(_HooksBase):
         self.kl.start(self.state.max_steps)
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
-            for name, value in self.kl.step().items():
-                self._metrics["train"][name].append(value)
-            self._apply_kl_coef(self.kl.coef)
-            if self.kl.over_budget and self.args.kl_budget_action == "stop":
-                self.control.should_save = True
-                self.control.should_training_stop = True
+            self._end_kl_step()
         return loss
+
+    def _end_kl_step(self) -> None:
+        """Move beta by the KL that the step measured, and end the run where the budget says so."""
+        for name, value in self.kl.step().items():
+            self._metrics["train"][name].append(value)
+        self._apply_kl_coef(self.kl.coef)
+        if self.kl.over_budget and self.args.kl_budget_action == "stop":
+            self.control.should_save = True
+            self.control.should_training_stop = True
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]

@@ -32,21 +32,22 @@ def reference_is_built(args: KLXGRPOConfig) -> Iterator[None]:
 
 
 @contextmanager
-def reference_is_a_copy(model: Any, *, wanted: bool) -> Iterator[None]:
+def reference_is_a_copy(model: Any, *, wanted: bool, trl_module: Any = grpo_trainer) -> Iterator[None]:
     """Where the policy is given in memory, make TRL's reference a copy of it.
 
     TRL reloads the reference from the path in the policy's config, in float32 by default: another model, if the one in
     memory was changed or cast. Sharded parameters (ZeRO-3) cannot be copied; there TRL's way stays. `wanted` is False
     where no reference model is needed: KL not measured, or PEFT, whose reference is the model without its adapter.
+    `trl_module` is the TRL module whose trainer loads the reference with its `create_model_from_path`.
     """
     in_memory = isinstance(model, PreTrainedModel) and not isinstance(model, PeftModel)
     if not (in_memory and wanted) or is_deepspeed_zero3_enabled():
         yield
         return
     reference = copy.deepcopy(model).requires_grad_(False).eval()
-    from_path = grpo_trainer.create_model_from_path
-    grpo_trainer.create_model_from_path = lambda *_args, **_kwargs: reference
+    from_path = trl_module.create_model_from_path
+    trl_module.create_model_from_path = lambda *_args, **_kwargs: reference
     try:
         yield
     finally:
-        grpo_trainer.create_model_from_path = from_path
+        trl_module.create_model_from_path = from_path

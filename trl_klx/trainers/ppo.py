@@ -1,0 +1,327 @@
+"""PPO with a chosen KL: `KLXPPOTrainer`.
+
+One step: sample answers to a batch of prompts, reward and score them (`PPOSampler`), turn rewards and KL into
+advantages (`_shape`), and update policy and value model (`_update`). Shape legend: B answers, T answer tokens.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl.trainer.utils import entropy_from_logits
+
+from ..kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
+from .kl_control import KLControlledTrainer
+from .ppo_config import KLXPPOConfig
+from .ppo_loop import load_tokenizer
+from .ppo_loss import (
+    Batch,
+    Clipping,
+    generalized_advantages,
+    mean_and_std,
+    next_token_values,
+    policy_loss,
+    value_loss,
+)
+from .ppo_model import (
+    PolicyAndValue,
+    check_value_model,
+    load_classifier,
+    load_policy,
+    reference_of,
+    value_model_like,
+    with_adapter,
+)
+from .ppo_rollout import Rollout, RolloutFunction, Rows
+from .ppo_sampler import PPOSampler
+from .reward_functions import RewardFunctions
+
+
+@dataclass
+class _Experience:
+    """A rollout with its advantages and returns, (B, T), and the factor that keeps the KL loss in their scale."""
+
+    rollout: Rollout
+    advantages: Tensor
+    returns: Tensor
+    scale: Tensor
+
+    def batch(self, index: Tensor) -> Batch:
+        rollout = self.rollout
+        return Batch(
+            mask=rollout.mask[index],
+            sampler_logps=rollout.sampler_logps[index],  # type: ignore[index]
+            advantages=self.advantages[index],
+            returns=self.returns[index],
+            values=rollout.values[index],  # type: ignore[index]
+        )
+
+
+class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
+    r"""`PPOTrainer` whose KL to the reference you choose: see `KLXPPOConfig` and the table in the README.
+
+    Maximises E[reward] - kl_coef * KL(policy || reference). With the KL in the reward each token is charged, through
+    the value model and generalized advantages, for the KL from it to the end of the answer; with
+    `kl_placement="both"`, for the KL after it, while the loss charges its own. Whitening divides advantages and KL
+    loss by one number, the standard deviation of the advantages, so that `kl_coef` weighs reward against KL alike in
+    every placement.
+
+    Args:
+        args: the config.
+        processing_class: the policy's tokenizer; None: that of the policy's path.
+        model: the policy, or its path.
+        ref_model: the reference, or its path. None: the policy as given, by copy or without its adapter.
+        reward_model: a sequence classifier with one output, or its path; one more reward.
+        train_dataset: a column `prompt`, of strings or messages, or `input_ids`; others go to the reward functions.
+        value_model: sequence classifier with one output and a head named `score`, or the path of a model to make it
+            from. None: a copy of the policy's backbone under a head of zeros.
+        eval_dataset: the same, for `evaluate`, which samples an answer to each prompt.
+        optimizers, callbacks, peft_config, quantization_config: as in TRL's trainers; the adapter is the policy's.
+        reward_funcs: as GRPO's: functions (sync or async), reward models or their paths, one or several.
+        reward_processing_classes: tokenizers of the reward models among `reward_funcs`, None for each other.
+        rollout_func: as GRPO's: samples the answers itself; `env_mask` marks what the policy produced (1) and what
+            tools did (0), which counts nowhere.
+
+    Raises:
+        TypeError: `args` is no `KLXPPOConfig`.
+        ValueError: no reward, too few prompts, or a model that PPO or the exact KL cannot use.
+    """
+
+    _tag_names = ["trl", "ppo", "trl_klx"]
+    _name = "KLX-PPO"
+
+    def __init__(
+        self,
+        args: KLXPPOConfig,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        model: PreTrainedModel | str | None = None,
+        ref_model: PreTrainedModel | str | None = None,
+        reward_model: PreTrainedModel | str | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        value_model: PreTrainedModel | str | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        optimizers: tuple = (None, None),
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
+        rollout_func: RolloutFunction | None = None,
+        quantization_config: Any = None,
+    ) -> None:
+        _check_given(args, model, ref_model, train_dataset)
+        loading = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+        quantized = {**loading, **({} if quantization_config is None else {"quantization_config": quantization_config})}
+        base = load_policy(model, quantized)  # type: ignore[arg-type]
+        loading.pop("revision", None)  # the policy's own
+        tokenizer = load_tokenizer(base) if processing_class is None else processing_class
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        given = [*_as_list(reward_funcs), *_as_list(reward_model)]
+        tokenizers = [*_as_list(reward_processing_classes), *[None] * len(_as_list(reward_model))]
+        rewards = RewardFunctions(
+            [load_classifier(r, loading) if isinstance(r, str) else r for r in given],
+            args.reward_weights,
+            None if reward_processing_classes is None else tokenizers,
+            tokenizer,
+            args.chat_template_kwargs,  # type: ignore[arg-type]
+        )
+        value = value_model_like(base) if value_model is None else load_classifier(value_model, loading)
+        policy = with_adapter(base, peft_config)
+        reference = None
+        if args.kl_is_measured:
+            reference = reference_of(policy) if ref_model is None else load_policy(ref_model, loading)
+        super().__init__(
+            rewards,
+            rollout_func,
+            args,
+            PolicyAndValue(policy, check_value_model(value)),
+            reference,
+            tokenizer,
+            train_dataset,
+            eval_dataset,
+            optimizers=optimizers,
+            callbacks=callbacks,
+        )
+        self.kl_coef = args.kl_coef
+        self._clipping = Clipping(args.cliprange, args.cliprange_value)
+        self._token_sums: dict[str, list[Tensor]] = defaultdict(list)
+
+    def _apply_kl_coef(self, coef: float) -> None:
+        self.kl_coef = coef
+
+    def training_step(self, model: Any, inputs: Rows, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+        """One rollout and all its optimizer steps but the last, which transformers' loop clips, takes and logs."""
+        self.kl.start(self.state.max_steps)
+        model.train()
+        experience = self._shape(self._make_rollout(inputs))
+        loss = self._update(model, experience)
+        self._metrics["train"]["episode"] = [(self.state.global_step + 1) * self.args.batch_size]
+        self._end_kl_step()
+        return loss
+
+    def prediction_step(self, model: Any, inputs: Rows, *args: Any, **kwargs: Any) -> tuple[None, None, None]:  # type: ignore[override]
+        """Sample, reward and score an answer to each prompt; there is no loss to report."""
+        self._make_rollout(inputs)
+        return None, None, None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        mode = self._mode
+        prefix = "" if mode == "train" else "eval_"
+        logs.update({f"{prefix}{name}": sum(v) / len(v) for name, v in self._metrics[mode].items()})
+        self._metrics[mode].clear()
+        super().log(logs, *args, **kwargs)
+
+    # Rewards and KL to advantages
+
+    @torch.no_grad()
+    def _shape(self, rollout: Rollout) -> _Experience:
+        mask = rollout.mask
+        rewards, direct = self._shape_rewards(rollout)
+        scale = torch.ones_like(rewards[0, 0])
+        if self.args.whiten_rewards:
+            scale = scale / mean_and_std(rewards, mask, self._sum)[1]
+        gamma, lam = self.args.gamma, self.args.lam
+        advantages, returns = generalized_advantages(scale * rewards, rollout.values, mask, gamma=gamma, lam=lam)  # type: ignore[arg-type]
+        advantages = advantages + scale * direct
+        if self.args.whiten_advantages:
+            mean, std = mean_and_std(advantages, mask, self._sum)
+            advantages, scale = torch.where(mask, (advantages - mean) / std, 0.0), scale / std
+        return _Experience(rollout, advantages, returns, scale)
+
+    def _shape_rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """(B, T) reward after each token, for the value model to predict; and what goes to the advantages directly.
+
+        The score comes with the last token that the policy produced. Credit "return_to_go" charges a token's KL as a
+        reward; "future" charges it one token earlier, so that the return holds the KL after the token; "immediate" and
+        "sequence" are no returns of a reward, and are charged less a leave-one-out baseline.
+        """
+        mask, term = rollout.mask, self.kl_term
+        last = last_token_index(mask)
+        answered = (last >= 0).nonzero().squeeze(1)
+        rewards = torch.zeros_like(rollout.sampler_logps)  # type: ignore[arg-type]
+        rewards[answered, last[answered]] = rollout.scores[answered]
+        charged, direct = torch.zeros_like(rewards), torch.zeros_like(rewards)
+        if term.in_reward and self.args.kl_is_penalised:
+            penalty = term.penalty(rollout.sampler_logps, rollout.ref_logps, mask, exact=rollout.exact)  # type: ignore[arg-type]
+            if term.credit_kind == "return_to_go":
+                charged = -self.kl_coef * penalty
+            elif term.credit_kind == "future":
+                charged = -self.kl_coef * next_token_values(penalty, mask)
+            else:
+                credit = kl_credit(penalty, mask, credit=term.credit_kind)  # type: ignore[arg-type]
+                direct = -self.kl_coef * (credit - leave_one_out_baseline(credit, mask, len(credit)))
+            rows = torch.ones_like(rollout.scores).sum()
+            total = -self.kl_coef * penalty.sum()
+            objective = total + rollout.scores.sum()
+            self._record_means(
+                {"objective/non_score_reward": (total, rows), "objective/rlhf_reward": (objective, rows)}
+            )
+        return rewards + charged, direct
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    # Updates
+
+    def _update(self, model: Any, experience: _Experience) -> Tensor:
+        """All optimizer steps of a rollout but the last; returns their mean loss."""
+        total = torch.zeros((), device=self.accelerator.device)
+        minibatches = list(self._minibatches())
+        for number, rows in enumerate(minibatches):
+            if number > 0:
+                self._optimizer_step(model)
+            total += self._accumulate(model, experience, rows)
+        self._record_update()
+        return total / len(minibatches)
+
+    def _minibatches(self) -> Iterator[Tensor]:
+        """Rows of each optimizer step: every epoch a new permutation of the rollout, cut into num_mini_batches."""
+        for _ in range(self.args.num_ppo_epochs):
+            yield from torch.randperm(self.args.local_batch_size).chunk(self.args.num_mini_batches)
+
+    def _optimizer_step(self, model: Any) -> None:
+        """What transformers' loop does at the end of a step. (DeepSpeed's engine has stepped in the backward.)"""
+        if self.args.max_grad_norm > 0:
+            self._clip_grad_norm(model)
+        self.optimizer.step()
+        model.zero_grad()
+
+    def _accumulate(self, model: Any, experience: _Experience, rows: Tensor) -> Tensor:
+        """Add up the gradients of a minibatch, by micro-batches: of the mean over its tokens on all processes."""
+        tokens = self._sum(experience.rollout.mask[rows].sum()).clamp(min=1) / self.accelerator.num_processes
+        micro_batches = rows.split(self.args.per_device_train_batch_size)
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        total = torch.zeros((), device=tokens.device)
+        for number, part in enumerate(micro_batches):
+            is_last = number == len(micro_batches) - 1
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            with nullcontext() if is_last or is_deepspeed else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = self._loss(model, experience, part) / tokens
+                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
+            total += loss.detach()
+        return total
+
+    def _loss(self, model: Any, experience: _Experience, rows: Tensor) -> Tensor:
+        """Sum of the loss over the tokens of some answers."""
+        part, batch = experience.rollout.rows(rows), experience.batch(rows)
+        with self._exact_kl(model, part, with_grad=True) as exact:
+            output = model(part.input_ids, part.attention_mask, part.length)
+        policy_logps = self._logps(output.logits, part)
+        per_token, policy_metrics = policy_loss(policy_logps, batch, self._clipping)
+        value_error, value_metrics = value_loss(output.state_values.float(), batch, self._clipping)
+        with torch.set_grad_enabled(self.args.entropy_coef != 0):
+            entropy = entropy_from_logits(output.logits.float() / self.args.temperature)
+        per_token = per_token + self.args.vf_coef * value_error - self.args.entropy_coef * entropy
+        metrics = policy_metrics | value_metrics | {"policy/entropy_avg": entropy.detach()}
+        if self.kl_term.in_loss and self.args.kl_is_penalised:
+            kl_loss = experience.scale * self._kl_loss(policy_logps, part, exact[0] if exact else None)
+            per_token = per_token + self.kl_coef * kl_loss
+            metrics["kl/loss"] = self.kl_coef * kl_loss.detach()
+        for name, values in metrics.items():
+            self._token_sums[name].append(masked_sum(values, part.mask))
+        self._token_sums["tokens"].append(part.mask.sum())
+        return masked_sum(per_token, part.mask)
+
+    def _kl_loss(self, policy_logps: Tensor, part: Rollout, exact: Tensor | None) -> Tensor:
+        """(B, T) KL loss in nats, weighted by the policy's ratio to what it was when it sampled."""
+        logps, sampler_logps, ref_logps = policy_logps, part.sampler_logps, part.ref_logps
+        if self.kl_term.takes_weights:
+            level = self.kl_term.weight_level
+            weights = importance_weights(logps, sampler_logps, part.mask, level=level)  # type: ignore[arg-type]
+            for name, value in self.kl.weight_metrics(weights, part.mask).items():
+                self._metrics["train"][name].append(value)
+        return self.kl_term.loss(logps, ref_logps, part.mask, sampler_logps=sampler_logps, exact=exact)  # type: ignore[arg-type]
+
+    def _record_update(self) -> None:
+        """Means over the real tokens of all updates of the rollout, on all processes."""
+        sums = {name: torch.stack(values).sum() for name, values in self._token_sums.items()}
+        self._token_sums.clear()
+        tokens = sums.pop("tokens")
+        self._record_means({name: (total, tokens) for name, total in sums.items()})
+
+
+def _as_list(value: Any) -> list:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _check_given(args: Any, model: Any, ref_model: Any, train_dataset: Any) -> None:
+    if not isinstance(args, KLXPPOConfig):
+        raise TypeError(f"args is a {type(args).__name__}: KLXPPOTrainer takes a KLXPPOConfig.")
+    if model is None:
+        raise ValueError("model is missing: pass the policy, or its path.")
+    if train_dataset is None:
+        raise ValueError("train_dataset is missing: pass a dataset with a column 'prompt'.")
+    if isinstance(model, nn.Module) and ref_model is model:
+        raise ValueError("ref_model is the policy itself: leave it out, and a copy of the policy is made.")

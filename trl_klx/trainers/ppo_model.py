@@ -1,0 +1,194 @@
+"""Policy and value model as one module, so that one `prepare`, one optimizer and one checkpoint hold both."""
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import ModelOutput
+from trl.trainer.utils import create_model_from_path
+
+from .reference import causal_lm
+
+VALUE_FOLDER = "value_model"  # inside a checkpoint; the policy is the checkpoint itself
+REF_ADAPTER = "ref"  # TRL's name for the adapter that the reference keeps
+
+
+@dataclass
+class PolicyAndValueOutput(ModelOutput):
+    """What the last C + 1 positions say about the last C tokens: logits (B, C, V), values and exact KL (B, C).
+
+    (A field named `values` would hide the dict's method, which DeepSpeed calls.)
+    """
+
+    logits: Tensor | None = None
+    state_values: Tensor | None = None
+    exact_kl: Tensor | None = None
+
+
+class PolicyAndValue(nn.Module):
+    """Runs the policy and the value model on the same tokens.
+
+    Args:
+        policy: causal language model, PEFT or not.
+        value_model: sequence classifier with one output; its score of a prefix is the value of that state.
+    """
+
+    def __init__(self, policy: PreTrainedModel, value_model: PreTrainedModel) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value_model = value_model
+        self.config = policy.config  # where Trainer, DeepSpeed and the model card look
+        self._can_keep_logits = "logits_to_keep" in inspect.signature(causal_lm(policy).forward).parameters
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, completion_length: int, with_values: bool = True
+    ) -> PolicyAndValueOutput:
+        """Score the last `completion_length` tokens of (B, L) `input_ids`; prompts may be padded on the left."""
+        output = self.run(self.policy, input_ids, attention_mask, completion_length)
+        values = None
+        if with_values:
+            hidden = self.value_model.base_model(
+                **_inputs(input_ids, attention_mask), use_cache=False
+            ).last_hidden_state
+            values = self.value_model.score(hidden[:, -completion_length - 1 : -1]).squeeze(-1)  # type: ignore[operator]
+        return PolicyAndValueOutput(output.logits, values, output.get("exact_kl"))
+
+    def run(self, model: Any, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Any:
+        """Run the policy, or a reference of its architecture; `logits` are (B, C, V), those that predict the answer."""
+        keep = {"logits_to_keep": completion_length + 1} if self._can_keep_logits else {}
+        output = model(**_inputs(input_ids, attention_mask), **keep, use_cache=False)
+        output["logits"] = output.logits[:, -completion_length - 1 : -1]
+        return output
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.policy.is_gradient_checkpointing
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: object
+    ) -> None:
+        for model in (self.policy, self.value_model):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **kwargs: object
+    ) -> None:
+        """The name that transformers' Trainer calls it by since 5.20."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        for model in (self.policy, self.value_model):
+            model.gradient_checkpointing_disable()
+
+    def save(self, folder: Path, state_dict: Mapping[str, Tensor] | None, *, with_value_model: bool) -> None:
+        """Write the policy where `from_pretrained` finds it, and the value model beside it.
+
+        `state_dict` is that of the whole module, where sharding made gathering it necessary.
+        """
+        parts = {"policy": folder} | ({"value_model": folder / VALUE_FOLDER} if with_value_model else {})
+        for name, target in parts.items():
+            own = None if state_dict is None else _without_prefix(state_dict, f"{name}.")
+            self.get_submodule(name).save_pretrained(target, state_dict=own)  # type: ignore[operator]
+
+
+def _inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    # Absolute position embeddings must not count the padding.
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+
+
+def _without_prefix(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+
+
+def value_model_like(policy: PreTrainedModel) -> PreTrainedModel:
+    """A value model for a policy that has none: a copy of its backbone under a head of zeros.
+
+    Raises:
+        ValueError: the architecture has no sequence classifier.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("ZeRO-3 shards the policy, so no value model can be copied from it: pass value_model.")
+    if isinstance(policy, PeftModel):
+        policy = copy.deepcopy(policy).merge_and_unload()  # the value of the policy as it is, adapter included
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    try:
+        model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"{type(policy).__name__} has no sequence classifier to start a value model from: pass value_model."
+        ) from error
+    model.base_model.load_state_dict(policy.base_model.state_dict())
+    return check_value_model(start_at_zero(model))
+
+
+def start_at_zero(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a fresh head predict 0 everywhere, so that the first advantages are the rewards themselves."""
+    head = check_value_model(model).score
+    with torch.no_grad():
+        head.weight.zero_()  # type: ignore[union-attr, operator]
+    return model
+
+
+def check_value_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Refuse a model that is no classifier with one output named `score`, as TRL's PPO needs it too."""
+    head = dict(model.named_children()).get("score")
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise ValueError(
+            f"the value model is a {type(model).__name__}, which has no head 'score' with one output: pass a model "
+            "loaded with AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)."
+        )
+    return model
+
+
+def load_policy(model: str | PreTrainedModel, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The policy by its path, or as it was given."""
+    return create_model_from_path(model, **init_kwargs) if isinstance(model, str) else model
+
+
+def load_classifier(model: str | PreTrainedModel, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """A sequence classifier with one output by its path, or as it was given."""
+    if not isinstance(model, str):
+        return model
+    return create_model_from_path(model, AutoModelForSequenceClassification, num_labels=1, **init_kwargs)  # type: ignore[arg-type]
+
+
+def with_adapter(policy: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel:
+    """Put a fresh adapter on the policy; an adapter that it came with is kept as the reference's, named "ref"."""
+    if peft_config is not None:
+        if isinstance(policy, PeftModel):
+            raise ValueError(
+                "the policy is a PeftModel already and peft_config was given too: merge its adapter first, or leave "
+                "peft_config out to train the adapter it has."
+            )
+        return get_peft_model(policy, peft_config)  # type: ignore[return-value]
+    if isinstance(policy, PeftModel) and REF_ADAPTER not in policy.peft_config:
+        policy.add_adapter(REF_ADAPTER, policy.peft_config["default"])
+        for name, parameter in policy.named_parameters():
+            if f".{REF_ADAPTER}." in name:
+                trained = policy.get_parameter(name.replace(f".{REF_ADAPTER}.", ".default."))
+                parameter.data.copy_(trained.data)
+                parameter.requires_grad_(False)
+    return policy
+
+
+def reference_of(policy: PreTrainedModel) -> PreTrainedModel | None:
+    """A frozen copy of the policy as it is now; None where the policy without its adapter serves.
+
+    Raises:
+        ValueError: under ZeRO-3, where a sharded model cannot be copied.
+    """
+    if isinstance(policy, PeftModel):
+        return None
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("ZeRO-3 shards the policy, so it cannot be copied: pass ref_model, loaded by itself.")
+    return copy.deepcopy(policy).requires_grad_(False).eval()

@@ -1,0 +1,133 @@
+"""One PPO rollout: prompts read as GRPO reads them, answers sampled or given, and the tensors that come of them.
+
+Shape legend: B answers, P prompt tokens, T answer tokens, L = P + T, H hidden size, F reward functions.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl.data_utils import is_conversational
+
+Rows = Sequence[dict[str, Any]]
+# As TRL's GRPO: (prompts, trainer) -> {"prompt_ids", "completion_ids", optional "env_mask", columns for the rewards}.
+RolloutFunction = Callable[[list, Any], dict[str, list]]
+
+
+@dataclass
+class Answers:
+    """Sampled answers as lists: texts for the reward functions, tokens for the models."""
+
+    prompts: list
+    completions: list
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    policy_made: list[list[int]]  # 1 where the policy produced the token, 0 for tool output
+    columns: dict[str, list] = field(default_factory=dict)
+
+
+@dataclass
+class Rollout:
+    """The tensors of some answers; prompts are padded on the left, answers on the right."""
+
+    input_ids: Tensor  # (B, L)
+    attention_mask: Tensor  # (B, L)
+    mask: Tensor  # (B, T) tokens of the answer that the policy produced
+    answer_numbers: Tensor  # (B,)
+    scores: Tensor  # (B,) weighted rewards, less the penalty for answers without an end
+    sampler_logps: Tensor | None = None  # (B, T) of the policy as it sampled, scored by the trainer
+    values: Tensor | None = None  # (B, T)
+    ref_logps: Tensor | None = None  # (B, T)
+    ref_hidden: Tensor | None = None  # (B, T, H), for an exact KL in the loss
+    exact: Tensor | None = None  # (B, T) exact KL at the rollout
+
+    @property
+    def length(self) -> int:
+        return self.mask.size(1)
+
+    def rows(self, index: Tensor | slice) -> "Rollout":
+        """The same of some answers only."""
+        return Rollout(**{name: tensor[index] for name, tensor in self._tensors().items()})
+
+    @staticmethod
+    def joined(parts: "list[Rollout]") -> "Rollout":
+        """One rollout of the answers of several."""
+        names = parts[0]._tensors()
+        return Rollout(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+def read_prompts(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None
+) -> tuple[list, list[list[int]]]:
+    """Prompts as reward functions get them, and their tokens.
+
+    A column `prompt` holds strings or messages; without it, `input_ids` holds tokens, as TRL's PPO has it.
+    """
+    if "prompt" not in rows[0]:
+        ids = [[int(token) for token in row["input_ids"]] for row in rows]
+        return tokenizer.batch_decode(ids, skip_special_tokens=True), ids
+    prompts = [row["prompt"] for row in rows]
+    if not is_conversational({"prompt": prompts[0]}):
+        return prompts, tokenizer(text=prompts)["input_ids"]
+    tokens = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+    )
+    return prompts, tokens["input_ids"]  # type: ignore[call-overload, index, return-value]
+
+
+def completions_like(prompts: list, texts: list[str]) -> list:
+    """Texts, or messages of the assistant where the prompts are messages."""
+    if not is_conversational({"prompt": prompts[0]}):
+        return texts
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def padded(ids: list[list[int]], fill: int, side: str, device: Any) -> tuple[Tensor, Tensor]:
+    """(B, longest) tokens padded with `fill` on the "left" or "right", and their mask."""
+    longest = max(1, *(len(row) for row in ids))
+
+    def pad(row: list[int], value: int) -> list[int]:
+        gap = [value] * (longest - len(row))
+        return gap + row if side == "left" else row + gap
+
+    tokens = torch.tensor([pad(row, fill) for row in ids], dtype=torch.long, device=device)
+    mask = torch.tensor([pad([1] * len(row), 0) for row in ids], dtype=torch.long, device=device)
+    return tokens.view(len(ids), longest), mask.view(len(ids), longest)
+
+
+def until_stop(completion: list[int], stop_token_id: int | None) -> list[int]:
+    """The answer up to and with its first stop token. What a batch pads finished answers with comes after it."""
+    if stop_token_id is None or stop_token_id not in completion:
+        return completion
+    return completion[: completion.index(stop_token_id) + 1]
+
+
+@torch.no_grad()
+def sample(
+    policy: PreTrainedModel, prompt_ids: list[list[int]], config: GenerationConfig, batch_size: int, device: Any
+) -> list[list[int]]:
+    """Sample one answer to each prompt; lists still hold what follows the stop token."""
+    completions: list[list[int]] = []
+    with _generating(policy, config):
+        for start in range(0, len(prompt_ids), batch_size):
+            tokens, mask = padded(prompt_ids[start : start + batch_size], config.pad_token_id or 0, "left", device)
+            output = policy.generate(input_ids=tokens, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+            completions += output[:, tokens.size(1) :].tolist()
+    return completions
+
+
+@contextmanager
+def _generating(policy: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """`generate` fills what a config leaves open from the model's own, top_k for one: then it would not be pi."""
+    kept, policy.generation_config = policy.generation_config, config
+    try:
+        yield
+    finally:
+        policy.generation_config = kept

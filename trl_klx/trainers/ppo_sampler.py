@@ -1,0 +1,250 @@
+"""The first half of a PPO step: sample answers, reward them, score them under policy, value model and reference.
+
+Shape legend: B answers, P prompt tokens, T answer tokens, L = P + T, H hidden size, V vocabulary, F rewards.
+"""
+
+from collections import defaultdict
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from trl.distributed import DistributedBackend
+from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+from trl.trainer.utils import print_prompt_completions_sample, selective_log_softmax
+
+from ..kl import kl_estimate, masked_sum
+from ..kl.estimators import SAMPLED_ESTIMATORS
+from .exact_forward import ExactKLForward, check_head_is_whole
+from .kl_control import KLControl
+from .ppo_loop import PPOLoop
+from .ppo_rollout import (
+    Answers,
+    Rollout,
+    RolloutFunction,
+    Rows,
+    completions_like,
+    padded,
+    read_prompts,
+    sample,
+    until_stop,
+)
+from .reference import causal_lm
+from .reward_functions import RewardFunctions
+
+_PRINTED = 5  # answers that num_sample_generations shows at a time
+
+
+class PPOSampler(PPOLoop):
+    """Makes rollouts, the same way for training and for evaluation, and records their rewards and their KL.
+
+    Args:
+        rewards: the reward functions and models.
+        rollout_func: samples the answers in place of `generate`, or None.
+        *args, **kwargs: see `PPOLoop`.
+    """
+
+    def __init__(
+        self, rewards: RewardFunctions, rollout_func: RolloutFunction | None, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        config, tokenizer = self.args, self.processing_class
+        self._rewards, self._rollout_func = rewards, rollout_func
+        rewards.rewards = [self._frozen(r) if isinstance(r, PreTrainedModel) else r for r in rewards.rewards]
+        self.stop_token_id = tokenizer.eos_token_id if config.stop_token == "eos" else config.stop_token_id
+        self.generation_config = GenerationConfig(
+            max_new_tokens=config.response_length,
+            do_sample=True,
+            temperature=config.temperature,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=self.stop_token_id,
+        )
+        self._metrics: dict[str, defaultdict[str, list[float]]] = {
+            "train": defaultdict(list),
+            "eval": defaultdict(list),
+        }
+        self._answers_seen = 0
+        self._backend = DistributedBackend(self.accelerator)
+        self.kl = KLControl(config, self.accelerator)
+        self.kl_term = config.kl_term()
+        self._exact = self._exact_forward() if config.kl_needs_exact else None
+
+    def _exact_forward(self) -> ExactKLForward:
+        check_head_is_whole(self)
+        policy = causal_lm(self.model.policy)
+        reference = policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        temperature, direction = self.args.temperature, self.kl_term.direction
+        return ExactKLForward(policy, reference, temperature=temperature, direction=direction)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    @torch.no_grad()
+    def _make_rollout(self, rows: Rows) -> Rollout:
+        """Sample, reward and score an answer to each prompt."""
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):  # type: ignore[arg-type]
+            rollout = self._reward(self._answer(rows))
+            size = self.args.local_rollout_forward_batch_size
+            parts = [self._score(rollout.rows(slice(i, i + size))) for i in range(0, len(rows), size)]
+        rollout = Rollout.joined(parts)
+        self._record_kl(rollout)
+        return rollout
+
+    # Answers and rewards
+
+    def _answer(self, rows: Rows) -> Answers:
+        tokenizer: Any = self.processing_class
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "input_ids")}
+        prompts, prompt_ids = read_prompts(rows, tokenizer, self.args.chat_template_kwargs)  # type: ignore[arg-type]
+        policy_made = None
+        if self._rollout_func is None:
+            completion_ids = [until_stop(ids, self.stop_token_id) for ids in self._sample(prompt_ids)]
+        else:
+            given = dict(self._rollout_func(prompts, self))
+            prompt_ids, completion_ids = given.pop("prompt_ids"), given.pop("completion_ids")
+            policy_made = given.pop("env_mask", None)
+            given.pop("logprobs", None)  # the trainer scores at its own temperature
+            columns |= given
+        if policy_made is None:
+            policy_made = [[1] * len(ids) for ids in completion_ids]
+        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        return Answers(prompts, completions_like(prompts, texts), prompt_ids, completion_ids, policy_made, columns)
+
+    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        gather = self.args.ds3_gather_for_generation
+        with (
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator, gather) as unwrapped,
+            self._backend.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            batch_size = self.args.local_rollout_forward_batch_size
+            return sample(unwrapped.policy, prompt_ids, self.generation_config, batch_size, self.accelerator.device)
+
+    def _reward(self, answers: Answers) -> Rollout:
+        device, fill = self.accelerator.device, self.processing_class.pad_token_id
+        prompt_ids, prompt_mask = padded(answers.prompt_ids, fill, "left", device)
+        completion_ids, completion_mask = padded(answers.completion_ids, fill, "right", device)
+        policy_made, _ = padded(answers.policy_made, 0, "right", device)
+        extra: dict[str, list] = {}
+        columns = {
+            **answers.columns,
+            "trainer_state": self.state,
+            "log_metric": lambda name, value: self._metrics[self._mode][name].append(float(value)),
+            "log_extra": extra.__setitem__,
+        }
+        rewards = self._rewards(answers.prompts, answers.completions, answers.completion_ids, columns, device)
+        scores = self._rewards.total(rewards)
+        stop = self.stop_token_id
+        finished = torch.tensor([stop is None or stop in ids for ids in answers.completion_ids], device=device)
+        if self.args.missing_eos_penalty is not None:
+            scores = scores - self.args.missing_eos_penalty * (~finished).float()
+        self._record_rewards(rewards, scores, finished, completion_mask)
+        self._print_some(answers, rewards, extra)
+        return Rollout(
+            input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
+            attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),
+            mask=policy_made.bool(),
+            answer_numbers=self._number(len(scores)),
+            scores=scores,
+        )
+
+    def _number(self, rows: int) -> Tensor:
+        """(B,) a number for each answer, the same for no two of the run: PPO answers each prompt once."""
+        first = self._answers_seen + self.accelerator.process_index * rows
+        self._answers_seen += self.accelerator.num_processes * rows
+        return torch.arange(first, first + rows, device=self.accelerator.device)
+
+    # Scores
+
+    def _score(self, part: Rollout) -> Rollout:
+        """Log-probs under policy and reference at the sampling temperature, values, and the exact KL."""
+        if self.args.kl_is_measured:
+            part.ref_logps, part.ref_hidden = self._score_reference(part)
+        with self._exact_kl(self.model, part, with_grad=False) as exact:
+            output = self.model(part.input_ids, part.attention_mask, part.length)
+        part.sampler_logps = self._logps(output.logits, part)
+        part.values = torch.where(part.mask, output.state_values.float(), 0.0)
+        part.exact = exact[0] if exact else None
+        if not self._exact_is_in_loss:
+            part.ref_hidden = None  # the largest tensor of all
+        return part
+
+    def _score_reference(self, part: Rollout) -> tuple[Tensor, Tensor | None]:
+        """(B, T) log-probs and, where the exact KL needs them, (B, T, H) hidden states, in one forward."""
+        runner = self.model if self.ref_model is None else self.ref_model
+        capture: Any = nullcontext([]) if self._exact is None else self._exact.hidden_states(runner, part.length)
+        with capture as hidden:
+            if self.ref_model is None:
+                with self.null_ref_context():
+                    output = self.model(part.input_ids, part.attention_mask, part.length, with_values=False)
+            else:
+                wrapper = self.accelerator.unwrap_model(self.model)
+                output = wrapper.run(self.ref_model, part.input_ids, part.attention_mask, part.length)
+        return self._logps(output.logits, part), hidden[0] if hidden else None
+
+    @property
+    def _exact_is_in_loss(self) -> bool:
+        return self.kl_term.estimator == "exact" and self.kl_term.in_loss and self.args.kl_is_penalised
+
+    def _exact_kl(self, model: Any, part: Rollout, *, with_grad: bool) -> Any:
+        """While active, forwards of `model` compute the exact KL where it is wanted; collects it."""
+        if self._exact is None or part.ref_hidden is None:
+            return nullcontext([])
+        return self._exact.exact_kl(model, part.ref_hidden, part.mask, with_grad=with_grad)
+
+    def _logps(self, logits: Tensor, part: Rollout) -> Tensor:
+        """(B, T) log-probs of the answer's tokens at the sampling temperature, 0 on masked positions."""
+        logps = selective_log_softmax(logits.float() / self.args.temperature, part.input_ids[:, -part.length :])
+        return torch.where(part.mask, logps, 0.0)
+
+    # Records
+
+    def _record_means(self, sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Log sum over count of each, over all processes; returns them. One collective; call on every process."""
+        flat = torch.stack([torch.stack([total.float(), count.float()]) for total, count in sums.values()])
+        totals = self.accelerator.reduce(flat, reduction="sum")
+        means = {name: float(t / n) for name, (t, n) in zip(sums, totals, strict=True) if n > 0}
+        for name, value in means.items():
+            self._metrics[self._mode][name].append(value)
+        return means
+
+    def _record_rewards(self, rewards: Tensor, scores: Tensor, finished: Tensor, completion_mask: Tensor) -> None:
+        rows = torch.ones_like(scores)
+        sums = {
+            "reward": (scores.sum(), rows.sum()),
+            "objective/scores": (scores.sum(), rows.sum()),
+            "completions/mean_length": (completion_mask.sum(), rows.sum()),
+            "completions/clipped_ratio": ((~finished).sum(), rows.sum()),
+        }
+        for name, column in zip(self._rewards.names, rewards.unbind(1), strict=True):
+            sums[f"rewards/{name}/mean"] = (column.nansum(), (~column.isnan()).sum())
+        means = self._record_means(sums)
+        spread = (scores - means["reward"]).square().sum()
+        variance = self.accelerator.reduce(torch.stack([spread, rows.sum()]), reduction="sum")
+        self._metrics[self._mode]["reward_std"].append(float((variance[0] / (variance[1] - 1).clamp(min=1)).sqrt()))
+
+    def _record_kl(self, rollout: Rollout) -> None:
+        """The KL is measured where it is unbiased: on fresh answers, before any of the step's updates."""
+        logps, mask = rollout.sampler_logps, rollout.mask
+        rows = torch.ones_like(rollout.scores).sum()
+        sums = {"objective/entropy": (-masked_sum(logps, mask), rows)}  # type: ignore[arg-type]
+        if self.args.kl_is_measured:
+            names = [name for name in SAMPLED_ESTIMATORS if name in self.kl.names]
+            values: dict[str, Tensor] = {name: kl_estimate(logps, rollout.ref_logps, name) for name in names}  # type: ignore[arg-type]
+            if rollout.exact is not None:
+                values["exact"] = rollout.exact
+            self.kl.measure(self._mode, values, mask, rollout.answer_numbers)
+            sums["objective/kl"] = (masked_sum(values[self.kl_term.estimator], mask), rows)
+        self._record_means(sums)
+
+    def _print_some(self, answers: Answers, rewards: Tensor, extra: dict[str, list]) -> None:
+        times = self.args.num_sample_generations
+        due = times and self.model.training and self.state.global_step % max(1, self.state.max_steps // times) == 0
+        if due and self.accelerator.is_main_process:
+            columns = dict(zip(self._rewards.names, rewards.T.tolist(), strict=True))
+            step = self.state.global_step
+            print_prompt_completions_sample(answers.prompts, answers.completions, columns, None, step, _PRINTED, extra)

@@ -1,0 +1,135 @@
+"""Rewards as GRPO's users give them: Python functions, sync or async, and reward models, several and weighted."""
+
+import asyncio
+import inspect
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl.data_utils import apply_chat_template, is_conversational
+from trl.trainer.utils import get_callable_name, get_config_model_id
+
+RewardFunction = Callable[..., Any]
+logger = get_logger(__name__)
+
+
+class RewardFunctions:
+    """Scores answers with every reward, and sums them up by weight.
+
+    Args:
+        rewards: functions `(prompts, completions, completion_ids, **columns) -> list of float or None`, coroutine
+            functions of the same form, or sequence classifiers with one output.
+        weights: one per reward; None: 1 each.
+        tokenizers: one per reward, read for models only; None: the model's own, or `policy_tokenizer` where it has
+            none.
+        policy_tokenizer: tokenizer of the policy.
+        chat_template_kwargs: for the chat template of the reward model.
+
+    Raises:
+        ValueError: no reward, or lists of different length.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[RewardFunction | PreTrainedModel],
+        weights: Sequence[float] | None,
+        tokenizers: Sequence[PreTrainedTokenizerBase | None] | None,
+        policy_tokenizer: PreTrainedTokenizerBase,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if not rewards:
+            raise ValueError("there is no reward: pass reward_funcs, or reward_model.")
+        self.rewards = list(rewards)
+        self.names = [_name(reward) for reward in self.rewards]
+        self.weights = [1.0] * len(self.rewards) if weights is None else [float(weight) for weight in weights]
+        tokenizers = [None] * len(self.rewards) if tokenizers is None else tokenizers
+        for what, given in (("reward_weights", self.weights), ("reward_processing_classes", tokenizers)):
+            if len(given) != len(self.rewards):
+                raise ValueError(f"{what} has {len(given)} entries and there are {len(self.rewards)} rewards.")
+        self._tokenizers = [
+            _tokenizer(reward, own, policy_tokenizer) if isinstance(reward, PreTrainedModel) else None
+            for reward, own in zip(self.rewards, tokenizers, strict=True)
+        ]
+        self._chat_template_kwargs = chat_template_kwargs or {}
+
+    def __call__(
+        self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, Any], device: Any
+    ) -> Tensor:
+        """(B, F) rewards; NaN where a function returned None: it does not apply to that answer."""
+        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        out = torch.full((len(prompts), len(self.rewards)), torch.nan, device=device)
+        pending = {}
+        for index, reward in enumerate(self.rewards):
+            if isinstance(reward, nn.Module):
+                out[:, index] = self._score(reward, self._tokenizers[index], prompts, completions, device)
+            elif inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
+                pending[index] = reward(**given)
+            else:
+                out[:, index] = self._column(index, reward(**given), len(prompts), device)
+        for index, values in zip(pending, _run_together(list(pending.values())), strict=True):
+            out[:, index] = self._column(index, values, len(prompts), device)
+        unscored = out.isnan().all(1)
+        if unscored.any():
+            row = int(unscored.nonzero()[0])
+            logger.warning(
+                f"No reward applies to {int(unscored.sum())} of {len(prompts)} answers, which count as 0; the first is "
+                f"{completions[row]!r}, to the prompt {prompts[row]!r}."
+            )
+        return out
+
+    def total(self, rewards: Tensor) -> Tensor:
+        """(B, F) -> (B,) weighted sum of those that apply; 0 where none does."""
+        return (rewards * rewards.new_tensor(self.weights)).nansum(1)
+
+    def _column(self, index: int, values: Sequence[float | None], rows: int, device: Any) -> Tensor:
+        if len(values) != rows:
+            raise ValueError(
+                f"the reward function {self.names[index]!r} returned {len(values)} rewards for {rows} answers: return "
+                "one per answer, None where it does not apply."
+            )
+        return torch.tensor([torch.nan if value is None else float(value) for value in values], device=device)
+
+    @torch.no_grad()
+    def _score(self, model: nn.Module, tokenizer: Any, prompts: list, completions: list, device: Any) -> Tensor:
+        if is_conversational({"prompt": prompts[0]}):
+            texts = [
+                apply_chat_template({"messages": p + c}, tokenizer, **self._chat_template_kwargs)["text"]
+                for p, c in zip(prompts, completions, strict=True)
+            ]
+        else:
+            texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        # Padded on the right: classifiers look for the last token that is not padding.
+        batch = tokenizer(text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+        return model(**batch.to(device)).logits[:, 0].float()
+
+
+def _run_together(coroutines: list) -> list:
+    """Await all in a thread of their own: the caller may already be inside an event loop, in a notebook say."""
+    if not coroutines:
+        return []
+
+    async def gather() -> list:
+        return await asyncio.gather(*coroutines)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, gather()).result()
+
+
+def _name(reward: Any) -> str:
+    if isinstance(reward, PreTrainedModel):
+        return get_config_model_id(reward.config).split("/")[-1] or type(reward).__name__
+    return get_callable_name(reward)
+
+
+def _tokenizer(model: Any, own: Any, policy_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    path = get_config_model_id(model.config)
+    tokenizer = own or (AutoTokenizer.from_pretrained(path) if path else policy_tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # The classifier finds an answer's last token by the padding token of its config.
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer

@@ -1,4 +1,4 @@
-"""A training run whose completions do not depend on how many processes share it; launched by test_distributed.py.
+"""A training run whose data and completions do not depend on how many processes share it; for test_distributed.py.
 
 Usage: distributed_script.py MODEL OUTPUT JSON_OPTIONS, under `accelerate launch` with one process or two. Every process
 writes `rank<i>.json`: its metrics, the betas it used and a checksum of its final weights.
@@ -8,49 +8,70 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
 from tiny import digit_reward, tiny_dataset, tiny_tokenizer
+from tiny_dpo import preferences
 from transformers import set_seed
 
-from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
+from trl_klx import KLXDPOConfig, KLXDPOTrainer, KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig, KLXPPOTrainer
 
 GLOBAL_BATCH, GROUP = 12, 4  # three prompts; on two processes, the answers to the second lie on both
 
 
-class FixedRollouts(KLXGRPOTrainer):
-    """Completions are a function of the prompt, the step and the position in the global batch, of uneven lengths."""
+def completions(trainer: Any, prompt_ids: list) -> list[list[int]]:
+    """A function of the prompt, the step and the position in the global batch, of uneven lengths."""
+    out = []
+    for row, ids in enumerate(prompt_ids):
+        place = row + trainer.accelerator.process_index * len(prompt_ids)
+        generator = torch.Generator().manual_seed(1000 * trainer.state.global_step + 10 * place + len(ids))
+        length = 1 + place % 6 if place < GLOBAL_BATCH // 2 else 1 + place % 2  # the second process: short ones
+        completion = torch.randint(3, 23, (length,), generator=generator).tolist()
+        out.append([*completion[:-1], 1])
+    return out
 
-    betas: list[float]
 
+class FixedGRPO(KLXGRPOTrainer):
     def _generate_single_turn(self, prompt_ids: list, *args: object, **kwargs: object) -> tuple:
-        completions = []
-        for row, ids in enumerate(prompt_ids):
-            place = row + self.accelerator.process_index * len(prompt_ids)
-            generator = torch.Generator().manual_seed(1000 * self.state.global_step + 10 * place + len(ids))
-            length = 1 + place % 6 if place < GLOBAL_BATCH // 2 else 1 + place % 2  # the second process: short ones
-            completion = torch.randint(3, 23, (length,), generator=generator).tolist()
-            completions.append([*completion[:-1], 1])
-        return completions, None
+        return completions(self, prompt_ids), None
 
-    def training_step(self, *args: object, **kwargs: object) -> torch.Tensor:
-        self.betas = [*getattr(self, "betas", []), self.beta]
-        return super().training_step(*args, **kwargs)
+
+class FixedPPO(KLXPPOTrainer):
+    def _sample(self, prompt_ids: list) -> list:
+        return completions(self, prompt_ids)
+
+
+def grpo(model: str, output: str, settings: dict, shared: dict) -> Any:
+    config = KLXGRPOConfig(output, **{"num_generations": GROUP, "max_completion_length": 8, "beta": 0.2, **settings})
+    return FixedGRPO(model, digit_reward, config, **shared)
+
+
+def ppo(model: str, output: str, settings: dict, shared: dict) -> Any:
+    config = KLXPPOConfig(output, **{"response_length": 8, "num_ppo_epochs": 2, "kl_coef": 0.2, **settings})
+    return FixedPPO(config, model=model, reward_funcs=digit_reward, **shared)
+
+
+def dpo(model: str, output: str, settings: dict, shared: dict) -> Any:
+    """Answers of uneven length; five prompts for the probe, which two processes cannot share evenly."""
+    probe = {"kl_probe_steps": 1, "kl_probe_prompts": 5, "kl_probe_max_new_tokens": 8}
+    config = KLXDPOConfig(output, **{"kl_coef": 0.2, **probe, **settings})
+    data = {"train_dataset": preferences(24), "eval_dataset": preferences(10)}
+    return KLXDPOTrainer(model, args=config, **{**shared, **data})
 
 
 def main(model: str, output: str, options: dict) -> None:
     processes = int(options.pop("processes"))
-    lora = options.pop("lora", False)
+    algorithm, lora = options.pop("algorithm", "grpo"), options.pop("lora", False)
+    options.pop("saved", None)  # for the test to look at
+    rows = GLOBAL_BATCH // processes // options.get("gradient_accumulation_steps", 1)
     set_seed(0)
     settings = {
-        "per_device_train_batch_size": GLOBAL_BATCH // processes,
-        "num_generations": GROUP,
-        "max_completion_length": 8,
+        "per_device_train_batch_size": rows,
         "max_steps": 4,
         "logging_steps": 1,
         "learning_rate": 1e-2,
-        "beta": 0.2,
         "use_cpu": True,
         "ddp_backend": "gloo" if processes > 1 else None,
         "bf16": False,
@@ -60,21 +81,19 @@ def main(model: str, output: str, options: dict) -> None:
         "disable_tqdm": True,
         **options,
     }
-    trainer = FixedRollouts(
-        model,
-        digit_reward,
-        KLXGRPOConfig(output, **settings),
-        train_dataset=tiny_dataset(),
-        processing_class=tiny_tokenizer(),
-        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None,
-    )
+    shared = {
+        "train_dataset": tiny_dataset(24),
+        "processing_class": tiny_tokenizer(),
+        "peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None,
+    }
+    trainer = {"grpo": grpo, "ppo": ppo, "dpo": dpo}[algorithm](model, output, settings, shared)
     if trainer.accelerator.num_processes != processes:
         raise RuntimeError(f"{trainer.accelerator.num_processes} processes run, {processes} were asked for")
     trainer.train()
     trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     result = {
         "logs": trainer.state.log_history,
-        "betas": [*trainer.betas, trainer.beta],
+        "betas": [*(entry["kl/coef"] for entry in trainer.state.log_history if "kl/coef" in entry), trainer.kl.coef],
         "weights": [float(parameter.detach().double().square().sum()) for parameter in trainable],
     }
     Path(output).mkdir(parents=True, exist_ok=True)

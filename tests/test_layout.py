@@ -17,11 +17,12 @@ ALLOWED = {
     "control": (set(), set()),
     "config": ({"kl"}, set()),
     "rewards": (set(), set()),
-    "starter": ({"rewards"}, {"torch", "transformers", "tokenizers", "tqdm", "datasets"}),
+    "answers": ({"rewards"}, {"torch", "transformers"}),
+    "starter": ({"answers"}, {"torch", "transformers", "tokenizers", "tqdm"}),
     "monitor": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib"}),
     "trainers": (
         {"kl", "control", "config", "monitor", "trainers"},
-        {"torch", "transformers", "trl", "accelerate", "peft", "packaging"},
+        {"torch", "transformers", "trl", "accelerate", "peft", "packaging", "datasets"},
     ),
     "run": (
         {"config", "monitor", "trainers", "run"},

@@ -1,0 +1,79 @@
+"""Preference data and a DPO trainer as tiny as the models of `tiny.py`."""
+
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tiny import tiny_tokenizer
+from torch import Tensor, nn
+
+from trl_klx.trainers.dpo import KLXDPOTrainer
+from trl_klx.trainers.dpo_config import KLXDPOConfig
+
+SETTINGS = {
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "learning_rate": 1e-2,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+PROBE = {"kl_probe_steps": 2, "kl_probe_prompts": 6, "kl_probe_max_new_tokens": 8}
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+
+
+def preferences(rows: int = 16) -> Dataset:
+    """Answers of uneven lengths; prompts repeat after ten rows."""
+    numbers = [i % 10 for i in range(rows)]
+    prompts = [f"{i}+{3 * i % 10}=" if i % 3 else f"{i}=" for i in numbers]
+    chosen = [f"{i % 7}" * (1 + i % 3) for i in range(rows)]
+    rejected = ["abcd"[: 1 + i % 4] for i in range(rows)]
+    return Dataset.from_dict({"prompt": prompts, "chosen": chosen, "rejected": rejected})
+
+
+def make_trainer(
+    model,
+    folder: Path,
+    *,
+    peft_config=None,
+    trainer=KLXDPOTrainer,
+    config=KLXDPOConfig,
+    **settings,
+):
+    """A trainer of either class, stock TRL's or ours, on the same data."""
+    data = {"train_dataset": preferences(), "eval_dataset": preferences(12)}
+    data |= {name: settings.pop(name) for name in list(settings) if name in (*data, "ref_model", "processing_class")}
+    return trainer(
+        model,
+        args=config(str(folder), **{**SETTINGS, **settings}),
+        peft_config=peft_config,
+        **{"processing_class": tiny_tokenizer(), **data},
+    )
+
+
+def drift(model: nn.Module, seed: int = 1) -> None:
+    """Move the policy away from its reference."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def batch(trainer, rows: int = 4) -> dict[str, Tensor]:
+    """Rows as TRL's collator gives them: chosen first, padded on the right."""
+    return trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
+
+
+def loss_and_gradients(trainer, inputs: dict) -> tuple[Tensor, dict[str, Tensor]]:
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, dict(inputs))
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients

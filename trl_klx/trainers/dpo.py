@@ -1,0 +1,238 @@
+"""DPO with a chosen KL: `KLXDPOTrainer`.
+
+TRL computes DPO's loss; the exact KL at the data's prefixes is added to it. The policy's own KL is measured by a probe
+(`kl_probe.py`). Shape legend: B pairs (chosen first, then rejected: 2B rows), L tokens, H hidden.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import DPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import dpo_trainer
+from trl.trainer.utils import use_adapter
+
+from .dpo_config import KLXDPOConfig
+from .exact_forward import ExactKLForward, check_head_is_whole
+from .kl_control import KLControl, KLControlledTrainer
+from .kl_probe import KLProbe, distinct_prompts
+from .reference import causal_lm, reference_is_a_copy
+from .trl_compat import check_trl_version
+
+check_trl_version()
+
+
+class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
+    r"""`DPOTrainer` with an exact KL in the loss, a probe of the policy's own KL and controllers: see `KLXDPOConfig`.
+
+        loss = DPO's loss + kl_coef * mean over completion tokens of KL(policy(.|s_t) || reference(.|s_t))
+
+    The mean is over the completion tokens of chosen and rejected answers of one micro-batch on all processes, in nats
+    per token; gradient accumulation averages micro-batches with equal weight, as it does with DPO's own mean over
+    pairs. s_t are the data's prefixes, so this is a teacher-forced, partial KL
+    (`kl/data_exact`), not the KL of the policy's own answers, which `kl_probe_steps` measures (`kl/sequence`).
+
+    A probe comes before the first optimizer step and then every `kl_probe_steps`, and once per evaluation (its numbers
+    are logged as `eval_kl/...`; evaluating one named split alone does not probe). A controller sees each probe of
+    training once, and the value it sets is used from the next optimizer step on; schedules move at every step.
+
+    `log_ratio/chosen`, `log_ratio/rejected` and `log_ratio/margin` are log(policy / reference) of whole answers in
+    nats (under `ld_alpha` with TRL's weights): TRL's `rewards/*` without beta, and no KL.
+
+    Takes `DPOTrainer`'s arguments, with a `KLXDPOConfig` as `args`. Where the policy is given in memory rather than by
+    path, the reference is a copy of it as given (TRL would reload it from disk, and under ZeRO-3 still does).
+
+    Raises:
+        TypeError: `args` is no `KLXDPOConfig`.
+        ValueError: the exact KL cannot be computed for this model or this kind of sharding, or a probe is wanted and
+            there are no prompts for it.
+    """
+
+    _tag_names = ["trl", "dpo", "trl_klx"]
+    _name = "KLX-DPO"
+    args: KLXDPOConfig
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: KLXDPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *positional: Any,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = KLXDPOConfig(f"{name.split('/')[-1] or 'model'}-DPO")
+        if not isinstance(args, KLXDPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}: KLXDPOTrainer takes a KLXDPOConfig.")
+        if args.kl_probe_steps is not None and not eval_dataset:
+            raise ValueError(
+                f"kl_probe_steps={args.kl_probe_steps} samples answers to the prompts of eval_dataset and there is "
+                "none: pass an eval_dataset, or remove kl_probe_steps."
+            )
+        wanted = ref_model is None and kwargs.get("peft_config") is None and not args.precompute_ref_log_probs
+        with reference_is_a_copy(model, wanted=wanted, trl_module=dpo_trainer):
+            super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
+        self.kl = KLControl(args, self.accelerator)
+        self.kl_term = args.kl_term()
+        self.kl_coef = args.kl_coef
+        self._data_kl = {mode: torch.zeros(2, dtype=torch.float64) for mode in ("train", "eval")}  # nats and tokens
+        self._exact = self._exact_forward() if args.kl_needs_exact else None
+        self._probed_at: int | None = None
+        self._probe = self._make_probe() if args.kl_probe_steps is not None else None
+
+    def _exact_forward(self) -> ExactKLForward:
+        check_head_is_whole(self)
+        policy = causal_lm(self.model)
+        reference = policy if self.ref_model is None else causal_lm(self.accelerator.unwrap_model(self.ref_model))
+        return ExactKLForward(policy, reference, temperature=1.0, direction=self.kl_term.direction)
+
+    def _make_probe(self) -> KLProbe:
+        if self._is_vision_dataset:
+            raise ValueError(
+                f"kl_probe_steps={self.args.kl_probe_steps} samples answers to text prompts and the data has images: "
+                "remove it."
+            )
+        datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        prompts = distinct_prompts(datasets, self.args.kl_probe_prompts)
+        if not prompts:
+            raise ValueError(
+                f"kl_probe_steps={self.args.kl_probe_steps} samples answers to the prompts of eval_dataset and none is "
+                f"shorter than max_length={self.args.max_length}: raise max_length, or remove kl_probe_steps."
+            )
+        return KLProbe(
+            prompts,
+            self._tokenizer,
+            max_new_tokens=self.args.kl_probe_max_new_tokens,
+            batch_size=self.args.per_device_eval_batch_size,
+            seed=self.args.seed,
+            estimators=self.kl.names,
+            exact=self._exact,
+            accelerator=self.accelerator,
+        )
+
+    def _apply_kl_coef(self, coef: float) -> None:
+        if self.args.kl_controls == "beta":
+            self.beta = coef
+        else:
+            self.kl_coef = coef
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        metrics = self._metrics[self._mode]
+        # TRL's rewards are beta times the log-ratios, gathered from all processes, and beta is never 0.
+        for name, reward in (("chosen", "chosen"), ("rejected", "rejected"), ("margin", "margins")):
+            metrics[f"log_ratio/{name}"].append(metrics[f"rewards/{reward}"][-1] / self.beta)
+        return loss
+
+    def _compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool) -> Any:
+        if not self.args.kl_on_data or self._exact is None:
+            return super()._compute_loss(model, inputs, return_outputs)
+        mask = inputs["completion_mask"][:, 1:].bool()
+        reference = self.ref_model or self.model
+        with self._exact.hidden_states(reference, mask.size(1)) as ref_hidden:
+            ref_chosen_logps, ref_rejected_logps = self.compute_ref_log_probs(reference, inputs)
+        inputs = {**inputs, "ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
+        exact = self._exact.exact_kl(model, ref_hidden[0], mask, with_grad=self.args.kl_in_loss)
+        with exact as exact_kl, self._trl_takes_ref_logps():
+            result = super()._compute_loss(model, inputs, return_outputs)
+        kl_loss = self._kl_loss(exact_kl[0], mask)
+        if not self.args.kl_in_loss:
+            return result
+        return (result[0] + kl_loss, result[1]) if return_outputs else result + kl_loss
+
+    @contextmanager
+    def _trl_takes_ref_logps(self) -> Iterator[None]:
+        """TRL reads the reference's log-probs from the inputs, and does not run it a second time."""
+        self.precompute_ref_logps = True
+        try:
+            yield
+        finally:
+            self.precompute_ref_logps = False
+
+    def _kl_loss(self, exact_kl: Tensor, mask: Tensor) -> Tensor:
+        """`kl_coef` times the mean of the (2B, L-1) exact KL over the tokens of all processes; logs both."""
+        # The exact KL reads no log-probs: it takes no importance weight.
+        per_token = self.kl_term.loss(exact_kl, exact_kl, mask, exact=exact_kl)
+        tokens = self.accelerator.reduce(mask.sum(), reduction="sum").clamp(min=1) / self.accelerator.num_processes  # type: ignore[union-attr]
+        loss = self.kl_coef * per_token.sum() / tokens
+        nats = torch.where(mask, exact_kl, 0.0).sum()
+        numbers = torch.stack([nats, mask.sum().to(nats), loss]).detach().unsqueeze(0)
+        gathered = self.accelerator.gather(numbers).cpu().double()
+        self._data_kl[self._mode] += gathered[:, :2].sum(0)
+        if self.args.kl_in_loss:
+            self._metrics[self._mode]["kl/loss"].append(gathered[:, 2].mean().item())
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        nats, tokens = self._data_kl[self._mode].tolist()
+        self._data_kl[self._mode] = torch.zeros(2, dtype=torch.float64)
+        if tokens > 0:
+            prefix = "" if self._mode == "train" else "eval_"
+            name = "data_exact" if self.kl_term.direction == "reverse" else "data_exact_forward"
+            logs[f"{prefix}kl/{name}"] = nats / tokens
+        super().log(logs, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._probed_at = None
+        return super().train(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        step, every = self.state.global_step, self.args.kl_probe_steps
+        if every is not None and step % every == 0 and step != self._probed_at:
+            self._probed_at = step  # once, at the first micro-batch
+            self._run_probe("train")
+        return super().training_step(*args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # Trainer comes back here once for each named split, by its name.
+        if self._probe is not None and not isinstance(eval_dataset, str):
+            self._run_probe("eval")
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _run_probe(self, mode: str) -> None:
+        """Sample with the policy as it is now, measure the KL there, and leave everything else as it was."""
+        if self._probe is None:
+            return
+        with self._evaluating():
+            with unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, gather_deepspeed3_params=True
+            ) as unwrapped:
+                batches = self._probe.sample(unwrapped, self.state.global_step)
+            for batch in batches:
+                values = self._probe.values(self.model, self._reference(), batch)
+                self.kl.measure(mode, values, batch.target_mask, batch.prompts)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Without dropout and without gradient checkpointing, which generation cannot use."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):  # type: ignore[arg-type]
+                yield
+        finally:
+            self.model.train(training)
+
+    @contextmanager
+    def _reference(self) -> Iterator[nn.Module]:
+        """The model to call for the reference; under PEFT the policy without its adapter, or with the one named ref."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
+            yield self.model

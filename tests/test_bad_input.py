@@ -4,13 +4,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
+from packaging.version import Version
 from tiny import save_tiny
 
 from trl_klx import cli
-from trl_klx.run import grpo
+from trl_klx.run import dpo, grpo, ppo
+from trl_klx.run.arguments import Recipe
+from trl_klx.run.inputs import Inputs
+from trl_klx.trainers import trl_compat
+from trl_klx.trainers.trl_compat import TRL_VERSION
 
 
 @pytest.fixture(scope="module")
@@ -21,31 +27,44 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": [{"prompt": "1+1=", "answer": "2"}] * 4,
         "no_prompt": [{"question": "1+1=", "answer": "2"}],
         "no_answer": [{"prompt": "1+1="}],
+        "pairs": [{"prompt": "1+1=", "chosen": "2", "rejected": "3"}] * 4,
+        "whole_pairs": [{"chosen": "1+1=2", "rejected": "1+1=3"}] * 4,
+        "no_rejected": [{"prompt": "1+1=", "chosen": "2"}] * 4,
+        "tokens": [{"input_ids": [4, 5]}] * 4,
     }.items():
         for split in ("train", "test"):
             (folder / name).mkdir(exist_ok=True)
             (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "no_test").mkdir()
-    (folder / "no_test" / "train.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    for name in ("data", "pairs"):
+        (folder / f"{name}_no_test").mkdir()
+        (folder / f"{name}_no_test" / "train.jsonl").write_text((folder / name / "train.jsonl").read_text())
     (folder / "empty").mkdir()
     return folder
 
 
-def recipe(inputs: Path, tmp_path: Path, **changes: object) -> Path:
+# What each algorithm needs of a recipe, beside what all need.
+ALGORITHMS = {
+    grpo: {"dataset_name": "INPUTS/data", "reward_funcs": ["trl_klx.rewards.exact_match"]},
+    ppo: {"dataset_name": "INPUTS/data", "reward_funcs": ["trl_klx.rewards.exact_match"]},
+    dpo: {"dataset_name": "INPUTS/pairs"},
+}
+
+
+def recipe(inputs: Path, tmp_path: Path, algorithm: ModuleType = grpo, **changes: object) -> Path:
     fields = {
-        "model_name_or_path": str(inputs / "model"),
-        "dataset_name": str(inputs / "data"),
-        "reward_funcs": ["trl_klx.rewards.exact_match"],
+        "model_name_or_path": "INPUTS/model",
         "output_dir": str(tmp_path / "run"),
         "use_cpu": True,
         "bf16": False,
         "report_to": [],
         "eval_strategy": "steps",
         "eval_steps": 1,
+        **ALGORITHMS[algorithm],
         **changes,
     }
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({name: value for name, value in fields.items() if value is not None}))
+    text = yaml.safe_dump({name: value for name, value in fields.items() if value is not None})
+    path.write_text(text.replace("INPUTS", str(inputs)))
     return path
 
 
@@ -67,7 +86,7 @@ BAD_RECIPES = [
     ({"dataset_name": "INPUTS/empty"}, "cannot be loaded"),
     ({"dataset_name": "INPUTS/no_prompt"}, "has no column 'prompt' (it has question, answer)"),
     ({"dataset_name": "INPUTS/no_answer"}, "'exact_match' needs a column 'answer'"),
-    ({"dataset_name": "INPUTS/no_test"}, "dataset_test_split='test' is not in"),
+    ({"dataset_name": "INPUTS/data_no_test"}, "dataset_test_split='test' is not in"),
     ({"dataset_train_split": "training"}, "dataset_train_split='training' is not in"),
     ({"reward_funcs": None}, "reward_funcs is missing"),
     ({"reward_funcs": ["trl_klx.rewards.exact_mach"]}, "reward_funcs='trl_klx.rewards.exact_mach' cannot be imported"),
@@ -79,19 +98,54 @@ BAD_RECIPES = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "sentence"), BAD_RECIPES, ids=lambda value: str(value)[:60])
+BAD_PPO_RECIPES = [
+    ({"kl_estimator": "k3"}, "kl_estimator='k3' with kl_placement='reward'"),
+    ({"beta": 0.1}, "the field 'beta' does not exist"),
+    ({"reward_funcs": None}, "reward_funcs and reward_model_path are both missing"),
+    ({"reward_funcs": ["nowhere.reward"]}, "cannot be imported"),
+    ({"reward_model_path": "./nowhere"}, "reward_model_path='./nowhere' is neither a local folder"),
+    ({"value_model_path": "./nowhere"}, "value_model_path='./nowhere' is neither a local folder"),
+    ({"model_name_or_path": "./nowhere"}, "model_name_or_path='./nowhere' is neither a local folder"),
+    ({"dataset_name": "INPUTS/no_prompt"}, "has no column 'prompt' or 'input_ids' (it has question, answer)"),
+    ({"dataset_name": "INPUTS/no_answer"}, "'exact_match' needs a column 'answer'"),
+    ({"dataset_name": "INPUTS/data_no_test"}, "dataset_test_split='test' is not in"),
+    ({"total_episodes": 8, "max_steps": 1}, "both give the length of the run"),
+]
+BAD_DPO_RECIPES = [
+    ({"kl_estimator": "k3"}, "kl_estimator='k3' is refused for DPO"),
+    ({"kl_probe_step": 1}, "did you mean 'kl_probe_steps'?"),
+    ({"reward_funcs": ["trl_klx.rewards.exact_match"]}, "reward_funcs=['trl_klx.rewards.exact_match'] has no effect"),
+    ({"model_name_or_path": "./nowhere"}, "model_name_or_path='./nowhere' is neither a local folder"),
+    ({"dataset_name": "INPUTS/data"}, "has no column 'chosen' (it has prompt, answer)"),
+    ({"dataset_name": "INPUTS/no_rejected"}, "has no column 'rejected' (it has prompt, chosen)"),
+    ({"dataset_name": "INPUTS/pairs_no_test"}, "dataset_test_split='test' is not in"),
+    (
+        {"dataset_name": "INPUTS/pairs_no_test", "eval_strategy": "no", "eval_steps": None, "kl_probe_steps": 1},
+        "dataset_test_split='test' is not in",
+    ),
+]
+needs_ppo = pytest.mark.skipif(Version("1.13") <= TRL_VERSION, reason="TRL has PPO up to 1.12")
+MARKS: dict[ModuleType, tuple] = {grpo: (), ppo: (needs_ppo,), dpo: ()}
+BAD = [
+    pytest.param(algorithm, *row, marks=MARKS[algorithm], id=f"{algorithm.__name__.split('.')[-1]}-{str(row[0])[:60]}")
+    for algorithm, rows in ((grpo, BAD_RECIPES), (ppo, BAD_PPO_RECIPES), (dpo, BAD_DPO_RECIPES))
+    for row in rows
+]
+
+
+@pytest.mark.parametrize(("algorithm", "changes", "sentence"), BAD)
 def test_recipe_is_refused(
     inputs: Path,
     tmp_path: Path,
+    algorithm: ModuleType,
     changes: dict,
     sentence: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(grpo, "build_trainer", lambda *_: pytest.fail("a model was about to be loaded"))
-    changes = {n: v.replace("INPUTS", str(inputs)) if isinstance(v, str) else v for n, v in changes.items()}
-    assert grpo.main(["--config", str(recipe(inputs, tmp_path, **changes))]) == 2
+    monkeypatch.setattr(algorithm, "build_trainer", lambda *_: pytest.fail("a model was about to be loaded"))
+    assert algorithm.main(["--config", str(recipe(inputs, tmp_path, algorithm, **changes))]) == 2
     error = capsys.readouterr().err
     assert sentence in error
     message = error[error.index("error: ") :]
@@ -100,18 +154,53 @@ def test_recipe_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_good_recipe_is_not_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table above means something: without its change, the recipe gets as far as building a trainer."""
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [
+        (grpo, {}),
+        pytest.param(ppo, {}, marks=needs_ppo),
+        pytest.param(
+            ppo,
+            {"reward_funcs": None, "reward_model_path": "INPUTS/model", "dataset_name": "INPUTS/tokens"},
+            marks=needs_ppo,
+        ),
+        pytest.param(ppo, {"value_model_path": "INPUTS/model", "total_episodes": 8}, marks=needs_ppo),
+        (dpo, {}),
+        (dpo, {"dataset_name": "INPUTS/whole_pairs"}),
+        (dpo, {"dataset_name": "INPUTS/pairs_no_test", "eval_strategy": "no"}),
+        (dpo, {"eval_strategy": "no", "kl_probe_steps": 1}),
+    ],
+)
+def test_a_good_recipe_is_not_refused(
+    inputs: Path, tmp_path: Path, algorithm: ModuleType, changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tables above mean something: without its change, a recipe gets as far as building a trainer."""
 
     class ReachedError(Exception):
         pass
 
-    def reached(*_: object) -> None:
+    def reached(parsed: Recipe, loaded: Inputs) -> None:
+        assert len(loaded.train_dataset) == 4  # type: ignore[arg-type]
+        evaluates = parsed.args.eval_strategy != "no" or "kl_probe_steps" in changes
+        assert (loaded.eval_dataset is not None) == evaluates
         raise ReachedError
 
-    monkeypatch.setattr(grpo, "build_trainer", reached)
+    monkeypatch.setattr(algorithm, "build_trainer", reached)
     with pytest.raises(ReachedError):
-        grpo.main(["--config", str(recipe(inputs, tmp_path))])
+        algorithm.main(["--config", str(recipe(inputs, tmp_path, algorithm, **changes))])
+
+
+def test_without_ppo_in_trl_one_sentence_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TRL from 1.13 on: what the import of the config raises there reaches the user as one sentence."""
+    monkeypatch.delitem(sys.modules, "trl_klx.trainers.ppo_config", raising=False)
+    monkeypatch.setattr(trl_compat, "TRL_VERSION", Version("1.13.0"))
+    assert cli.main(["ppo", "--config", "any.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: trl 1.13.0 is installed and has no PPO")
+    assert "pip install 'trl==1.12.0'" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -139,8 +228,9 @@ def test_command_line_is_refused(
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["grop"], "the command 'grop' does not exist"),
+        (["grop"], "the command 'grop' does not exist: use starter, grpo, ppo, dpo."),
         (["grpo", "--accelerate_config", "zero9", "--config", "x"], "neither a file nor one of cpu, fsdp2"),
+        (["dpo", "--config", "nowhere.yaml"], "--config nowhere.yaml does not exist"),
         (["grpo", "--accelerate_config"], "neither a file nor one of"),
         (["starter", "--seed", "-1"], "seed"),
     ],
@@ -167,8 +257,7 @@ def test_help_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    assert "starter" in printed
-    assert "grpo" in printed
+    assert all(command in printed for command in ("starter", "grpo", "ppo", "dpo"))
 
 
 def test_a_bad_recipe_under_accelerate_launch(inputs: Path, tmp_path: Path) -> None:

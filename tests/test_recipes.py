@@ -1,34 +1,78 @@
 """Every recipe in the repository: its name is true, it parses, and the starter recipes run."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from trl import ModelConfig
+from packaging.version import Version
 
-from trl_klx.run.arguments import RunArguments, parse_recipe
-from trl_klx.run.grpo import main
+from trl_klx import starter as starter_module
+from trl_klx.run import dpo, grpo, ppo
+from trl_klx.run.arguments import Recipe, parse_recipe
 from trl_klx.starter import make_starter
-from trl_klx.trainers import KLXGRPOConfig
+from trl_klx.trainers.dpo_config import KLXDPOConfig
+from trl_klx.trainers.grpo_config import KLXGRPOConfig
+from trl_klx.trainers.trl_compat import TRL_VERSION
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ACCELERATE = sorted((RECIPES / "accelerate").rglob("*.yaml"))
 TRAINING = sorted(path for path in RECIPES.rglob("*.yaml") if path not in ACCELERATE)
-CONFIGS = {"grpo": KLXGRPOConfig}
+MAINS = {"grpo": grpo.main, "ppo": ppo.main, "dpo": dpo.main}
+CONFIGS: dict[str, type] = {"grpo": KLXGRPOConfig, "dpo": KLXDPOConfig}
+if Version("1.13") > TRL_VERSION:
+    from trl_klx.trainers.ppo_config import KLXPPOConfig
+
+    CONFIGS["ppo"] = KLXPPOConfig
+# A recipe on a less trained starter and four steps: the data that it reads, and what makes it short.
+SHORT = {
+    "grpo": {"dataset_name": "data", "per_device_train_batch_size": 32},
+    "ppo": {"dataset_name": "data", "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1},
+    "dpo": {"dataset_name": "preferences", "per_device_train_batch_size": 16, "kl_probe_steps": 2},
+}
+# What an evaluation logs beside the KL, and a line of the table at the end.
+EXPECTED = {
+    "grpo": ("eval_reward", "reward exact_match"),
+    "ppo": ("eval_reward", "reward exact_match"),
+    "dpo": ("eval_rewards/margins", "implicit reward margin"),
+}
+
+
+def algorithm_of(path: Path) -> str:
+    return path.stem.split("_")[0]
+
+
+def recipes(paths: list[Path]) -> list:
+    """Test parameters; those of PPO are skipped where TRL has none."""
+    return [
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=pytest.mark.skipif(algorithm_of(path) not in CONFIGS, reason="TRL has PPO up to 1.12"),
+        )
+        for path in paths
+    ]
+
+
+def parsed(path: Path, algorithm: str) -> Recipe:
+    return parse_recipe("test", CONFIGS[algorithm], ["--config", str(path)])
 
 
 @pytest.fixture(scope="module")
 def starter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes") / "starter"
-    make_starter(folder, steps=20, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(starter_module, "PAIR_TRAIN_PROMPTS", 256)  # about one in five gives a pair so early
+        patch.setattr(starter_module, "PAIR_TEST_PROMPTS", 64)
+        make_starter(folder, steps=20, progress=False)
     return folder
 
 
 def test_there_are_recipes() -> None:
     names = {path.stem for path in TRAINING}
-    assert {"grpo_k3_loss", "grpo_k2_loss", "grpo_k1_reward", "grpo_exact_both_pid"} <= names
+    assert {"grpo_k3_loss", "grpo_k2_loss", "grpo_k1_reward", "grpo_exact_both_pid", "dpo_exact_loss"} <= names
     assert {"cpu", "multi_gpu", "zero1", "zero2", "zero3", "fsdp2"} <= {path.stem for path in ACCELERATE}
 
 
@@ -41,16 +85,17 @@ def test_accelerate_reads_its_files(path: Path) -> None:
         assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
 
 
-@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", recipes(TRAINING))
 def test_a_recipe_is_flat_and_its_name_is_true(path: Path) -> None:
     """<algorithm>_<estimator>_<placement>[_<controller>].yaml"""
-    fields = yaml.safe_load(path.read_text())
-    assert not any(isinstance(value, dict) for value in fields.values())
+    recipe = yaml.safe_load(path.read_text())
+    assert not any(isinstance(value, dict) for value in recipe.values())
     algorithm, estimator, placement, *controller = path.stem.split("_")
-    _, args, _ = parse_recipe("test", (RunArguments, CONFIGS[algorithm], ModelConfig), ["--config", str(path)])
+    args = parsed(path, algorithm).args
     assert (args.kl_estimator, args.kl_placement) == (estimator, placement)
     assert args.kl_controller == (controller[0] if controller else "fixed")
     assert Path(args.output_dir).name == path.stem
+    assert f"scripts/{algorithm}.py" in path.read_text()
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
@@ -63,39 +108,48 @@ def test_a_recipe_says_what_it_asks_and_what_came_out(path: Path) -> None:
         assert any(line.startswith(label) and len(line) > len(label) + 10 for line in header), label
 
 
-@pytest.mark.parametrize("path", sorted((RECIPES / "starter").glob("grpo_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", recipes([path for path in TRAINING if path.parent.name == "starter"]))
 def test_starter_recipes_run(
     path: Path, starter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The recipe's own settings, on fewer steps and a less trained starter: trains, evaluates, saves and reports."""
     monkeypatch.chdir(tmp_path)
+    algorithm = algorithm_of(path)
+    recipe = yaml.safe_load(path.read_text())
+    # Of the two ways to give the length of a PPO run, the recipe may use the other.
+    length = {"total_episodes": 4 * 32} if "total_episodes" in recipe else {"max_steps": 4}
     overrides = {
+        **SHORT[algorithm],
+        **length,
         "model_name_or_path": starter / "model",
-        "dataset_name": starter / "data",
+        "dataset_name": starter / SHORT[algorithm]["dataset_name"],
         "output_dir": tmp_path / "run",
-        "max_steps": 4,
         "eval_steps": 4,
         "logging_steps": 2,
-        "per_device_train_batch_size": 32,
+        "hub_token": "secret",
     }
     argv = ["--config", str(path), *(part for name, value in overrides.items() for part in (f"--{name}", str(value)))]
-    assert main(argv) == 0
+    assert MAINS[algorithm](argv) == 0
     folder = tmp_path / "run"
+    measure, row = EXPECTED[algorithm]
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [entry for entry in history if "eval_reward" in entry]
+    evaluations = [entry for entry in history if measure in entry]
     assert [entry["step"] for entry in evaluations] == [0, 4]
     assert evaluations[0]["eval_kl/sequence"] == pytest.approx(0.0, abs=1e-6)
     assert evaluations[1]["eval_kl/sequence"] > 0
+    assert any("kl/sequence" in entry for entry in history)
     for name in ("reward_vs_kl.png", "kl_control.png", "model.safetensors", "README.md"):
         assert (folder / name).stat().st_size > 0, name
-    resolved = yaml.safe_load((folder / "resolved_recipe.yaml").read_text())
-    recipe = yaml.safe_load(path.read_text())
-    assert resolved["max_steps"] == 4
-    assert all(resolved[name] == value for name, value in recipe.items() if name.startswith("kl_"))
     assert {"trl_klx", "trl", "torch"} <= set(json.loads((folder / "versions.json").read_text()))
-    again = ["--config", str(folder / "resolved_recipe.yaml")]
-    _, args, _ = parse_recipe("test", (RunArguments, KLXGRPOConfig, ModelConfig), again)
-    assert (args.max_steps, args.kl_estimator, args.beta) == (4, resolved["kl_estimator"], recipe["beta"])
+    assert "secret" not in (folder / "resolved_recipe.yaml").read_text()
+    again = parsed(folder / "resolved_recipe.yaml", algorithm)
+    first = parse_recipe("test", CONFIGS[algorithm], argv)
+    names = {option.name for option in fields(first.args) if option.init}
+    changed = {name for name in names if getattr(again.args, name) != getattr(first.args, name)}
+    assert changed == {"hub_token", "model_init_kwargs"}  # else, running the file again is the same run
+    assert again.args.hub_token is None
+    assert again.run == first.run
+    assert again.model == first.model
     printed = capfd.readouterr().out
-    assert "held-out prompts" in printed
-    assert "KL, nats per sequence" in printed
+    for text in ("held-out prompts", row, "KL, nats per sequence", first.args.kl_coef_name):
+        assert text in printed, text

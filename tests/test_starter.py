@@ -6,37 +6,58 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
 
 from trl_klx import starter
-from trl_klx.starter import StarterError, accuracy, is_held_out, main, make_problems, make_starter
+from trl_klx.answers import Accuracy, preference_pairs
+from trl_klx.starter import StarterError, StarterReport, accuracy, is_held_out, main, make_problems, make_starter
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A starter of two training steps: complete, but unable to sort."""
     folder = tmp_path_factory.mktemp("quick") / "starter"
-    make_starter(folder, steps=2, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        few_prompts(patch)
+        make_starter(folder, steps=2, progress=False)
     return folder
 
 
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> StarterReport:
+    """The starter as a user gets it, with fewer preference pairs."""
+    with pytest.MonkeyPatch.context() as patch:
+        few_prompts(patch, test=512, train_pairs=128, test_pairs=64)
+        return make_starter(tmp_path_factory.mktemp("full") / "starter", progress=False)
+
+
 @pytest.fixture(autouse=True)
-def few_test_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most tests are about the files and not about the accuracy, whose measurement takes longest."""
-    monkeypatch.setattr(starter, "TEST_PROMPTS", 16)
+def most_tests_are_about_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not about what is sampled, which takes longest."""
+    few_prompts(monkeypatch)
+
+
+def few_prompts(patch: pytest.MonkeyPatch, *, test: int = 16, train_pairs: int = 4, test_pairs: int = 4) -> None:
+    patch.setattr(starter, "TEST_PROMPTS", test)
+    patch.setattr(starter, "PAIR_TRAIN_PROMPTS", train_pairs)
+    patch.setattr(starter, "PAIR_TEST_PROMPTS", test_pairs)
 
 
 def weights(folder: Path) -> bytes:
     return (folder / "model" / "model.safetensors").read_bytes()
 
 
+def rows(folder: str | Path, split: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (Path(folder) / f"{split}.jsonl").read_text().splitlines()]
+
+
 def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_full_starter_is_imperfect_on_purpose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(starter, "TEST_PROMPTS", 512)
-    report = make_starter(tmp_path / "starter", progress=False)
+def test_full_starter_is_imperfect_on_purpose(full: StarterReport, tmp_path: Path) -> None:
+    report = full
     assert 0.5 <= report.greedy_accuracy < 0.9
     assert 0.2 <= report.sampled_accuracy <= 0.5
     assert 0.005 < report.sampled_standard_error < 0.03
@@ -50,10 +71,9 @@ def test_full_starter_is_imperfect_on_purpose(tmp_path: Path, monkeypatch: pytes
     assert accuracy(model, tokenizer, list(test), sample=False).mean == pytest.approx(report.greedy_accuracy, abs=0.01)
 
 
-def test_completions_end_with_the_end_of_text(tmp_path: Path) -> None:
-    report = make_starter(tmp_path / "starter", steps=40, progress=False)
-    model = AutoModelForCausalLM.from_pretrained(report.model_dir)
-    tokenizer = AutoTokenizer.from_pretrained(report.model_dir)
+def test_completions_end_with_the_end_of_text(full: StarterReport) -> None:
+    model = AutoModelForCausalLM.from_pretrained(full.model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(full.model_dir)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
     inputs = tokenizer(["53331=", "201=", "4096="], padding=True, return_tensors="pt")
@@ -71,6 +91,77 @@ def test_same_seed_gives_the_same_weights_and_another_seed_does_not(quick: Path,
     for split in ("train", "test"):
         texts = {(folder / "data" / f"{split}.jsonl").read_text() for folder in (tmp_path / "same", tmp_path / "other")}
         assert len(texts) == 1
+
+
+def test_preference_pairs_are_right_and_wrong_answers(full: StarterReport, tmp_path: Path) -> None:
+    """Against the task, not against the data: chosen is the sorted prompt, rejected is not."""
+    data = load_dataset(full.preferences_dir, cache_dir=str(tmp_path / "cache"))
+    assert {split: len(pairs) for split, pairs in data.items()} == {"train": full.train_pairs, "test": full.test_pairs}
+    assert full.train_pairs > 64
+    assert full.test_pairs > 32
+    for split, pairs in data.items():
+        assert pairs.column_names == ["prompt", "chosen", "rejected"]
+        assert {feature.dtype for feature in pairs.features.values()} == {"string"}
+        for pair in pairs:
+            assert pair["chosen"] == "".join(sorted(pair["prompt"].removesuffix("=")))
+            assert pair["rejected"] != pair["chosen"]
+            assert set(pair["rejected"]) <= set("0123456789=")  # no end of text: TRL appends it
+            assert is_held_out(pair["prompt"]) == (split == "test")
+        assert len(set(pairs["prompt"])) == len(pairs)
+        assert set(pairs["prompt"]) <= {row["prompt"] for row in rows(full.data_dir, split)}
+
+
+def test_preference_pairs_are_the_models_own_samples(full: StarterReport) -> None:
+    """The written model, sampled again with the starter's seed, gives the written pairs; with another seed, others."""
+    model = AutoModelForCausalLM.from_pretrained(full.model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(full.model_dir)
+    problems = rows(full.data_dir, "train")[:128]
+    state = torch.get_rng_state()
+    assert preference_pairs(model, tokenizer, problems, seed=0) == rows(full.preferences_dir, "train")
+    assert preference_pairs(model, tokenizer, problems, seed=1) != rows(full.preferences_dir, "train")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_pairs_follow_the_seed_of_the_starter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+    monkeypatch.setattr(starter, "preference_pairs", lambda *args, seed: seeds.append(seed) or [])
+    report = make_starter(tmp_path / "starter", seed=7, steps=1, progress=False)
+    assert seeds == [7, 7]
+    assert (report.train_pairs, report.test_pairs) == (0, 0)
+
+
+def test_unfinished_and_odd_answers_are_in_no_pair() -> None:
+    """They would be tokenised as something that the model never sampled."""
+    tokenizer = starter._make_tokenizer()
+    texts = {
+        "1=": ["12345678", "<unk>0<eos>", "<pad>1<eos>", "2<eos>", "3<eos>", "1<eos><pad>", "1<eos>"],
+        "2=": ["12345678", "2<eos>", "2<eos>", "<unk><eos>", "2<eos>", "2<eos>", "2<eos>"],  # no wrong one that counts
+        "3=": ["33333333", "4<eos>", "<eos>", "333<eos>", "4<eos>", "4<eos>", "4<eos>"],  # no right one
+        "4=": ["<eos>", "4<eos>", "4<eos>", "4<eos>", "4<eos>", "4<eos>", "4<eos>"],  # nothing, said on purpose
+    }
+    problems = [{"prompt": prompt, "answer": prompt[0]} for prompt in texts]
+    model = Recites(tokenizer, [text for own in texts.values() for text in own])
+    assert preference_pairs(model, tokenizer, problems, samples_per_problem=7, batch_size=5) == [
+        {"prompt": "1=", "chosen": "1", "rejected": "2"},
+        {"prompt": "4=", "chosen": "4", "rejected": ""},
+    ]
+
+
+def test_in_dpo_the_end_follows_the_answer_directly(full: StarterReport, tmp_path: Path) -> None:
+    settings = {"use_cpu": True, "bf16": False, "report_to": [], "per_device_train_batch_size": 8}
+    trainer = DPOTrainer(
+        full.model_dir,
+        args=DPOConfig(str(tmp_path / "run"), **settings),
+        train_dataset=load_dataset(full.preferences_dir, cache_dir=str(tmp_path / "cache"))["train"],
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    tokenizer = AutoTokenizer.from_pretrained(full.model_dir)
+    answers = [
+        tokenizer.decode(ids[mask == 1]) for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    ]
+    pairs = rows(full.preferences_dir, "train")
+    assert set(answers[:8]) <= {f"{pair['chosen']}<eos>" for pair in pairs}
+    assert set(answers[8:]) <= {f"{pair['rejected']}<eos>" for pair in pairs}
 
 
 def test_random_state_and_threads_of_the_caller_are_left_alone(tmp_path: Path) -> None:
@@ -114,7 +205,7 @@ def test_only_the_answer_and_the_end_are_in_the_loss() -> None:
 
 def test_data_load_as_splits_of_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starter, "TEST_PROMPTS", 512)
-    monkeypatch.setattr(starter, "accuracy", lambda *args, **kwargs: starter.Accuracy(0.0, 0.0))
+    monkeypatch.setattr(starter, "accuracy", lambda *args, **kwargs: Accuracy(0.0, 0.0))
     report = make_starter(tmp_path / "starter", steps=1, progress=False)
     data = load_dataset(report.data_dir, cache_dir=str(tmp_path / "cache"))
     assert {split: len(rows) for split, rows in data.items()} == {"train": 4096, "test": 512}
@@ -208,13 +299,13 @@ def test_other_settings_need_force(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == ["starter"]
 
 
-@pytest.mark.parametrize("missing", ["model", "data"])
+@pytest.mark.parametrize("missing", ["model", "data", "preferences"])
 def test_a_starter_with_a_missing_part_is_made_anew(tmp_path: Path, missing: str) -> None:
     folder = tmp_path / "starter"
     make_starter(folder, steps=1, progress=False)
     (folder / missing).rename(tmp_path / "taken")
     make_starter(folder, steps=1, progress=False)
-    assert leftovers(folder) == ["data", "model", "starter.json"]
+    assert leftovers(folder) == ["data", "model", "preferences", "starter.json"]
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -244,7 +335,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     folder = tmp_path / "starter"
     folder.mkdir()
     make_starter(folder, steps=1, progress=False)
-    assert leftovers(folder) == ["data", "model", "starter.json"]
+    assert leftovers(folder) == ["data", "model", "preferences", "starter.json"]
 
 
 @pytest.mark.parametrize("interrupted", ["_train", "accuracy"])
@@ -290,6 +381,7 @@ def test_command_prints_where_things_are_and_what_comes_next(
     assert "330,240 parameters" in out
     assert "runs/starter/model" in out
     assert "runs/starter/data" in out
+    assert "runs/starter/preferences (for DPO: 0 pairs of its own answers to train on, 0 held out)" in out
     assert out.endswith(
         "accelerate launch --num_cpu_threads_per_process 1 --config_file recipes/accelerate/cpu.yaml scripts/grpo.py "
         "--config recipes/starter/grpo_exact_both_pid.yaml\n"
@@ -336,3 +428,18 @@ class CopyTwice(torch.nn.Module):
     def generate(self, input_ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
         one, end = 4, 1
         return torch.cat([input_ids, torch.tensor([[one, one, end]] * len(input_ids))], dim=1)
+
+
+class Recites(torch.nn.Module):
+    """Stands in for a model: gives the next of its texts for each prompt, padded to one length."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
+        super().__init__()
+        self.rows = [tokenizer(text)["input_ids"] for text in texts]
+
+    def generate(self, input_ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        batch, self.rows = self.rows[: len(input_ids)], self.rows[len(input_ids) :]
+        padded = [row + [0] * (8 - len(row)) for row in batch]
+        return torch.cat([input_ids, torch.tensor(padded)], dim=1)

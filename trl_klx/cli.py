@@ -2,16 +2,21 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 USAGE = """\
 usage: trl-klx COMMAND [options]
 
   starter   make a small, really trained model, its data and its reward (about 20 s on two cores)
-  grpo      train with GRPO: trl-klx grpo --config RECIPE.yaml [--accelerate_config cpu] [--field value ...]
+  grpo      train with GRPO, on prompts and reward functions
+  ppo       train with PPO, on prompts and reward functions or a reward model (TRL 1.12 only)
+  dpo       train with DPO, on pairs of chosen and rejected answers
 
+Training: trl-klx grpo --config RECIPE.yaml [--accelerate_config cpu] [--field value ...], and ppo and dpo alike.
 `trl-klx COMMAND --help` says what a command takes.
 """
+_ALGORITHMS = ("grpo", "ppo", "dpo")
 _ACCELERATE_CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 
 
@@ -25,18 +30,16 @@ def main(argv: list[str] | None = None) -> int:
         from .starter import main as starter
 
         return starter(rest)
-    if command == "grpo":
-        return _grpo(rest)
-    print(f"error: the command {command!r} does not exist: use starter or grpo.", file=sys.stderr)
+    if command in _ALGORITHMS:
+        return _train(command, rest)
+    print(f"error: the command {command!r} does not exist: use starter, {', '.join(_ALGORITHMS)}.", file=sys.stderr)
     return 2
 
 
-def _grpo(argv: list[str]) -> int:
+def _train(algorithm: str, argv: list[str]) -> int:
     """Train in this process, or under `accelerate launch` where --accelerate_config asks for it."""
     if "--accelerate_config" not in argv:
-        from .run.grpo import main as train
-
-        return train(argv, program="trl-klx grpo")
+        return import_module(f"trl_klx.run.{algorithm}").main(argv, program=f"trl-klx {algorithm}")
     position = argv.index("--accelerate_config")
     name = (argv[position + 1 : position + 2] or [""])[0]
     config = _accelerate_config(name)
@@ -46,7 +49,7 @@ def _grpo(argv: list[str]) -> int:
         return 2
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
     rest = argv[:position] + argv[position + 2 :]
-    return subprocess.call([*launch, "-m", "trl_klx.run.grpo", *rest])
+    return subprocess.call([*launch, "-m", f"trl_klx.run.{algorithm}", *rest])
 
 
 def _accelerate_config(name: str) -> Path | None:

@@ -9,44 +9,35 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import random
 import shlex
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from .rewards import exact_match
+from .answers import Problems, accuracy, preference_pairs
 
 if TYPE_CHECKING:  # imported on first use, so that `trl-klx starter --help` answers at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_OUTPUT_DIR = "runs/starter"
 TRAIN_PROMPTS, TEST_PROMPTS = 4096, 512
+# Problems that are sampled for preference pairs; not all of them give one.
+PAIR_TRAIN_PROMPTS, PAIR_TEST_PROMPTS = 2048, 256
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS = 128, 2, 4
 BATCH_SIZE, LEARNING_RATE = 64, 1.5e-3
+PARTS = ("model", "data", "preferences")
 NEXT_COMMAND = (
     "accelerate launch --num_cpu_threads_per_process 1 --config_file recipes/accelerate/cpu.yaml scripts/grpo.py "
     "--config recipes/starter/grpo_exact_both_pid.yaml"
 )
 
-Problems = Sequence[Mapping[str, str]]
-
 
 class StarterError(ValueError):
     """Input that `make_starter` cannot use; the message is one sentence for the user."""
-
-
-class Accuracy(NamedTuple):
-    """Share of correct completions, and its standard error over the problems."""
-
-    mean: float
-    standard_error: float
 
 
 @dataclass(frozen=True)
@@ -55,11 +46,14 @@ class StarterReport:
 
     model_dir: str
     data_dir: str
+    preferences_dir: str
     parameters: int
     seconds: float
     greedy_accuracy: float
     sampled_accuracy: float
     sampled_standard_error: float
+    train_pairs: int
+    test_pairs: int
 
 
 def make_starter(
@@ -68,12 +62,13 @@ def make_starter(
     """Train the starter model and write it with its data; a complete starter of the same settings is kept.
 
     Writes `<output_dir>/model` (for `from_pretrained`), `<output_dir>/data` (for `load_dataset`: splits train and test,
-    columns prompt and answer) and `<output_dir>/starter.json`. All of it appears at once, when it is complete.
+    columns prompt and answer), `<output_dir>/preferences` (the same splits, with the model's own answers in the columns
+    prompt, chosen and rejected) and `<output_dir>/starter.json`. All of it appears at once, when it is complete.
 
-    `seed` is that of the initial weights and the batches; the same seed gives the same weights. The data do not depend
-    on it, so that models are compared on the same problems. `steps` is the length of the supervised training. `force`
-    makes the starter anew and replaces the one in `output_dir`, whatever its settings. Raises `StarterError` if a
-    number is out of range, or if `output_dir` holds anything that must not be replaced.
+    `seed` is that of the initial weights, the batches and the answers; the same seed gives the same files. The data do
+    not depend on it, so that models are compared on the same problems. `steps` is the length of the supervised
+    training. `force` makes the starter anew and replaces the one in `output_dir`, whatever its settings. Raises
+    `StarterError` if a number is out of range, or if `output_dir` holds anything that must not be replaced.
     """
     for name, value, lowest in (("seed", seed, 0), ("steps", steps, 1)):
         if not lowest <= value < 2**63:
@@ -91,7 +86,8 @@ def make_starter(
             if target.exists():
                 target.rename(Path(temporary) / "replaced")
             made.rename(target)
-    return StarterReport(str(Path(output_dir) / "model"), str(Path(output_dir) / "data"), **results)
+    model_dir, data_dir, preferences_dir = (str(Path(output_dir) / name) for name in PARTS)
+    return StarterReport(model_dir, data_dir, preferences_dir, **results)
 
 
 def make_problems() -> tuple[Problems, Problems]:
@@ -108,47 +104,6 @@ def make_problems() -> tuple[Problems, Problems]:
 def is_held_out(prompt: str) -> bool:
     """Whether a prompt is a test prompt: about one in ten, by a hash that is the same in every process."""
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 10 == 0
-
-
-def accuracy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Problems,
-    *,
-    sample: bool,
-    samples_per_problem: int = 1,
-    batch_size: int = 512,
-    max_new_tokens: int = 8,
-    seed: int = 0,
-) -> Accuracy:
-    """Share of completions that are exactly the answer, over two or more problems with a `prompt` and an `answer`.
-
-    `sample` draws `samples_per_problem` completions at temperature 1, with the random numbers of `seed`; without it the
-    model decodes greedily, once. `batch_size` completions of at most `max_new_tokens` are generated at a time. The
-    random state of PyTorch and the model's mode are left as they were.
-    """
-    import torch
-
-    if samples_per_problem < 1 or (samples_per_problem > 1 and not sample):
-        raise ValueError(f"samples_per_problem is {samples_per_problem}: give 1, or more with sample=True.")
-    rows = [problem for problem in problems for _ in range(samples_per_problem)]
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-    scores: list[float] = []
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            prompts = [row["prompt"] for row in batch]
-            inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
-            tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
-            texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            scores += exact_match(prompts, texts, answer=[row["answer"] for row in batch])
-    model.train(was_training)
-    # Samples of one problem are alike, so the problem is the unit of the standard error.
-    means = [statistics.fmean(scores[i : i + samples_per_problem]) for i in range(0, len(scores), samples_per_problem)]
-    return Accuracy(statistics.fmean(means), statistics.stdev(means) / math.sqrt(len(means)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -173,7 +128,9 @@ def main(argv: list[str] | None = None) -> int:
         f"Starter: sorts digits (53331= -> 13335), {report.parameters:,} parameters, made in {report.seconds:.0f} s\n"
         f"  accuracy on {TEST_PROMPTS} held-out prompts: greedy {report.greedy_accuracy:.3f}, sampled "
         f"{report.sampled_accuracy:.3f} (standard error {report.sampled_standard_error:.3f})\n"
-        f"  model: {report.model_dir}\n  data:  {report.data_dir}\nNext:\n  {command}"
+        f"  model: {report.model_dir}\n  data:  {report.data_dir}\n"
+        f"  preferences: {report.preferences_dir} (for DPO: {report.train_pairs} pairs of its own answers to train on, "
+        f"{report.test_pairs} held out)\nNext:\n  {command}"
     )
     return 0
 
@@ -196,9 +153,9 @@ def _existing_results(folder: Path, settings: dict[str, float], force: bool) -> 
     except (FileNotFoundError, ValueError):
         record = {}
     made_with = record.get("settings")
-    if made_with == settings and not force and {"model", "data"} <= names:
+    if made_with == settings and not force and names.issuperset(PARTS):
         return record["results"]
-    foreign = sorted(names - {"model", "data", "starter.json"} if made_with else names)
+    foreign = sorted(names - {*PARTS, "starter.json"} if made_with else names)
     if foreign:
         raise StarterError(f"output_dir {folder} holds {foreign[0]}, not from a starter: choose another --output_dir.")
     if made_with and made_with != settings and not force:
@@ -212,9 +169,7 @@ def _make(folder: Path, seed: int, steps: int, progress: bool) -> dict[str, Any]
 
     start = time.perf_counter()
     train, test = make_problems()
-    (folder / "data").mkdir(parents=True)
-    for split, problems in (("train", train), ("test", test)):
-        (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    _write(folder / "data", train, test)
     threads = torch.get_num_threads()
     # So small a model gains nothing from threads, and on busy cores they wait for each other a hundred times as long.
     torch.set_num_threads(1)
@@ -226,8 +181,13 @@ def _make(folder: Path, seed: int, steps: int, progress: bool) -> dict[str, Any]
             _train(model, tokenizer, train, steps, progress)
         greedy = accuracy(model, tokenizer, test, sample=False)
         sampled = accuracy(model, tokenizer, test, sample=True, samples_per_problem=4)
+        pairs = [
+            preference_pairs(model, tokenizer, problems, seed=seed)
+            for problems in (train[:PAIR_TRAIN_PROMPTS], test[:PAIR_TEST_PROMPTS])
+        ]
     finally:
         torch.set_num_threads(threads)
+    _write(folder / "preferences", *pairs)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return {
@@ -236,7 +196,16 @@ def _make(folder: Path, seed: int, steps: int, progress: bool) -> dict[str, Any]
         "greedy_accuracy": greedy.mean,
         "sampled_accuracy": sampled.mean,
         "sampled_standard_error": sampled.standard_error,
+        "train_pairs": len(pairs[0]),
+        "test_pairs": len(pairs[1]),
     }
+
+
+def _write(folder: Path, train: Problems, test: Problems) -> None:
+    """Write the rows of two splits, in the form that `load_dataset` reads."""
+    folder.mkdir(parents=True)
+    for split, rows in (("train", train), ("test", test)):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _make_tokenizer() -> PreTrainedTokenizerBase:

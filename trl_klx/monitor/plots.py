@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -11,7 +12,27 @@ from matplotlib import pyplot as plt
 REWARD_VS_KL, KL_CONTROL = "reward_vs_kl.png", "kl_control.png"
 
 
-def plot_run(history: list[dict], folder: Path, *, target_unit: str = "token", reading: str = "k3") -> list[Path]:
+class _Gain(NamedTuple):
+    """What a kind of run gains, and where its KL in training is from."""
+
+    metric: str
+    label: str
+    source: str
+
+
+_REWARD = _Gain("reward", "mean reward", "training batches")
+# DPO has no reward: the margin is what it raises, and its KL is from answers sampled now and then, not from the data.
+_MARGIN = _Gain("rewards/margins", "implicit reward margin, chosen less rejected", "probes in training")
+
+
+def plot_run(
+    history: list[dict],
+    folder: Path,
+    *,
+    target_unit: str = "token",
+    reading: str = "k3",
+    coef_name: str = "beta",
+) -> list[Path]:
     """Draw the pictures that the logged metrics allow; returns the files written.
 
     Args:
@@ -19,15 +40,20 @@ def plot_run(history: list[dict], folder: Path, *, target_unit: str = "token", r
         folder: where the pictures go.
         target_unit: unit of `kl/target`: "token" or "sequence".
         reading: the estimator that the target is about, for the unit "token".
+        coef_name: what the trainer's config calls the weight of the KL.
     """
     train = [entry for entry in history if _finite(entry, "kl/sequence")]
-    held_out = [entry for entry in history if _finite(entry, "eval_kl/sequence")]
+    if not train:
+        return []
+    gain = _MARGIN if any(_finite(entry, _MARGIN.metric) for entry in train) else _REWARD
     written = []
-    if any(_finite(entry, "reward") for entry in train):
-        written.append(_reward_vs_kl(train, held_out, folder / REWARD_VS_KL))
-    if train:
-        written.append(_kl_control(train, held_out, folder / KL_CONTROL, target_unit, reading))
-    return written
+    if any(_finite(entry, gain.metric) for entry in train):
+        written.append(_reward_vs_kl(history, folder / REWARD_VS_KL, gain))
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(6, 5), sharex=True, layout="constrained", height_ratios=(2, 1))
+    _draw_kl(upper, history, "kl/sequence" if target_unit == "sequence" else f"kl/{reading}", gain.source)
+    upper.set_ylabel(f"KL to the reference (nats per {target_unit})")
+    _draw_coef(lower, history, coef_name)
+    return [*written, _save(figure, folder / KL_CONTROL)]
 
 
 def _finite(entry: dict, name: str) -> bool:
@@ -39,53 +65,57 @@ def _column(entries: list[dict], name: str) -> list[float]:
     return [entry[name] if _finite(entry, name) else math.nan for entry in entries]
 
 
-def _reward_vs_kl(train: list[dict], held_out: list[dict], path: Path) -> Path:
+def _reward_vs_kl(history: list[dict], path: Path, gain: _Gain) -> Path:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    train = [entry for entry in history if _finite(entry, "kl/sequence")]
     points = axes.scatter(
         [math.sqrt(max(kl, 0.0)) for kl in _column(train, "kl/sequence")],
-        _column(train, "reward"),
+        _column(train, gain.metric),
         c=_column(train, "step"),
         s=16,
         cmap="viridis",
-        label="training batches",
+        label=gain.source,
     )
-    rewarded = [entry for entry in held_out if _finite(entry, "eval_reward")]
-    if rewarded:
-        kl = [math.sqrt(max(value, 0.0)) for value in _column(rewarded, "eval_kl/sequence")]
-        axes.plot(kl, _column(rewarded, "eval_reward"), "o-", color="crimson", markersize=7, label="held out")
+    held_out = [e for e in history if _finite(e, "eval_kl/sequence") and _finite(e, f"eval_{gain.metric}")]
+    if held_out:
+        kl = [math.sqrt(max(value, 0.0)) for value in _column(held_out, "eval_kl/sequence")]
+        axes.plot(kl, _column(held_out, f"eval_{gain.metric}"), "o-", color="crimson", markersize=7, label="held out")
     figure.colorbar(points, ax=axes, label="step")
     axes.set_xlabel("square root of the KL to the reference (nats per sequence)")
-    axes.set_ylabel("mean reward")
+    axes.set_ylabel(gain.label)
     axes.legend()
     axes.grid(alpha=0.3)
     return _save(figure, path)
 
 
-def _kl_control(train: list[dict], held_out: list[dict], path: Path, unit: str, reading: str) -> Path:
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(6, 5), sharex=True, layout="constrained", height_ratios=(2, 1))
-    name = "kl/sequence" if unit == "sequence" else f"kl/{reading}"
+def _draw_kl(axes: plt.Axes, history: list[dict], name: str, source: str) -> None:
+    train = [entry for entry in history if _finite(entry, name)]
     steps, kl = _column(train, "step"), _column(train, name)
-    upper.plot(steps, kl, color="tab:blue", label="training batches")
-    error = [2 * value for value in _column(train, f"{name}_se")]
-    bounds = [[value - e for value, e in zip(kl, error, strict=True)]]
-    bounds.append([value + e for value, e in zip(kl, error, strict=True)])
-    upper.fill_between(steps, *bounds, alpha=0.2, color="tab:blue", label="± 2 standard errors")
+    axes.plot(steps, kl, ".-", markersize=3, color="tab:blue", label=source)
+    error = _column(train, f"{name}_se")
+    low = [value - 2 * e for value, e in zip(kl, error, strict=True)]
+    high = [value + 2 * e for value, e in zip(kl, error, strict=True)]
+    axes.fill_between(steps, low, high, alpha=0.2, color="tab:blue", label="± 2 standard errors")
+    held_out = [entry for entry in history if _finite(entry, f"eval_{name}")]
     if held_out:
-        upper.plot(_column(held_out, "step"), _column(held_out, f"eval_{name}"), "o", color="crimson", label="held out")
-    targets = [entry for entry in train if _finite(entry, "kl/target")]
+        axes.plot(_column(held_out, "step"), _column(held_out, f"eval_{name}"), "o", color="crimson", label="held out")
+    targets = [entry for entry in history if _finite(entry, "kl/target")]
     if targets:
-        upper.step(_column(targets, "step"), _column(targets, "kl/target"), "--", color="black", label="target")
-    upper.set_ylabel(f"KL to the reference (nats per {unit})")
-    upper.set_ylim(bottom=min(0.0, *(value for value in kl if math.isfinite(value))))
-    upper.legend()
-    upper.grid(alpha=0.3)
-    lower.plot(steps, _column(train, "kl/coef"), color="tab:orange")
-    if all(value > 0 for value in _column(train, "kl/coef")):
-        lower.set_yscale("log")
-    lower.set_ylabel("beta")
-    lower.set_xlabel("step")
-    lower.grid(alpha=0.3, which="both")
-    return _save(figure, path)
+        axes.step(_column(targets, "step"), _column(targets, "kl/target"), "--", color="black", label="target")
+    axes.set_ylim(bottom=min([0.0, *kl]))
+    axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def _draw_coef(axes: plt.Axes, history: list[dict], name: str) -> None:
+    logged = [entry for entry in history if _finite(entry, "kl/coef")]
+    coefs = _column(logged, "kl/coef")
+    axes.plot(_column(logged, "step"), coefs, color="tab:orange")
+    if coefs and min(coefs) > 0:
+        axes.set_yscale("log")
+    axes.set_ylabel(name)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3, which="both")
 
 
 def _save(figure, path: Path) -> Path:

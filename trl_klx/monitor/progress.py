@@ -2,12 +2,20 @@
 
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-# (label, metric); metrics of evaluation carry the prefix eval_.
-_SHOWN = (("reward", "reward"), ("kl/seq", "kl/sequence"), ("beta", "kl/coef"))
+# (label, metric), as far as logged: DPO has a margin instead of a reward. In evaluation they carry the prefix eval_.
+_SHOWN = (("reward", "reward"), ("margin", "rewards/margins"), ("kl/seq", "kl/sequence"))
 
 
 class KLProgressCallback(ProgressCallback):
-    """transformers' progress bar, with three numbers beside it instead of a printed dictionary of all metrics."""
+    """transformers' progress bar, with three numbers beside it instead of a printed dictionary of all metrics.
+
+    Args:
+        coef_name: what the trainer's config calls the weight of the KL: beta or kl_coef.
+    """
+
+    def __init__(self, coef_name: str = "beta") -> None:
+        super().__init__()
+        self._shown = (*_SHOWN, (coef_name, "kl/coef"))
 
     def on_log(
         self,
@@ -19,11 +27,11 @@ class KLProgressCallback(ProgressCallback):
     ) -> None:
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
-        shown = {label: f"{logs[name]:.3g}" for label, name in _SHOWN if logs.get(name) is not None}
+        shown = {label: f"{logs[name]:.3g}" for label, name in self._shown if logs.get(name) is not None}
         if shown:
             self.training_bar.set_postfix(shown)
         evaluated = [
-            f"{label} {logs[f'eval_{name}']:.3g}" for label, name in _SHOWN if logs.get(f"eval_{name}") is not None
+            f"{label} {logs[f'eval_{name}']:.3g}" for label, name in self._shown if logs.get(f"eval_{name}") is not None
         ]
         if evaluated:
             self.training_bar.write(f"step {state.global_step}, held out: {', '.join(evaluated)}")

@@ -4,10 +4,10 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
-from trl import ScriptArguments, TrlParser
+from trl import ModelConfig, ScriptArguments, TrlParser
 
 
 @dataclass
@@ -20,16 +20,25 @@ class RunArguments(ScriptArguments):
     )
 
 
+class Recipe(NamedTuple):
+    """A parsed recipe: dataset and rewards, the config of the trainer, and how the model is loaded."""
+
+    run: RunArguments
+    args: Any  # KLXGRPOConfig, KLXPPOConfig or KLXDPOConfig
+    model: ModelConfig
+
+
 class BadInput(ValueError):
     """Something the user gave cannot work. The message is one sentence that names the field, value and remedy."""
 
 
-def parse_recipe(program: str, dataclass_types: tuple[Any, ...], argv: list[str]) -> tuple:
-    """Parse `--config recipe.yaml --any_field value …` into the dataclasses; the command line wins.
+def parse_recipe(program: str, config: type, argv: list[str]) -> Recipe:
+    """Parse `--config recipe.yaml --any_field value …`, with a trainer's `config` class; the command line wins.
 
     Raises:
         BadInput: the file is missing or no mapping, or a field or value does not exist.
     """
+    dataclass_types: tuple[Any, ...] = (RunArguments, config, ModelConfig)
     parser = TrlParser(dataclass_types, prog=program, usage=f"{program} --config RECIPE.yaml [--field value ...]")
     argv = [part for text in argv for part in (text.split("=", 1) if text.startswith("--config=") else [text])]
     known = {f.name for cls in dataclass_types for f in dataclasses.fields(cls) if f.init} | {"env"}
@@ -43,7 +52,7 @@ def parse_recipe(program: str, dataclass_types: tuple[Any, ...], argv: list[str]
         raise BadInput(f"on the command line, {_unknown_field(fields[0], known)}")
     if unknown:
         raise BadInput(f"{unknown[0]!r} on the command line belongs to no field: write --field value.")
-    return tuple(parsed)
+    return Recipe(*parsed)
 
 
 def _check_config_file(argv: list[str], known: set[str]) -> None:

@@ -4,28 +4,44 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from transformers import AutoConfig
 
-from .arguments import BadInput, RunArguments
+from .arguments import BadInput, Recipe, RunArguments
 
 # What TRL itself passes to every reward function.
 _FROM_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
 
 
-def check_model(path: str | None, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
-    """Refuse a path that is neither a local model nor one on the Hub; reads its config only."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, checked and loaded; the models are left to the trainer."""
+
+    train_dataset: Dataset | IterableDataset
+    eval_dataset: Dataset | IterableDataset | None
+    rewards: list[Callable] = field(default_factory=list)
+
+
+def check_model(
+    path: str | None,
+    *,
+    option: str = "model_name_or_path",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse a path, given as `option`, that is neither a local model nor one on the Hub; reads its config only."""
     if path is None:
-        raise BadInput("model_name_or_path is missing: give a local folder or the name of a model on the Hub.")
+        raise BadInput(f"{option} is missing: give a local folder or the name of a model on the Hub.")
     try:
         AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         hint = "run `trl-klx starter` first" if path.startswith("runs/starter") else "check the spelling"
         raise BadInput(
-            f"model_name_or_path={path!r} is neither a local folder with a config.json nor a model that the Hub gives "
+            f"{option}={path!r} is neither a local folder with a config.json nor a model that the Hub gives "
             f"here: {hint}."
         ) from error
 
@@ -38,10 +54,8 @@ def check_checkpoint(path: str | None) -> None:
         )
 
 
-def load_reward_functions(names: list[str] | str | None) -> list[Callable]:
+def load_reward_functions(names: list[str] | str) -> list[Callable]:
     """Import reward functions from dotted paths; the working directory is on the path, as in TRL's scripts."""
-    if not names:
-        raise BadInput("reward_funcs is missing: give dotted paths, for example trl_klx.rewards.exact_match.")
     names = [names] if isinstance(names, str) else names
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -59,42 +73,61 @@ def _load_function(name: str) -> Callable:
     return function
 
 
-def load_splits(args: RunArguments, reward_functions: list[Callable], *, needs_test: bool) -> DatasetDict:
+def load_splits(
+    recipe: Recipe, *, columns: Sequence[tuple[str, ...]], rewards: Sequence[Callable] = (), needs_test: bool = False
+) -> Inputs:
     """Load the dataset and check its splits, columns and size against what the run needs.
+
+    Args:
+        recipe: names the dataset, and says whether the run evaluates.
+        columns: of each tuple, the dataset must have one column.
+        rewards: reward functions; their columns must be there too.
+        needs_test: whether the test split is needed even where the run does not evaluate.
 
     Raises:
         BadInput: dataset, split or column is missing, or a split is empty.
     """
+    run, args, _ = recipe
+    dataset = _load_dataset(run)
+    wanted = {"dataset_train_split": run.dataset_train_split}
+    if needs_test or args.eval_strategy != "no" or args.eval_on_start:
+        wanted["dataset_test_split"] = run.dataset_test_split
+    for option, split in wanted.items():
+        if split not in dataset:
+            raise BadInput(
+                f"{option}={split!r} is not in {run.dataset_name}, which has {', '.join(dataset)}: name one of these."
+            )
+        _check_columns(dataset[split], split, columns, rewards)
+    test = dataset[run.dataset_test_split] if "dataset_test_split" in wanted else None
+    return Inputs(dataset[run.dataset_train_split], test, list(rewards))
+
+
+def _load_dataset(args: RunArguments) -> DatasetDict:
     if args.dataset_name is None:
         raise BadInput("dataset_name is missing: give a folder with train.jsonl, or the name of a dataset on the Hub.")
     try:
-        dataset = load_dataset(args.dataset_name, name=args.dataset_config, streaming=args.dataset_streaming)
+        return load_dataset(args.dataset_name, name=args.dataset_config, streaming=args.dataset_streaming)
     except Exception as error:  # `datasets` raises a different class for every way a path can be wrong
         looks_local = args.dataset_name.startswith(("/", ".", "runs/")) and not Path(args.dataset_name).exists()
         reason = "there is no such folder" if looks_local else f"{type(error).__name__}: {_first_line(error)}"
         hint = "; run `trl-klx starter` first" if args.dataset_name.startswith("runs/starter") else ""
         raise BadInput(f"dataset_name={args.dataset_name!r} cannot be loaded ({reason}){hint}.") from error
-    wanted = {"dataset_train_split": args.dataset_train_split}
-    if needs_test:
-        wanted["dataset_test_split"] = args.dataset_test_split
-    for field, split in wanted.items():
-        if split not in dataset:
-            raise BadInput(
-                f"{field}={split!r} is not in {args.dataset_name}, which has {', '.join(dataset)}: name one of these."
-            )
-        _check_columns(dataset[split], split, reward_functions)
-    return dataset
 
 
-def _check_columns(dataset: Dataset | IterableDataset, split: str, reward_functions: list[Callable]) -> None:
+def _check_columns(
+    dataset: Dataset | IterableDataset, split: str, wanted: Sequence[tuple[str, ...]], rewards: Sequence[Callable]
+) -> None:
     if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise BadInput(f"the split {split!r} of the dataset is empty: give it at least one prompt.")
+        raise BadInput(f"the split {split!r} of the dataset is empty: give it at least one row.")
     columns = dataset.column_names
     if columns is None:  # a stream may not know its columns before it is read
         return
-    if "prompt" not in columns:
-        raise BadInput(f"the split {split!r} has no column 'prompt' (it has {', '.join(columns)}): rename one to it.")
-    for function in reward_functions:
+    for names in wanted:
+        if not set(names) & set(columns):
+            either = " or ".join(repr(name) for name in names)
+            has = ", ".join(columns)
+            raise BadInput(f"the split {split!r} has no column {either} (it has {has}): rename one to it.")
+    for function in rewards:
         for name, parameter in inspect.signature(function).parameters.items():
             required = parameter.default is parameter.empty and parameter.kind in (
                 parameter.POSITIONAL_OR_KEYWORD,

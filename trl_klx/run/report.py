@@ -10,25 +10,42 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainingArguments
-from trl import ModelConfig
 
 from ..config import KLArguments
 from ..monitor.history import HISTORY_FILE, read_history
 from ..monitor.plots import plot_run
-from .arguments import RunArguments
+from .arguments import Recipe
 
+# Computed by TRL from other fields and the number of processes: refused beside them, or wrong, when run again.
+_DERIVED = {
+    "generation_batch_size",
+    "world_size",
+    "num_total_batches",
+    "micro_batch_size",
+    "local_batch_size",
+    "batch_size",
+    "local_mini_batch_size",
+    "mini_batch_size",
+}
+_VOCABULARY_TOKENS = {"pad_token", "eos_token", "stop_token"}
+# Of these, every batch of a run has one: reward in GRPO and PPO, accuracies in DPO.
+_EVERY_BATCH = ("reward", "rewards/accuracies")
+_PREFERENCES = (
+    ("pairs ranked right (ties wrong)", "rewards/accuracies"),
+    ("implicit reward margin", "rewards/margins"),
+    ("log-ratio margin, nats", "log_ratio/margin"),
+)
 _VERSIONED = ("trl_klx", "trl", "torch", "transformers", "accelerate", "datasets", "peft")
 
 
-def write_resolved_recipe(folder: Path, run: RunArguments, args: TrainingArguments, model: ModelConfig) -> None:
+def write_resolved_recipe(folder: Path, recipe: Recipe) -> None:
     """Write every field with the value it ended up with (`resolved_recipe.yaml`) and the versions (`versions.json`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    # `to_dict` and not `asdict`: it leaves the Hub token out.
-    resolved = {**asdict(run), **asdict(model), **args.to_dict()}
-    # Derived from two others, and refused beside them if the file is run again.
-    del resolved["generation_batch_size"]
-    plain = {name: value for name, value in resolved.items() if _plain(value)}
+    resolved = {**asdict(recipe.run), **asdict(recipe.model), **recipe.args.to_dict()}
+    # `to_dict` puts a placeholder wherever a name ends in token: right for secrets, wrong for a vocabulary's tokens.
+    secret = {name for name in resolved if name.endswith("_token")} - _VOCABULARY_TOKENS
+    resolved |= {name: getattr(recipe.args, name) for name in _VOCABULARY_TOKENS & set(resolved)}
+    plain = {name: value for name, value in resolved.items() if _plain(value) and name not in _DERIVED | secret}
     (folder / "resolved_recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=True))
     versions = {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()}
     (folder / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
@@ -41,7 +58,9 @@ def _plain(value: object) -> bool:
 def report(folder: Path, args: KLArguments) -> None:
     """Print the summary table and draw the pictures, from the metrics file of the run."""
     history = read_history(folder / HISTORY_FILE)
-    pictures = plot_run(history, folder, target_unit=args.kl_target_unit, reading=args.kl_reading)
+    pictures = plot_run(
+        history, folder, target_unit=args.kl_target_unit, reading=args.kl_reading, coef_name=args.kl_coef_name
+    )
     console = Console()
     console.print(summary_table(history, args))
     for path in pictures:
@@ -50,32 +69,31 @@ def report(folder: Path, args: KLArguments) -> None:
 
 def summary_table(history: list[dict], args: KLArguments) -> Table:
     """Before and after, on held-out prompts where the run evaluated, else on its first and last training batches."""
-    evaluated = [entry for entry in history if "eval_reward" in entry]
+    evaluated = [entry for entry in history if any(f"eval_{name}" in entry for name in _EVERY_BATCH)]
     held_out = len(evaluated) >= 2
-    entries = evaluated if held_out else [entry for entry in history if "reward" in entry]
+    entries = evaluated if held_out else [entry for entry in history if any(name in entry for name in _EVERY_BATCH)]
     prefix, source = ("eval_", "held-out prompts") if held_out else ("", "training batches")
-    title = f"{args.kl_estimator} KL in {args.kl_placement}, {args.kl_controller} beta"
+    if not held_out and entries and "rewards/accuracies" in entries[-1]:
+        source += "; KL of answers to held-out prompts"  # DPO's probe
+    title = f"{args.kl_estimator} KL in {args.kl_placement}, {args.kl_controller} {args.kl_coef_name}"
     table = Table("", title=title, caption=f"mean ± standard error, {source}")
     for column in ("before", "after", "target"):
         table.add_column(column, justify="right")
     if not entries:
         return table
     ends = entries[0], entries[-1]
+    for label, name in _gains(entries[-1], prefix):
+        table.add_row(label, *(_number(entry, prefix + name) for entry in ends), "")
+    # DPO measures the KL now and then, so that not every training batch has it.
+    measured = [entry for entry in entries if f"{prefix}kl/sequence" in entry] or entries
+    ends = measured[0], measured[-1]
     target = "" if args.kl_target is None else f"{args.kl_target:g}"
-
-    def row(label: str, name: str, goal: str = "", error: str = "") -> None:
-        table.add_row(label, *(_number(entry, prefix + name, prefix + error) for entry in ends), goal)
-
-    for name in entries[-1]:
-        if name.startswith(f"{prefix}rewards/") and name.endswith("/mean"):
-            row(f"reward {name.split('/')[1]}", name.removeprefix(prefix))
-    per_sequence = args.kl_target_unit == "sequence"
-    row("KL, nats per sequence", "kl/sequence", target if per_sequence else "", "kl/sequence_se")
-    reading = f"kl/{args.kl_reading}"
-    row("KL, nats per token", reading, "" if per_sequence else target, f"{reading}_se")
-    betas = [entry["kl/coef"] for entry in history if "kl/coef" in entry]
-    if betas:
-        table.add_row("beta", f"{args.kl_coef_start:.3g}", f"{betas[-1]:.3g}", "")
+    for unit, name in (("sequence", "kl/sequence"), ("token", f"kl/{args.kl_reading}")):
+        numbers = (_number(entry, prefix + name, f"{prefix}{name}_se") for entry in ends)
+        table.add_row(f"KL, nats per {unit}", *numbers, target if unit == args.kl_target_unit else "")
+    coefs = [entry["kl/coef"] for entry in history if "kl/coef" in entry]
+    if coefs:
+        table.add_row(args.kl_coef_name, f"{args.kl_coef_start:.3g}", f"{coefs[-1]:.3g}", "")
     seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
     if seconds:
         table.add_row("steps", "0", str(history[-1]["step"]), "")
@@ -83,7 +101,14 @@ def summary_table(history: list[dict], args: KLArguments) -> Table:
     return table
 
 
-def _number(entry: dict, name: str, error_name: str) -> str:
+def _gains(entry: dict, prefix: str) -> list[tuple[str, str]]:
+    """(label, metric) of what the run was to raise: each reward function of GRPO and PPO, or DPO's own measures."""
+    names = [name.removeprefix(prefix) for name in entry if name.startswith(f"{prefix}rewards/")]
+    functions = [(f"reward {name.split('/')[1]}", name) for name in names if name.endswith("/mean")]
+    return functions + [(label, name) for label, name in _PREFERENCES if prefix + name in entry]
+
+
+def _number(entry: dict, name: str, error_name: str = "") -> str:
     value, error = entry.get(name), entry.get(error_name)
     if not isinstance(value, (int, float)):
         return "-"

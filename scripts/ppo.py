@@ -1,0 +1,14 @@
+"""PPO with a chosen KL, for `accelerate launch`.
+
+accelerate launch --num_cpu_threads_per_process 1 --config_file recipes/accelerate/cpu.yaml scripts/ppo.py \
+    --config recipes/starter/ppo_k1_reward.yaml
+
+Any field of the recipe may be overridden: `--kl_coef 0.1 --max_steps 50`. The code is in `trl_klx/run/ppo.py`.
+"""
+
+import sys
+
+from trl_klx.run.ppo import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""What a run prints and draws, for each kind of log: with and without evaluation, reward or margin, KL now and then."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tiny import Arguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from trl_klx.config import KLArguments
+from trl_klx.monitor.plots import KL_CONTROL, REWARD_VS_KL, plot_run
+from trl_klx.monitor.progress import KLProgressCallback
+from trl_klx.run.report import summary_table
+from trl_klx.trainers.dpo_config import KLXDPOConfig
+
+
+def kl(value: float, prefix: str = "") -> dict[str, float]:
+    names = ("kl/k3", "kl/k3_se", "kl/exact", "kl/exact_se", "kl/sequence", "kl/sequence_se")
+    return {f"{prefix}{name}": value for name in names}
+
+
+def pairs(value: float, prefix: str = "") -> dict[str, float]:
+    return {f"{prefix}{name}": value for name in ("rewards/accuracies", "rewards/margins", "log_ratio/margin")}
+
+
+GRPO = [
+    {"step": 0, "eval_reward": 0.1, "eval_rewards/exact_match/mean": 0.1, **kl(0.0, "eval_")},
+    {"step": 1, "reward": 0.2, "rewards/exact_match/mean": 0.2, "kl/coef": 0.1, **kl(0.2)},
+    {"step": 2, "reward": 0.3, "rewards/exact_match/mean": 0.3, "kl/coef": 0.2, **kl(0.3)},
+    {"step": 2, "eval_reward": 0.4, "eval_rewards/exact_match/mean": 0.4, **kl(0.4, "eval_")},
+    {"step": 2, "train_runtime": 7.0},
+]
+# The probe measured before the first step and after the second: step 2 has no KL.
+DPO = [
+    {"step": 1, "kl/coef": 0.5, **pairs(0.11), **kl(0.0)},
+    {"step": 2, "kl/coef": 0.5, **pairs(0.22)},
+    {"step": 3, "kl/coef": 0.5, **pairs(0.33), **kl(0.3)},
+    {"step": 4, "kl/coef": 0.5, **pairs(0.44)},
+]
+
+
+def printed(history: list[dict], args: KLArguments) -> dict[str, list[str]]:
+    """The table's rows by label, with its title and caption."""
+    table = summary_table(history, args)
+    rows = {label: cells for label, *cells in zip(*(column.cells for column in table.columns), strict=True)}
+    return {**rows, "title": [str(table.title)], "caption": [str(table.caption)]}
+
+
+def test_rewards_and_kl_on_held_out_prompts() -> None:
+    args = Arguments(kl_controller="pid", kl_target=0.4, kl_target_unit="sequence")
+    assert printed(GRPO, args) == {
+        "title": ["k3 KL in loss, pid beta"],
+        "caption": ["mean ± standard error, held-out prompts"],
+        "reward exact_match": ["0.100", "0.400", ""],
+        "KL, nats per sequence": ["0.000 ± 0.000", "0.400 ± 0.400", "0.4"],
+        "KL, nats per token": ["0.000 ± 0.000", "0.400 ± 0.400", ""],
+        "beta": ["0.1", "0.2", ""],
+        "steps": ["0", "2", ""],
+        "seconds": ["", "7", ""],
+    }
+
+
+def test_dpo_without_evaluation_reads_its_probes(tmp_path: Path) -> None:
+    args = KLXDPOConfig(str(tmp_path), use_cpu=True, bf16=False, kl_coef=0.5, kl_probe_steps=2)
+    assert printed(DPO, args) == {
+        "title": ["exact KL in loss, fixed kl_coef"],
+        "caption": ["mean ± standard error, training batches; KL of answers to held-out prompts"],
+        "pairs ranked right (ties wrong)": ["0.110", "0.440", ""],
+        "implicit reward margin": ["0.110", "0.440", ""],
+        "log-ratio margin, nats": ["0.110", "0.440", ""],
+        "KL, nats per sequence": ["0.000 ± 0.000", "0.300 ± 0.300", ""],
+        "KL, nats per token": ["0.000 ± 0.000", "0.300 ± 0.300", ""],
+        "kl_coef": ["0.5", "0.5", ""],
+    }
+    assert set(printed([], args)) == {"title", "caption"}
+
+
+@pytest.mark.parametrize(
+    ("history", "pictures"),
+    [
+        (GRPO, [REWARD_VS_KL, KL_CONTROL]),
+        (DPO, [REWARD_VS_KL, KL_CONTROL]),
+        ([{"step": 1, **kl(0.1)}], [KL_CONTROL]),  # neither a reward nor a margin, nor a beta
+        ([{"step": 1, "reward": 0.1}, {"step": 2, **pairs(0.1)}], []),  # KL not measured
+    ],
+)
+def test_pictures_that_the_metrics_allow(history: list[dict], pictures: list[str], tmp_path: Path) -> None:
+    written = plot_run(history, tmp_path)
+    assert written == [tmp_path / name for name in pictures]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(pictures)
+
+
+def test_progress_shows_margin_kl_and_coefficient(tmp_path: Path) -> None:
+    shown: list = []
+    callback = KLProgressCallback(coef_name="kl_coef")
+    callback.training_bar = SimpleNamespace(set_postfix=shown.append, write=shown.append)
+    state, args = TrainerState(), TrainingArguments(str(tmp_path), use_cpu=True)
+    for logs in (DPO[0], DPO[1], {**pairs(0.5, "eval_"), **kl(0.25, "eval_")}, GRPO[1]):
+        callback.on_log(args, state, TrainerControl(), logs={k: v for k, v in logs.items() if k != "step"})
+    assert shown == [
+        {"margin": "0.11", "kl/seq": "0", "kl_coef": "0.5"},
+        {"margin": "0.22", "kl_coef": "0.5"},
+        "step 0, held out: margin 0.5, kl/seq 0.25",
+        {"reward": "0.2", "kl/seq": "0.2", "kl_coef": "0.1"},
+    ]

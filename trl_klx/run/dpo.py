@@ -1,0 +1,36 @@
+"""DPO from a recipe: `scripts/dpo.py` and `trl-klx dpo`."""
+
+import sys
+
+from ..trainers.dpo import KLXDPOTrainer
+from ..trainers.dpo_config import KLXDPOConfig
+from .arguments import BadInput, Recipe
+from .inputs import Inputs, check_model, load_splits
+from .train import run_recipe, trainer_arguments
+
+
+def main(argv: list[str] | None = None, program: str = "dpo.py") -> int:
+    """Train with DPO as a recipe says. Returns the exit status: 0, or 2 for bad input."""
+    return run_recipe(argv, program, KLXDPOConfig, load_inputs, build_trainer)
+
+
+def load_inputs(recipe: Recipe) -> Inputs:
+    """DPO needs pairs, whose prompt may be left to TRL to find; the KL is probed on the prompts of the test split."""
+    run, args, model = recipe
+    if run.reward_funcs:
+        raise BadInput(
+            f"reward_funcs={run.reward_funcs} has no effect: DPO learns from the columns chosen and rejected; remove "
+            "it."
+        )
+    inputs = load_splits(recipe, columns=[("chosen",), ("rejected",)], needs_test=bool(args.kl_probe_steps))
+    check_model(model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
+    return inputs
+
+
+def build_trainer(recipe: Recipe, inputs: Inputs) -> KLXDPOTrainer:
+    """The trainer that the recipe describes; its reference is the model that it starts from."""
+    return KLXDPOTrainer(**trainer_arguments(recipe, inputs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from test_oracle import oracle_table
 
-from trl_klx.config import ESTIMATORS, KLArguments
+from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXPPOConfig
+from trl_klx.config import ESTIMATORS
 from trl_klx.kl.gradients import SOUND, expected_gradient
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md", "docs/gradients.md")]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 
 def test_gradient_page_is_what_the_oracle_prints() -> None:
@@ -59,10 +61,23 @@ def test_make_targets_in_the_readme_exist() -> None:
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_options_in_the_readme_exist() -> None:
-    named = set(re.findall(r"`(kl_\w+|allow_biased_kl)`?[:=`]?", (ROOT / "README.md").read_text()))
+def test_options_in_the_docs_exist() -> None:
+    pages = "".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"`(kl_\w+|allow_biased_kl)`?[:=`]?", pages))
+    fields = {
+        *KLXGRPOConfig.__dataclass_fields__,
+        *KLXPPOConfig.__dataclass_fields__,
+        *KLXDPOConfig.__dataclass_fields__,
+    }
     assert named
-    assert named <= set(KLArguments.__dataclass_fields__) | {"kl_credit", "kl_coef", "kl_state", "kl_control"}
+    assert named <= fields | {"kl_state", "kl_control", "kl_loss", "kl_credit"}
+
+
+def test_tests_named_in_the_ppo_page_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "ppo.md").read_text()))
+    written = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 10
+    assert all(f"def {name}(" in written for name in named)
 
 
 def test_ci_calls_the_readmes_test_command() -> None:

@@ -21,7 +21,7 @@ from trl_klx.trainers.ppo import KLXPPOTrainer
 
 ARMS = list(range(3, 8))  # the tokens "0" to "4"
 GROUP = 32
-# Of a probability. Sampling error: over five seeds of each case, run once, the largest was 0.010 and the median below 0.004.
+# Of a probability. The sampling error over five seeds of each case, run once: 0.010 at most, mostly below 0.004.
 TOLERANCE = 0.02
 
 PROMPTS = Dataset.from_dict({"prompt": ["="] * 256})
@@ -74,7 +74,7 @@ def optimum(rewards: Tensor) -> Tensor:
 
 
 def forward_optimum(rewards: Tensor) -> Tensor:
-    """argmax E[r] - KL(ref || pi), where an unweighted k3 loss ends: ref / (c - r), with the c > max r that sums to 1."""
+    """argmax E[r] - KL(ref || pi), where an unweighted k3 loss ends: ref / (c - r), c > max r so that it sums to 1."""
     low, high = float(rewards.max()), float(rewards.max()) + 1.0
     for _ in range(100):
         c = (low + high) / 2

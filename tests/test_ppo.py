@@ -621,6 +621,8 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     from trl_klx import KLXGRPOConfig
     from trl_klx.trainers.ppo import KLXPPOTrainer
 
+    with pytest.raises(NotImplementedError, match="use evaluate"):
+        trainer(tmp_path).generate_completions()
     with pytest.raises(TypeError, match="args is a KLXGRPOConfig"):
         KLXPPOTrainer(KLXGRPOConfig(str(tmp_path), use_cpu=True, bf16=False), model=model)  # type: ignore[arg-type]
 

@@ -206,6 +206,21 @@ def test_columns_of_a_rollout_function_reach_the_rewards(tmp_path: Path) -> None
     assert rollout.scores.tolist() == list(range(8))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"completion_ids": [[3]]}, "returned 1 completion_ids for 8 prompts"),
+        ({"env_mask": [[1]] * 8}, "returned 1 entries of env_mask for the 4 tokens of answer 0"),
+    ],
+)
+def test_lists_of_a_rollout_function_have_to_fit(tmp_path: Path, changes: dict, message: str) -> None:
+    from ppo_tools import given_answers
+
+    made = trainer(tmp_path, rollout_func=lambda prompts, trainer: {**given_answers(prompts, trainer), **changes})
+    with pytest.raises(ValueError, match=message):
+        first_rollout(made)
+
+
 def test_one_function_without_a_list(tmp_path: Path) -> None:
     assert trainer(tmp_path, reward_funcs=digit_reward)._rewards.names == ["digit_reward"]
 

@@ -12,7 +12,7 @@ from trl import get_peft_config, get_quantization_config
 
 from ..monitor.history import HistoryCallback
 from ..monitor.progress import KLProgressCallback
-from ..trainers.kl_control import ControllerStateError
+from ..trainers.kl_control import CheckpointError
 from .arguments import Recipe, parse_recipe
 from .inputs import Inputs, check_checkpoint
 from .report import report, write_resolved_recipe
@@ -43,7 +43,7 @@ def run_recipe(
         return refuse(error)
     try:
         _train(trainer, recipe)
-    except ControllerStateError as error:
+    except CheckpointError as error:
         return refuse(error)
     _leave_together(trainer)
     return 0

@@ -167,7 +167,7 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         """`kl_coef` times the mean of the (2B, L-1) exact KL over the tokens of all processes; logs both."""
         # The exact KL reads no log-probs: it takes no importance weight.
         per_token = self.kl_term.loss(exact_kl, exact_kl, mask, exact=exact_kl)
-        tokens = self.accelerator.reduce(mask.sum(), reduction="sum").clamp(min=1) / self.accelerator.num_processes  # type: ignore[union-attr]
+        tokens = self.accelerator.reduce(mask.sum(), reduction="sum").clamp(min=1) / self.accelerator.num_processes
         loss = self.kl_coef * per_token.sum() / tokens
         nats = torch.where(mask, exact_kl, 0.0).sum()
         numbers = torch.stack([nats, mask.sum().to(nats), loss]).detach().unsqueeze(0)

@@ -166,7 +166,7 @@ class KLControl:
         """Continue from a checkpoint. Call after `start`.
 
         Raises:
-            ControllerStateError: the file is there and unreadable.
+            CheckpointError: the file is there and unreadable.
         """
         path = Path(folder) / STATE_FILE
         if not path.exists():
@@ -179,7 +179,7 @@ class KLControl:
             budget_sum, budget_weight = (float(number) for number in state["budget"])
             self._load_controller(state["controller"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ControllerStateError(
+            raise CheckpointError(
                 f"{path} is not a readable controller state ({error}): resume from an earlier checkpoint, or delete "
                 "the file to start the controller afresh."
             ) from error
@@ -201,8 +201,8 @@ class KLControl:
         self.coef = self._controller.value
 
 
-class ControllerStateError(ValueError):
-    """A checkpoint's controller state cannot be used; the message names the file and the remedy."""
+class CheckpointError(ValueError):
+    """A checkpoint cannot be resumed from; the message names the file and the remedy."""
 
 
 def _numbers(metrics: dict[str, float]) -> dict[str, float]:

@@ -151,7 +151,6 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
             optimizers=optimizers,
             callbacks=callbacks,
         )
-        self.kl_coef = args.kl_coef
         self._clipping = Clipping(args.cliprange, args.cliprange_value)
         self._token_sums: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -219,12 +218,6 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
             else:
                 credit = kl_credit(penalty, mask, credit=term.credit_kind)  # type: ignore[arg-type]
                 direct = -self.kl_coef * (credit - leave_one_out_baseline(credit, mask, len(credit)))
-            rows = torch.ones_like(rollout.scores).sum()
-            total = -self.kl_coef * penalty.sum()
-            objective = total + rollout.scores.sum()
-            self._record_means(
-                {"objective/non_score_reward": (total, rows), "objective/rlhf_reward": (objective, rows)}
-            )
         return rewards + charged, direct
 
     def _sum(self, tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from trl.experimental.ppo import PPOTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id, identity, use_adapter
 
+from .kl_control import CheckpointError
 from .ppo_config import KLXPPOConfig
 from .ppo_model import REF_ADAPTER, VALUE_FOLDER, PolicyAndValue
 
@@ -57,9 +58,7 @@ class PPOLoop(PPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = _as_the_loop_sees_it(args)
-        for module in (model, ref_model):
-            if module is not None:
-                disable_dropout_in_model(module)  # a ratio of two dropout masks is no ratio of policies
+        disable_dropout_in_model(model)  # a ratio of two dropout masks is no ratio of policies
         self.is_peft_model = isinstance(model.policy, PeftModel)
         if self.is_peft_model and args.gradient_checkpointing:
             model.policy.enable_input_require_grads()
@@ -82,6 +81,8 @@ class PPOLoop(PPOTrainer):
 
     def _frozen(self, model: PreTrainedModel) -> Any:
         """Prepare a model that is only run: placed, in the run's precision, sharded where the policy is."""
+        disable_dropout_in_model(model)
+        model.eval()
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)
         if self.is_fsdp_enabled:
@@ -121,7 +122,10 @@ class PPOLoop(PPOTrainer):
             return
         value_folder = Path(resume_from_checkpoint) / VALUE_FOLDER
         if not value_folder.is_dir():
-            raise ValueError(f"{resume_from_checkpoint} holds no {VALUE_FOLDER}: it is no checkpoint of a PPO run.")
+            raise CheckpointError(
+                f"{resume_from_checkpoint} holds no {VALUE_FOLDER}, so no PPO run can continue from it: resume from a "
+                "checkpoint that PPO wrote, or start from it as model_name_or_path."
+            )
         for part, folder in ((self.model.policy, resume_from_checkpoint), (self.model.value_model, str(value_folder))):
             with self._seen_as_model(part):
                 super()._load_from_checkpoint(folder, part)

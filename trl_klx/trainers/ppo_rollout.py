@@ -91,7 +91,7 @@ def completions_like(prompts: list, texts: list[str]) -> list:
 
 def padded(ids: list[list[int]], fill: int, side: str, device: Any) -> tuple[Tensor, Tensor]:
     """(B, longest) tokens padded with `fill` on the "left" or "right", and their mask."""
-    longest = max(1, *(len(row) for row in ids))
+    longest = max(1, *(len(row) for row in ids))  # 1 where all are empty
 
     def pad(row: list[int], value: int) -> list[int]:
         gap = [value] * (longest - len(row))
@@ -100,6 +100,19 @@ def padded(ids: list[list[int]], fill: int, side: str, device: Any) -> tuple[Ten
     tokens = torch.tensor([pad(row, fill) for row in ids], dtype=torch.long, device=device)
     mask = torch.tensor([pad([1] * len(row), 0) for row in ids], dtype=torch.long, device=device)
     return tokens.view(len(ids), longest), mask.view(len(ids), longest)
+
+
+def check_answers(rows: int, prompt_ids: list, completion_ids: list, policy_made: list) -> None:
+    """Refuse a rollout function's answers whose lists do not fit together."""
+    for name, given in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids), ("env_mask", policy_made)):
+        if len(given) != rows:
+            raise ValueError(f"rollout_func returned {len(given)} {name} for {rows} prompts: return one per prompt.")
+    for row, (ids, made) in enumerate(zip(completion_ids, policy_made, strict=True)):
+        if len(ids) != len(made):
+            raise ValueError(
+                f"rollout_func returned {len(made)} entries of env_mask for the {len(ids)} tokens of answer {row}: "
+                "return one per token."
+            )
 
 
 def until_stop(completion: list[int], stop_token_id: int | None) -> list[int]:

@@ -24,6 +24,7 @@ from .ppo_rollout import (
     Rollout,
     RolloutFunction,
     Rows,
+    check_answers,
     completions_like,
     padded,
     read_prompts,
@@ -70,6 +71,7 @@ class PPOSampler(PPOLoop):
         self._answers_seen = 0
         self._backend = DistributedBackend(self.accelerator)
         self.kl = KLControl(config, self.accelerator)
+        self.kl_coef = config.kl_coef
         self.kl_term = config.kl_term()
         self._exact = self._exact_forward() if config.kl_needs_exact else None
 
@@ -83,6 +85,12 @@ class PPOSampler(PPOLoop):
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        raise NotImplementedError(
+            "KLXPPOTrainer has no generate_completions: use evaluate(), which samples and rewards answers to "
+            "eval_dataset, or num_sample_generations, which prints answers during training."
+        )
 
     @torch.no_grad()
     def _make_rollout(self, rows: Rows) -> Rollout:
@@ -112,6 +120,7 @@ class PPOSampler(PPOLoop):
             columns |= given
         if policy_made is None:
             policy_made = [[1] * len(ids) for ids in completion_ids]
+        check_answers(len(prompts), prompt_ids, completion_ids, policy_made)
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         return Answers(prompts, completions_like(prompts, texts), prompt_ids, completion_ids, policy_made, columns)
 
@@ -238,7 +247,11 @@ class PPOSampler(PPOLoop):
             if rollout.exact is not None:
                 values["exact"] = rollout.exact
             self.kl.measure(self._mode, values, mask, rollout.answer_numbers)
-            sums["objective/kl"] = (masked_sum(values[self.kl_term.estimator], mask), rows)
+            kl = masked_sum(values[self.kl_term.estimator], mask)
+            sums["objective/kl"] = (kl, rows)
+            if self.args.kl_is_penalised:  # what every placement maximises
+                sums["objective/non_score_reward"] = (-self.kl_coef * kl, rows)
+                sums["objective/rlhf_reward"] = (rollout.scores.sum() - self.kl_coef * kl, rows)
         self._record_means(sums)
 
     def _print_some(self, answers: Answers, rewards: Tensor, extra: dict[str, list]) -> None:

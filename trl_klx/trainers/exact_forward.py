@@ -9,7 +9,7 @@ an ad-hoc key would be lost or crash them.
 import dataclasses
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..kl import chunked_exact_kl
 from ..kl.exact import Direction
@@ -144,19 +145,26 @@ class ExactKLForward:
         ref_hidden, mask = request.take(hidden.size(0))
         self._check_projection(hidden, output)
         head, ref_head = self._policy.get_output_embeddings(), self._reference.get_output_embeddings()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and request.with_grad):
-            kl_N = chunked_exact_kl(
-                hidden[mask],
+        ref_weights = None if ref_head is head else _whole(ref_head)
+
+        def project(hidden_NH: Tensor) -> Tensor:
+            # Read here, where the head's own hooks have gathered them.
+            ref_weight, ref_bias = (head.weight.detach(), head.bias) if ref_weights is None else ref_weights
+            return chunked_exact_kl(
+                hidden_NH,
                 head.weight,
                 ref_hidden[mask],
-                ref_head.weight.detach(),
+                ref_weight,
                 bias=head.bias,
-                ref_bias=ref_head.bias,
+                ref_bias=ref_bias,
                 temperature=self._temperature,
                 logit_scale=self._logit_scale,
                 softcap=self._softcap,
                 direction=self._direction,
             )
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() and request.with_grad):
+            kl_N = _call_as_forward(head, project, hidden[mask])
         # masked_scatter keeps an all-masked batch connected to the graph, which DDP needs.
         return kl_N.new_zeros(mask.shape).masked_scatter(mask, kl_N)
 
@@ -179,9 +187,35 @@ class ExactKLForward:
             )
 
 
+def _call_as_forward(head: nn.Module, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """Run `function` in place of the head's forward, so that what shards the head gathers it around the function.
+
+    ZeRO-3 and FSDP gather a module's weights by hooks around its forward, and again around its part of backward.
+    """
+    own = head.__dict__.get("forward")
+    head.forward = function  # type: ignore[method-assign]
+    try:
+        return head(hidden)
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
+
+
+def _whole(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the frozen reference's head; a copy of them where ZeRO-3 has sharded them."""
+    parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
+    if not is_deepspeed_zero3_enabled():
+        return head.weight.detach(), head.bias
+    with maybe_gather_lm_head_ctx(*parameters):
+        weight, *bias = [parameter.detach().clone() for parameter in parameters]
+    return weight, bias[0] if bias else None
+
+
 def check_head_is_whole(trainer: Trainer) -> None:
     """Refuse the exact KL where the output head is sharded."""
-    if is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled:
         raise ValueError(
             "the exact KL needs the whole output head, which ZeRO-3 and FSDP shard: use ZeRO-2 or DDP, or kl_estimator "
             "k1, k2 or k3 (in DPO kl_coef 0, with kl_monitor=['k1', 'k3'] for the probe)."

@@ -21,7 +21,7 @@ use_cpu: true
 """
 ALWAYS = ("loss", "grad_norm", "kl/coef")
 COMPARED = (*ALWAYS, "reward", "kl", "kl/sequence", "kl/sequence_se", "kl/error", "kl/loss", "policy/approxkl_avg")
-COMPARED += ("loss/value_avg", "policy/entropy_avg", "reward_std", "kl/data_exact", "log_ratio/margin")
+COMPARED += ("loss/value_avg", "policy/entropy_avg", "reward_std", "episode", "kl/data_exact", "log_ratio/margin")
 
 
 def run(folder: Path, model: str, processes: int, options: dict) -> list[dict]:
@@ -51,7 +51,8 @@ def run(folder: Path, model: str, processes: int, options: dict) -> list[dict]:
         {"kl_estimator": "k3", "kl_controller": "adaptive", "kl_target": 0.2, "kl_horizon": 20.0, "lora": True},
         {"kl_estimator": "k1", "kl_placement": "reward", "kl_controller": "pid", "kl_target": 0.3}
         | {"kl_target_unit": "sequence", "kl_signal": "k3"},
-        {"algorithm": "ppo", "kl_controller": "pid", "kl_target": 0.05, "gradient_accumulation_steps": 2},
+        {"algorithm": "ppo", "kl_controller": "pid", "kl_target": 0.05, "gradient_accumulation_steps": 2}
+        | {"whiten_rewards": True},
         {
             "algorithm": "ppo",
             "kl_estimator": "exact",

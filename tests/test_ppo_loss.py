@@ -126,6 +126,14 @@ def test_value_loss_takes_the_larger_of_plain_and_clipped() -> None:
     assert metrics["val/clipfrac_avg"].tolist() == [[1.0, 0.0]]
 
 
+def test_ratio_and_value_have_clips_of_their_own() -> None:
+    policy_logps, data = batch([1.5, 1.2], [2.0, 2.0])
+    clip = Clipping(ratio=0.1, value=0.3)
+    torch.testing.assert_close(policy_loss(policy_logps, data, clip)[0], torch.tensor([[-2.2, -2.2]]))
+    per_token, _ = value_loss(torch.tensor([[0.9, 0.7]]), data, clip)
+    torch.testing.assert_close(per_token, torch.tensor([[0.5 * 0.2**2, 0.5 * 0.3**2]]))
+
+
 def test_masked_tokens_have_no_loss_no_metric_and_no_gradient() -> None:
     policy_logps, data = batch([1.5, math.inf, 0.5], [2.0, math.nan, 2.0], [1, 0, 1])
     policy_logps.requires_grad_()

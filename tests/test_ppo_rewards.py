@@ -1,6 +1,7 @@
 """Prompts and rewards as GRPO's users give them."""
 
 import asyncio
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,10 @@ def test_several_rewards_are_weighted_and_none_does_not_apply(tmp_path: Path) ->
     rollout = first_rollout(made)
     expected = [1.5 * len(text) + (10.0 if row % 2 == 0 else 0.0) for row, text in enumerate(TEXTS)]
     assert rollout.scores.tolist() == pytest.approx(expected)
-    logged = made._metrics["train" if made.model.training else "eval"]
-    assert logged["rewards/only_even/mean"] == [1.0]  # over the answers that it applies to
-    assert logged["rewards/slow_length/mean"] == pytest.approx([sum(map(len, TEXTS)) / 8])
-    assert logged["reward_std"] == pytest.approx([float(torch.tensor(expected).std())])
+    pooled = made._pooled[made._mode]
+    assert pooled["rewards/only_even/mean"] == (4.0, 4.0)  # over the answers that it applies to
+    assert pooled["rewards/slow_length/mean"] == pytest.approx((sum(map(len, TEXTS)), 8))
+    assert made._metrics[made._mode]["reward_std"] == pytest.approx([float(torch.tensor(expected).std())])
 
 
 def test_reward_functions_get_columns_state_and_logging(tmp_path: Path) -> None:
@@ -98,6 +99,42 @@ def test_wrong_number_of_rewards_is_named() -> None:
         rewards(["a", "b"], ["c", "d"], [[1], [2]], {}, "cpu")
     with pytest.raises(ValueError, match="reward_weights has 2 entries and there are 1 rewards"):
         RewardFunctions([length], [1.0, 2.0], None, tiny_tokenizer())
+
+
+def test_whatever_can_be_awaited_is(tmp_path: Path) -> None:
+    """Objects with an async __call__, partials of coroutine functions, functions that return a coroutine."""
+
+    class Scorer:
+        async def __call__(self, completions: list, **_: Any) -> list[float]:
+            return [1.0] * len(completions)
+
+    async def scaled(completions: list, factor: float, **_: Any) -> list[float]:
+        return [factor] * len(completions)
+
+    given = [Scorer(), functools.partial(scaled, factor=2.0), lambda **columns: scaled(factor=4.0, **columns)]
+    rewards = RewardFunctions(given, None, None, tiny_tokenizer())
+    assert rewards.total(rewards(["a", "b"], ["c", "d"], [[1], [2]], {}, "cpu")).tolist() == [7.0, 7.0]
+
+
+def test_a_column_does_not_hide_the_answers() -> None:
+    rewards = RewardFunctions([length], None, None, tiny_tokenizer())
+    found = rewards(["a"], ["1234"], [[1]], {"completions": ["x"]}, "cpu")
+    assert found.tolist() == [[4.0]]
+
+
+@pytest.mark.parametrize("returned", [None, 1.0])
+def test_a_reward_that_is_no_list_is_named(returned: Any) -> None:
+    rewards = RewardFunctions([lambda **_: returned], None, None, tiny_tokenizer())
+    with pytest.raises(ValueError, match=f"returned {returned} for 1 answers: return a list"):
+        rewards(["a"], ["b"], [[1]], {}, "cpu")
+
+
+def test_a_reward_model_with_an_adapter(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(classifier(7), LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    plain, adapted = (first_rollout(trainer(tmp_path, reward_model=m)).scores for m in (classifier(7), model))
+    torch.testing.assert_close(plain, adapted)  # a fresh adapter changes nothing
 
 
 def test_async_rewards_run_inside_a_running_loop_and_together() -> None:
@@ -210,6 +247,7 @@ def test_columns_of_a_rollout_function_reach_the_rewards(tmp_path: Path) -> None
     ("changes", "message"),
     [
         ({"completion_ids": [[3]]}, "returned 1 completion_ids for 8 prompts"),
+        ({"prompt_ids": torch.zeros(2, 3)}, "returned 2 prompt_ids for 8 prompts"),
         ({"env_mask": [[1]] * 8}, "returned 1 entries of env_mask for the 4 tokens of answer 0"),
     ],
 )

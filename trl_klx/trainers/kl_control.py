@@ -218,6 +218,7 @@ class KLControlledTrainer(_HooksBase):
 
     kl: KLControl
     args: Any
+    _eval_prefix = "eval"  # of the evaluation that runs
     _metrics: dict[str, defaultdict[str, list[float]]]
 
     def _apply_kl_coef(self, coef: float) -> None:
@@ -246,7 +247,7 @@ class KLControlledTrainer(_HooksBase):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
-        prefix = "" if mode == "train" else "eval_"
+        prefix = "" if mode == "train" else f"{self._eval_prefix}_"
         logs.update({f"{prefix}{name}": value for name, value in self.kl.metrics(mode).items()})
         super().log(logs, *args, **kwargs)
 

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from ..kl import kl_estimate
 from ..kl.estimators import SAMPLED_ESTIMATORS
 from .exact_forward import ExactKLForward
+from .generation import generating_with
 from .reference import causal_lm
 from .trl_compat import FUSED_LM_HEAD
 
@@ -102,11 +103,8 @@ class KLProbe:
 
     @contextmanager
     def _plain_generation(self, model: nn.Module) -> Iterator[GenerationConfig]:
-        """The policy's own distribution: `generate` fills what its config leaves open from the model's, penalties
-        and suppressed tokens included, so for this while the model's is ours."""
-        language_model = causal_lm(model)
-        kept = language_model.generation_config
-        model_ends = kept.eos_token_id  # an int, a list or None
+        """The policy's own distribution, ended by the tokenizer's end token or the model's own."""
+        model_ends = causal_lm(model).generation_config.eos_token_id  # an int, a list or None
         ends = {self._tokenizer.eos_token_id, *(model_ends if isinstance(model_ends, list) else [model_ends])} - {None}
         config = GenerationConfig(
             do_sample=False,  # GumbelSampling samples
@@ -114,11 +112,8 @@ class KLProbe:
             eos_token_id=sorted(ends),
             pad_token_id=self._tokenizer.pad_token_id,
         )
-        language_model.generation_config = config
-        try:
+        with generating_with(model, config):
             yield config
-        finally:
-            language_model.generation_config = kept
 
     @torch.no_grad()
     def _sample_batch(self, model: nn.Module, numbers: list[int], step: int, config: GenerationConfig) -> ProbeBatch:

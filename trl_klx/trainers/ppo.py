@@ -34,8 +34,9 @@ from .ppo_loss import (
 from .ppo_model import (
     PolicyAndValue,
     check_value_model,
-    load_classifier,
     load_policy,
+    load_reward_model,
+    load_value_model,
     reference_of,
     value_model_like,
     with_adapter,
@@ -83,6 +84,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         train_dataset: a column `prompt`, of strings or messages, or `input_ids`; others go to the reward functions.
         value_model: sequence classifier with one output and a head named `score`, or the path of a model to make it
             from. None: a copy of the policy's backbone under a head of zeros.
+        data_collator: in TRL's place; prompts need none, so it has to be None.
         eval_dataset: the same, for `evaluate`, which samples an answer to each prompt.
         optimizers, callbacks, peft_config, quantization_config: as in TRL's trainers; the adapter is the policy's.
         reward_funcs: as GRPO's: functions (sync or async), reward models or their paths, one or several.
@@ -107,6 +109,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         reward_model: PreTrainedModel | str | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         value_model: PreTrainedModel | str | None = None,
+        data_collator: None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         optimizers: tuple = (None, None),
         callbacks: list[TrainerCallback] | None = None,
@@ -117,25 +120,27 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         rollout_func: RolloutFunction | None = None,
         quantization_config: Any = None,
     ) -> None:
-        _check_given(args, model, ref_model, train_dataset)
+        _check_given(args, model, ref_model, train_dataset, reward_model, value_model, data_collator)
         loading = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         quantized = {**loading, **({} if quantization_config is None else {"quantization_config": quantization_config})}
         base = load_policy(model, quantized)  # type: ignore[arg-type]
-        loading.pop("revision", None)  # the policy's own
+        for name in ("revision", "quantization_config"):  # the policy's own
+            loading.pop(name, None)
         tokenizer = load_tokenizer(base) if processing_class is None else processing_class
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         given = [*_as_list(reward_funcs), *_as_list(reward_model)]
         tokenizers = [*_as_list(reward_processing_classes), *[None] * len(_as_list(reward_model))]
         rewards = RewardFunctions(
-            [load_classifier(r, loading) if isinstance(r, str) else r for r in given],
+            [load_reward_model(r, loading) if isinstance(r, str) else r for r in given],
             args.reward_weights,
             None if reward_processing_classes is None else tokenizers,
             tokenizer,
             args.chat_template_kwargs,  # type: ignore[arg-type]
         )
-        value = value_model_like(base) if value_model is None else load_classifier(value_model, loading)
-        policy = with_adapter(base, peft_config)
+        value = load_value_model(value_model, loading) if isinstance(value_model, str) else value_model
+        value = value_model_like(base) if value is None else value
+        policy = with_adapter(base, peft_config, args.model_adapter_name, args.ref_adapter_name)
         reference = None
         if args.kl_is_measured:
             reference = reference_of(policy) if ref_model is None else load_policy(ref_model, loading)
@@ -153,6 +158,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         )
         self._clipping = Clipping(args.cliprange, args.cliprange_value)
         self._token_sums: dict[str, list[Tensor]] = defaultdict(list)
+        self._weights: list[Tensor] = []  # importance weights on the KL loss, of the step's updates
 
     def _apply_kl_coef(self, coef: float) -> None:
         self.kl_coef = coef
@@ -172,11 +178,20 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         self._make_rollout(inputs)
         return None, None, None
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        # Of several datasets, transformers evaluates each under a prefix of its own.
+        self._eval_prefix = metric_key_prefix
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         mode = self._mode
-        prefix = "" if mode == "train" else "eval_"
+        prefix = "" if mode == "train" else f"{self._eval_prefix}_"
         logs.update({f"{prefix}{name}": sum(v) / len(v) for name, v in self._metrics[mode].items()})
+        logs.update({f"{prefix}{name}": total / count for name, (total, count) in self._pooled[mode].items()})
         self._metrics[mode].clear()
+        self._pooled[mode].clear()
         super().log(logs, *args, **kwargs)
 
     # Rewards and KL to advantages
@@ -214,7 +229,8 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
             if term.credit_kind == "return_to_go":
                 charged = -self.kl_coef * penalty
             elif term.credit_kind == "future":
-                charged = -self.kl_coef * next_token_values(penalty, mask)
+                # Paid a token early, so discounted here: the KL of token s weighs gamma^(s-t) in every credit.
+                charged = -self.kl_coef * self.args.gamma * next_token_values(penalty, mask)
             else:
                 credit = kl_credit(penalty, mask, credit=term.credit_kind)  # type: ignore[arg-type]
                 direct = -self.kl_coef * (credit - leave_one_out_baseline(credit, mask, len(credit)))
@@ -228,7 +244,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
     def _update(self, model: Any, experience: _Experience) -> Tensor:
         """All optimizer steps of a rollout but the last; returns their mean loss."""
         total = torch.zeros((), device=self.accelerator.device)
-        minibatches = list(self._minibatches())
+        minibatches = list(self._minibatches(len(experience.rollout.scores)))
         for number, rows in enumerate(minibatches):
             if number > 0:
                 self._optimizer_step(model)
@@ -236,10 +252,10 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         self._record_update()
         return total / len(minibatches)
 
-    def _minibatches(self) -> Iterator[Tensor]:
+    def _minibatches(self, answers: int) -> Iterator[Tensor]:
         """Rows of each optimizer step: every epoch a new permutation of the rollout, cut into num_mini_batches."""
         for _ in range(self.args.num_ppo_epochs):
-            yield from torch.randperm(self.args.local_batch_size).chunk(self.args.num_mini_batches)
+            yield from torch.randperm(answers).chunk(self.args.num_mini_batches)
 
     def _optimizer_step(self, model: Any) -> None:
         """What transformers' loop does at the end of a step. (DeepSpeed's engine has stepped in the backward.)"""
@@ -291,8 +307,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         if self.kl_term.takes_weights:
             level = self.kl_term.weight_level
             weights = importance_weights(logps, sampler_logps, part.mask, level=level)  # type: ignore[arg-type]
-            for name, value in self.kl.weight_metrics(weights, part.mask).items():
-                self._metrics["train"][name].append(value)
+            self._weights.append(weights[part.mask])
         return self.kl_term.loss(logps, ref_logps, part.mask, sampler_logps=sampler_logps, exact=exact)  # type: ignore[arg-type]
 
     def _record_update(self) -> None:
@@ -301,6 +316,11 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         self._token_sums.clear()
         tokens = sums.pop("tokens")
         self._record_means({name: (total, tokens) for name, total in sums.items()})
+        if self._weights:
+            weights = torch.cat(self._weights)
+            self._weights.clear()
+            for name, value in self.kl.weight_metrics(weights, torch.ones_like(weights)).items():
+                self._metrics["train"][name].append(value)
 
 
 def _as_list(value: Any) -> list:
@@ -309,7 +329,9 @@ def _as_list(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _check_given(args: Any, model: Any, ref_model: Any, train_dataset: Any) -> None:
+def _check_given(
+    args: Any, model: Any, ref_model: Any, train_dataset: Any, reward_model: Any, value_model: Any, data_collator: Any
+) -> None:
     if not isinstance(args, KLXPPOConfig):
         raise TypeError(f"args is a {type(args).__name__}: KLXPPOTrainer takes a KLXPPOConfig.")
     if model is None:
@@ -318,3 +340,7 @@ def _check_given(args: Any, model: Any, ref_model: Any, train_dataset: Any) -> N
         raise ValueError("train_dataset is missing: pass a dataset with a column 'prompt'.")
     if isinstance(model, nn.Module) and ref_model is model:
         raise ValueError("ref_model is the policy itself: leave it out, and a copy of the policy is made.")
+    if isinstance(value_model, nn.Module) and value_model is reward_model:
+        raise ValueError("value_model is the reward model itself, which training would change: pass a copy of it.")
+    if data_collator is not None:
+        raise ValueError("data_collator has no effect: prompts are tokenised and padded by the trainer; remove it.")

@@ -143,6 +143,13 @@ class KLXPPOConfig(KLArguments, PPOConfig):
                 f"sft_model_path={self.sft_model_path!r} is not read: the policy, and with it the reference, is "
                 "model_name_or_path; remove it."
             )
+        if self.kl_aggregation != "loss_type":
+            raise ValueError(
+                f"kl_aggregation={self.kl_aggregation!r} has no effect: PPO's losses are means over the tokens of a "
+                "minibatch already; remove it."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size=true would cut rollouts to pieces: set it to false.")
         if self.use_liger_kernel:
             raise ValueError("use_liger_kernel=true is not supported by PPO: set it to false.")
 

@@ -44,8 +44,9 @@ class PPOLoop(PPOTrainer):
 
     # TRL's own versions of these are part of the loop that is replaced.
     train = Trainer.train
-    get_train_dataloader = Trainer.get_train_dataloader
+    save_model = Trainer.save_model
     get_eval_dataloader = Trainer.get_eval_dataloader
+    _saves_value_model = False
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class PPOLoop(PPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = _as_the_loop_sees_it(args)
-        disable_dropout_in_model(model)  # a ratio of two dropout masks is no ratio of policies
+        _without_dropout(model)
         self.is_peft_model = isinstance(model.policy, PeftModel)
         if self.is_peft_model and args.gradient_checkpointing:
             model.policy.enable_input_require_grads()
@@ -79,9 +80,9 @@ class PPOLoop(PPOTrainer):
         set_seed(args.seed, device_specific=True)
         model.policy.add_model_tags(self._tag_names)
 
-    def _frozen(self, model: PreTrainedModel) -> Any:
+    def _frozen(self, model: nn.Module) -> Any:
         """Prepare a model that is only run: placed, in the run's precision, sharded where the policy is."""
-        disable_dropout_in_model(model)
+        _without_dropout(model)
         model.eval()
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)
@@ -102,12 +103,23 @@ class PPOLoop(PPOTrainer):
         with use_adapter(self._policy, name):
             yield
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy, where `from_pretrained` finds it; a checkpoint also holds the value model."""
-        self._saves_value_model = _internal_call
-        Trainer.save_model(self, output_dir, _internal_call)
+    def get_train_dataloader(self) -> Any:
+        """Rollouts of full size only: advantages are whitened over them."""
+        kept, self.args.dataloader_drop_last = self.args.dataloader_drop_last, True
+        try:
+            return Trainer.get_train_dataloader(self)
+        finally:
+            self.args.dataloader_drop_last = kept
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._saves_value_model = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saves_value_model = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the policy, where `from_pretrained` finds it; a checkpoint also holds the value model."""
         folder = Path(output_dir or self.args.output_dir or ".")
         if not self.args.should_save:
             return
@@ -158,13 +170,22 @@ def _as_the_loop_sees_it(args: KLXPPOConfig) -> KLXPPOConfig:
     if seen.total_episodes is not None:
         seen.max_steps = math.ceil(seen.total_episodes / seen.batch_size)
     seen.gradient_accumulation_steps = 1
-    seen.dataloader_drop_last = True  # every rollout has its full size
     seen.remove_unused_columns = False
+    seen.accelerator_config = copy.copy(args.accelerator_config)
+    seen.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # prompts of a stream are text, which accelerate cannot scatter
     if seen.data_seed is None:
         seen.data_seed = seen.seed  # processes sample with seeds of their own, and shuffle with one
     if seen.ddp_find_unused_parameters is None:
         seen.ddp_find_unused_parameters = False  # every forward uses all of them
     return seen
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """A ratio of two dropout masks is no ratio of policies. TRL's function sees modules; attention reads a number."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        if "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _check_size(args: KLXPPOConfig, dataset: Any) -> None:

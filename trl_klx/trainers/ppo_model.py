@@ -68,6 +68,19 @@ class PolicyAndValue(nn.Module):
         output["logits"] = output.logits[:, -completion_length - 1 : -1]
         return output
 
+    def generate(self, **kwargs: Any) -> Tensor:
+        """The policy's `generate`. Called here and not on the policy, so that FSDP gathers what it has sharded."""
+        return self.policy.generate(**kwargs)  # type: ignore[operator]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.policy.get_input_embeddings()
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """What accelerate shards as one piece under FSDP."""
+        parts = (causal_lm(self.policy), self.value_model)
+        return sorted({name for part in parts for name in part._no_split_modules or []})
+
     @property
     def is_gradient_checkpointing(self) -> bool:
         return self.policy.is_gradient_checkpointing
@@ -117,6 +130,8 @@ def value_model_like(policy: PreTrainedModel) -> PreTrainedModel:
     """
     if is_deepspeed_zero3_enabled():
         raise ValueError("ZeRO-3 shards the policy, so no value model can be copied from it: pass value_model.")
+    if getattr(causal_lm(policy), "is_quantized", False):  # set on quantised models only
+        raise ValueError("the policy is quantised, and no value model can be copied from it: pass value_model.")
     if isinstance(policy, PeftModel):
         policy = copy.deepcopy(policy).merge_and_unload()  # the value of the policy as it is, adapter included
     config = copy.deepcopy(policy.config)
@@ -155,15 +170,47 @@ def load_policy(model: str | PreTrainedModel, init_kwargs: dict[str, Any]) -> Pr
     return create_model_from_path(model, **init_kwargs) if isinstance(model, str) else model
 
 
-def load_classifier(model: str | PreTrainedModel, init_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """A sequence classifier with one output by its path, or as it was given."""
-    if not isinstance(model, str):
-        return model
-    return create_model_from_path(model, AutoModelForSequenceClassification, num_labels=1, **init_kwargs)  # type: ignore[arg-type]
+def load_reward_model(path: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """A sequence classifier with one output.
+
+    Raises:
+        ValueError: the checkpoint has no head, so that its rewards would be random.
+    """
+    model, missing = _load_classifier(path, init_kwargs)
+    if missing:
+        raise ValueError(
+            f"{path} holds no weights for {', '.join(sorted(missing))}: its rewards would be random; give a "
+            "reward model, trained with one output."
+        )
+    return model
 
 
-def with_adapter(policy: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel:
-    """Put a fresh adapter on the policy; an adapter that it came with is kept as the reference's, named "ref"."""
+def load_value_model(path: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """A sequence classifier with one output; a head that the checkpoint does not have starts at zero."""
+    model, missing = _load_classifier(path, init_kwargs)
+    return start_at_zero(model) if missing else model
+
+
+def _load_classifier(path: str, init_kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the parameters that its checkpoint does not hold. In float32 unless asked otherwise, as TRL."""
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, output_loading_info=True, **{"dtype": "float32", **init_kwargs}
+    )
+    return model, set(info["missing_keys"])
+
+
+def with_adapter(
+    policy: PreTrainedModel, peft_config: PeftConfig | None, trained: str | None, reference: str | None
+) -> PreTrainedModel:
+    """Put a fresh adapter on the policy, or prepare those that it came with.
+
+    Args:
+        policy: with or without adapters.
+        peft_config: of the fresh adapter.
+        trained: name of the adapter to train (`model_adapter_name`); None: the active one.
+        reference: name of the adapter that is the reference (`ref_adapter_name`); None: a copy of the trained one, made
+            here under the name "ref".
+    """
     if peft_config is not None:
         if isinstance(policy, PeftModel):
             raise ValueError(
@@ -171,14 +218,24 @@ def with_adapter(policy: PreTrainedModel, peft_config: PeftConfig | None) -> Pre
                 "peft_config out to train the adapter it has."
             )
         return get_peft_model(policy, peft_config)  # type: ignore[return-value]
-    if isinstance(policy, PeftModel) and REF_ADAPTER not in policy.peft_config:
-        policy.add_adapter(REF_ADAPTER, policy.peft_config["default"])
-        for name, parameter in policy.named_parameters():
-            if f".{REF_ADAPTER}." in name:
-                trained = policy.get_parameter(name.replace(f".{REF_ADAPTER}.", ".default."))
-                parameter.data.copy_(trained.data)
-                parameter.requires_grad_(False)
+    if not isinstance(policy, PeftModel):
+        return policy
+    for option, name in (("model_adapter_name", trained), ("ref_adapter_name", reference)):
+        if name is not None and name not in policy.peft_config:
+            raise ValueError(f"{option}={name!r} is none of the policy's adapters, {', '.join(policy.peft_config)}.")
+    if trained is not None:
+        policy.set_adapter(trained)
+    if reference is None and REF_ADAPTER not in policy.peft_config:
+        _copy_adapter(policy, str(policy.active_adapter), REF_ADAPTER)
     return policy
+
+
+def _copy_adapter(policy: PeftModel, name: str, copied: str) -> None:
+    policy.add_adapter(copied, policy.peft_config[name])
+    for key, parameter in policy.named_parameters():
+        if f".{copied}." in key:
+            parameter.data.copy_(policy.get_parameter(key.replace(f".{copied}.", f".{name}.")).data)
+            parameter.requires_grad_(False)
 
 
 def reference_of(policy: PreTrainedModel) -> PreTrainedModel | None:

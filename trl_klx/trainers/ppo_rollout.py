@@ -3,15 +3,17 @@
 Shape legend: B answers, P prompt tokens, T answer tokens, L = P + T, H hidden size, F reward functions.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
+
+from .generation import generating_with
+from .ppo_model import PolicyAndValue
 
 Rows = Sequence[dict[str, Any]]
 # As TRL's GRPO: (prompts, trainer) -> {"prompt_ids", "completion_ids", optional "env_mask", columns for the rewards}.
@@ -102,6 +104,23 @@ def padded(ids: list[list[int]], fill: int, side: str, device: Any) -> tuple[Ten
     return tokens.view(len(ids), longest), mask.view(len(ids), longest)
 
 
+def take_answers(given: dict[str, list]) -> tuple[list, list, list | None]:
+    """Take prompt_ids, completion_ids and env_mask out of a rollout function's answer, as lists of numbers."""
+    for name in ("prompt_ids", "completion_ids"):
+        if name not in given:
+            raise ValueError(f"rollout_func returned no {name}: return prompt_ids and completion_ids.")
+    policy_made = given.pop("env_mask", None)
+    return (
+        _numbers(given.pop("prompt_ids")),
+        _numbers(given.pop("completion_ids")),
+        None if policy_made is None else _numbers(policy_made),
+    )
+
+
+def _numbers(rows: Any) -> list[list[int]]:
+    return [[int(token) for token in row] for row in rows]
+
+
 def check_answers(rows: int, prompt_ids: list, completion_ids: list, policy_made: list) -> None:
     """Refuse a rollout function's answers whose lists do not fit together."""
     for name, given in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids), ("env_mask", policy_made)):
@@ -124,23 +143,13 @@ def until_stop(completion: list[int], stop_token_id: int | None) -> list[int]:
 
 @torch.no_grad()
 def sample(
-    policy: PreTrainedModel, prompt_ids: list[list[int]], config: GenerationConfig, batch_size: int, device: Any
+    model: PolicyAndValue, prompt_ids: list[list[int]], config: GenerationConfig, batch_size: int, device: Any
 ) -> list[list[int]]:
-    """Sample one answer to each prompt; lists still hold what follows the stop token."""
+    """Sample one answer to each prompt from the model's policy; lists still hold what follows the stop token."""
     completions: list[list[int]] = []
-    with _generating(policy, config):
+    with generating_with(model.policy, config):
         for start in range(0, len(prompt_ids), batch_size):
             tokens, mask = padded(prompt_ids[start : start + batch_size], config.pad_token_id or 0, "left", device)
-            output = policy.generate(input_ids=tokens, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+            output = model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)
             completions += output[:, tokens.size(1) :].tolist()
     return completions
-
-
-@contextmanager
-def _generating(policy: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """`generate` fills what a config leaves open from the model's own, top_k for one: then it would not be pi."""
-    kept, policy.generation_config = policy.generation_config, config
-    try:
-        yield
-    finally:
-        policy.generation_config = kept

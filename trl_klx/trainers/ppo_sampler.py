@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import GenerationConfig
 from trl.distributed import DistributedBackend
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import print_prompt_completions_sample, selective_log_softmax
@@ -29,6 +29,7 @@ from .ppo_rollout import (
     padded,
     read_prompts,
     sample,
+    take_answers,
     until_stop,
 )
 from .reference import causal_lm
@@ -52,7 +53,7 @@ class PPOSampler(PPOLoop):
         super().__init__(*args, **kwargs)
         config, tokenizer = self.args, self.processing_class
         self._rewards, self._rollout_func = rewards, rollout_func
-        rewards.rewards = [self._frozen(r) if isinstance(r, PreTrainedModel) else r for r in rewards.rewards]
+        rewards.rewards = [self._frozen(r) if isinstance(r, nn.Module) else r for r in rewards.rewards]
         self.stop_token_id = tokenizer.eos_token_id if config.stop_token == "eos" else config.stop_token_id
         self.generation_config = GenerationConfig(
             max_new_tokens=config.response_length,
@@ -68,6 +69,8 @@ class PPOSampler(PPOLoop):
             "train": defaultdict(list),
             "eval": defaultdict(list),
         }
+        # Sums and counts by name: what _record_means pools until the next log.
+        self._pooled: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
         self._answers_seen = 0
         self._backend = DistributedBackend(self.accelerator)
         self.kl = KLControl(config, self.accelerator)
@@ -86,11 +89,18 @@ class PPOSampler(PPOLoop):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
+    @torch.no_grad()
     def generate_completions(self, sampling: bool = False) -> None:
-        raise NotImplementedError(
-            "KLXPPOTrainer has no generate_completions: use evaluate(), which samples and rewards answers to "
-            "eval_dataset, or num_sample_generations, which prints answers during training."
-        )
+        """Print answers to the prompts of eval_dataset with their rewards; with `sampling`, of its first batch only."""
+        if self.eval_dataset is None:
+            return
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):  # type: ignore[arg-type]
+            for rows in self.get_eval_dataloader():
+                answers = self._answer(rows)
+                extra: dict[str, list] = {}
+                self._print(answers, self._rewards_of(answers, extra), extra)
+                if sampling:
+                    break
 
     @torch.no_grad()
     def _make_rollout(self, rows: Rows) -> Rollout:
@@ -114,8 +124,7 @@ class PPOSampler(PPOLoop):
             completion_ids = [until_stop(ids, self.stop_token_id) for ids in self._sample(prompt_ids)]
         else:
             given = dict(self._rollout_func(prompts, self))
-            prompt_ids, completion_ids = given.pop("prompt_ids"), given.pop("completion_ids")
-            policy_made = given.pop("env_mask", None)
+            prompt_ids, completion_ids, policy_made = take_answers(given)
             given.pop("logprobs", None)  # the trainer scores at its own temperature
             columns |= given
         if policy_made is None:
@@ -127,11 +136,12 @@ class PPOSampler(PPOLoop):
     def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         gather = self.args.ds3_gather_for_generation
         with (
+            self.accelerator.autocast(),
             unwrap_model_for_generation(self.model_wrapped, self.accelerator, gather) as unwrapped,
             self._backend.summon_full_params(self.model_wrapped, recurse=False),
         ):
             batch_size = self.args.local_rollout_forward_batch_size
-            return sample(unwrapped.policy, prompt_ids, self.generation_config, batch_size, self.accelerator.device)
+            return sample(unwrapped, prompt_ids, self.generation_config, batch_size, self.accelerator.device)
 
     def _reward(self, answers: Answers) -> Rollout:
         device, fill = self.accelerator.device, self.processing_class.pad_token_id
@@ -139,20 +149,16 @@ class PPOSampler(PPOLoop):
         completion_ids, completion_mask = padded(answers.completion_ids, fill, "right", device)
         policy_made, _ = padded(answers.policy_made, 0, "right", device)
         extra: dict[str, list] = {}
-        columns = {
-            **answers.columns,
-            "trainer_state": self.state,
-            "log_metric": lambda name, value: self._metrics[self._mode][name].append(float(value)),
-            "log_extra": extra.__setitem__,
-        }
-        rewards = self._rewards(answers.prompts, answers.completions, answers.completion_ids, columns, device)
+        rewards = self._rewards_of(answers, extra)
         scores = self._rewards.total(rewards)
         stop = self.stop_token_id
         finished = torch.tensor([stop is None or stop in ids for ids in answers.completion_ids], device=device)
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * (~finished).float()
         self._record_rewards(rewards, scores, finished, completion_mask)
-        self._print_some(answers, rewards, extra)
+        times = self.args.num_sample_generations
+        if times and self.model.training and self.state.global_step % max(1, self.state.max_steps // times) == 0:
+            self._print(answers, rewards, extra)
         return Rollout(
             input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
             attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),
@@ -160,6 +166,22 @@ class PPOSampler(PPOLoop):
             answer_numbers=self._number(len(scores)),
             scores=scores,
         )
+
+    def _rewards_of(self, answers: Answers, extra: dict[str, list]) -> Tensor:
+        """(B, F) rewards; `extra` takes what the functions log beside them."""
+        logged: dict[str, list[float]] = defaultdict(list)
+        columns = {
+            **answers.columns,
+            "trainer_state": self.state,
+            "log_metric": lambda name, value: logged[name].append(float(value)),
+            "log_extra": extra.__setitem__,
+        }
+        device = self.accelerator.device
+        rewards = self._rewards(answers.prompts, answers.completions, answers.completion_ids, columns, device)
+        if logged:  # the same names on every process, as TRL's GRPO requires too
+            pairs = {name: torch.tensor([sum(v), len(v)], device=device) for name, v in sorted(logged.items())}
+            self._record_means({name: (pair[0], pair[1]) for name, pair in pairs.items()})
+        return rewards
 
     def _number(self, rows: int) -> Tensor:
         """(B,) a number for each answer, the same for no two of the run: PPO answers each prompt once."""
@@ -213,12 +235,17 @@ class PPOSampler(PPOLoop):
     # Records
 
     def _record_means(self, sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """Log sum over count of each, over all processes; returns them. One collective; call on every process."""
+        """Log sum over count of each, pooled over processes and until the next log; returns those of this call.
+
+        One collective: call on every process, with the same names.
+        """
         flat = torch.stack([torch.stack([total.float(), count.float()]) for total, count in sums.values()])
-        totals = self.accelerator.reduce(flat, reduction="sum")
-        means = {name: float(t / n) for name, (t, n) in zip(sums, totals, strict=True) if n > 0}
-        for name, value in means.items():
-            self._metrics[self._mode][name].append(value)
+        totals = self.accelerator.reduce(flat, reduction="sum").tolist()
+        pooled, means = self._pooled[self._mode], {}
+        for name, (total, count) in zip(sums, totals, strict=True):
+            if count > 0:
+                before = pooled.get(name, (0.0, 0.0))
+                pooled[name], means[name] = (before[0] + total, before[1] + count), total / count
         return means
 
     def _record_rewards(self, rewards: Tensor, scores: Tensor, finished: Tensor, completion_mask: Tensor) -> None:
@@ -254,10 +281,8 @@ class PPOSampler(PPOLoop):
                 sums["objective/rlhf_reward"] = (rollout.scores.sum() - self.kl_coef * kl, rows)
         self._record_means(sums)
 
-    def _print_some(self, answers: Answers, rewards: Tensor, extra: dict[str, list]) -> None:
-        times = self.args.num_sample_generations
-        due = times and self.model.training and self.state.global_step % max(1, self.state.max_steps // times) == 0
-        if due and self.accelerator.is_main_process:
+    def _print(self, answers: Answers, rewards: Tensor, extra: dict[str, list]) -> None:
+        if self.accelerator.is_main_process:
             columns = dict(zip(self._rewards.names, rewards.T.tolist(), strict=True))
             step = self.state.global_step
             print_prompt_completions_sample(answers.prompts, answers.completions, columns, None, step, _PRINTED, extra)

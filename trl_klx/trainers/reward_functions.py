@@ -51,7 +51,7 @@ class RewardFunctions:
             if len(given) != len(self.rewards):
                 raise ValueError(f"{what} has {len(given)} entries and there are {len(self.rewards)} rewards.")
         self._tokenizers = [
-            _tokenizer(reward, own, policy_tokenizer) if isinstance(reward, PreTrainedModel) else None
+            _tokenizer(reward, own, policy_tokenizer) if isinstance(reward, nn.Module) else None
             for reward, own in zip(self.rewards, tokenizers, strict=True)
         ]
         self._chat_template_kwargs = chat_template_kwargs or {}
@@ -60,16 +60,18 @@ class RewardFunctions:
         self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, Any], device: Any
     ) -> Tensor:
         """(B, F) rewards; NaN where a function returned None: it does not apply to that answer."""
-        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         out = torch.full((len(prompts), len(self.rewards)), torch.nan, device=device)
         pending = {}
         for index, reward in enumerate(self.rewards):
             if isinstance(reward, nn.Module):
                 out[:, index] = self._score(reward, self._tokenizers[index], prompts, completions, device)
-            elif inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
-                pending[index] = reward(**given)
+                continue
+            values = reward(**given)
+            if inspect.isawaitable(values):
+                pending[index] = values
             else:
-                out[:, index] = self._column(index, reward(**given), len(prompts), device)
+                out[:, index] = self._column(index, values, len(prompts), device)
         for index, values in zip(pending, _run_together(list(pending.values())), strict=True):
             out[:, index] = self._column(index, values, len(prompts), device)
         unscored = out.isnan().all(1)
@@ -85,10 +87,14 @@ class RewardFunctions:
         """(B, F) -> (B,) weighted sum of those that apply; 0 where none does."""
         return (rewards * rewards.new_tensor(self.weights)).nansum(1)
 
-    def _column(self, index: int, values: Sequence[float | None], rows: int, device: Any) -> Tensor:
+    def _column(self, index: int, values: Any, rows: int, device: Any) -> Tensor:
+        try:
+            found = f"{len(values)} rewards"
+        except TypeError:
+            values, found = [], f"{values!r}"
         if len(values) != rows:
             raise ValueError(
-                f"the reward function {self.names[index]!r} returned {len(values)} rewards for {rows} answers: return "
+                f"the reward function {self.names[index]!r} returned {found} for {rows} answers: return a list with "
                 "one per answer, None where it does not apply."
             )
         return torch.tensor([torch.nan if value is None else float(value) for value in values], device=device)
@@ -113,15 +119,15 @@ def _run_together(coroutines: list) -> list:
         return []
 
     async def gather() -> list:
-        return await asyncio.gather(*coroutines)
+        return list(await asyncio.gather(*coroutines))
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(asyncio.run, gather()).result()
 
 
 def _name(reward: Any) -> str:
-    if isinstance(reward, PreTrainedModel):
-        return get_config_model_id(reward.config).split("/")[-1] or type(reward).__name__
+    if isinstance(reward, nn.Module):
+        return get_config_model_id(reward.config).split("/")[-1] or type(reward).__name__  # type: ignore[arg-type]
     return get_callable_name(reward)
 
 

@@ -1,0 +1,29 @@
+"""Sampling from the policy's own distribution, whatever its generation config says."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig
+
+from .reference import causal_lm
+
+
+@contextmanager
+def generating_with(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """While active, `config` is the model's own, inside PEFT too.
+
+    `generate` fills what a given config leaves open from the model's (penalties, top_k, suppressed tokens): then it
+    would sample from something else than what is scored.
+    """
+    # A set: without PEFT both are one model.
+    holders: dict[int, Any] = {id(holder): holder for holder in (model, causal_lm(model))}
+    kept = {key: holder.generation_config for key, holder in holders.items()}
+    for holder in holders.values():
+        holder.generation_config = config
+    try:
+        yield
+    finally:
+        for key, holder in holders.items():
+            holder.generation_config = kept[key]

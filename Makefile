@@ -3,7 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+VENV_TRL116 := .venv-trl116
+# What TRL 1.16 can run: it has no PPO.
+TESTS_TRL116 := $(addprefix tests/test_,grpo.py grpo_parity.py dpo.py dpo_parity.py kl_control.py config.py bad_input.py \
+	recipes.py distributed.py)
+
+.PHONY: demo test test-trl116 lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/trl-klx starter --output_dir runs/starter
@@ -13,17 +18,29 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
+test-trl116: $(VENV_TRL116)/installed
+	$(VENV_TRL116)/bin/python -m pytest $(TESTS_TRL116)
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 $(VENV)/installed: requirements.lock pyproject.toml
+	$(call install,$(VENV),cat)
+
+$(VENV_TRL116)/installed: requirements.lock pyproject.toml
+	$(call install,$(VENV_TRL116),sed 's/^trl==.*/trl==1.16.0/')
+
+# $(1) the environment, $(2) a filter of the pinned versions
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
-	touch $@
+	$(PYTHON) -m venv $(1)
+	$(2) requirements.lock > $(1)/requirements.lock
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -r $(1)/requirements.lock
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $(1)/installed
+endef
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV_TRL116) runs

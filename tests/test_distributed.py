@@ -1,92 +1,137 @@
-"""One process equals two (DDP over gloo, on the CPU): metrics, beta and weights; batches and groups are split."""
+"""One process equals two: metrics, beta and weights, under DDP and DeepSpeed (over gloo, on the CPU).
+
+Every case is run alone once, and compared with two processes under each strategy: batches and groups are split, answers
+are of uneven length, one of the second process's is empty.
+"""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 from tiny import save_tiny
 
+from trl_klx.trainers.trl_compat import TRL_HAS_PPO
+
 TESTS = Path(__file__).parent
-ACCELERATE = """\
+SHARED = """\
 compute_environment: LOCAL_MACHINE
-distributed_type: {kind}
 mixed_precision: 'no'
 num_machines: 1
-num_processes: {processes}
 main_process_port: 0
-use_cpu: true
 """
+ALONE = SHARED + "distributed_type: 'NO'\nnum_processes: 1\nuse_cpu: true\n"
+# MULTI_CPU would silently run one process.
+DDP = SHARED + "distributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: true\n"
+ZERO = """\
+distributed_type: DEEPSPEED
+num_processes: 2
+use_cpu: false
+deepspeed_config:
+  zero_stage: {stage}
+  offload_optimizer_device: none
+  offload_param_device: none
+  zero3_init_flag: {third}
+  zero3_save_16bit_model: {third}
+"""
+STRATEGIES = {"ddp": DDP}
+STRATEGIES |= {f"zero{n}": SHARED + ZERO.format(stage=n, third=str(n == 3).lower()) for n in (1, 2, 3)}
+
+PID = {"kl_controller": "pid", "kl_target": 0.05}
+EXACT_BOTH = {"kl_estimator": "exact", "kl_placement": "both", **PID}
+CASES: dict[str, dict] = {
+    "grpo-exact-both": EXACT_BOTH,
+    "grpo-exact-both-lora": {**EXACT_BOTH, "lora": True},
+    "grpo-k3-loss-adaptive-lora": {"kl_controller": "adaptive", "kl_target": 0.2, "kl_horizon": 20.0, "lora": True},
+    "grpo-k1-reward": {"kl_estimator": "k1", "kl_placement": "reward", **PID, "kl_target_unit": "sequence"},
+    "dpo-exact": {"algorithm": "dpo", "kl_controller": "pid", "kl_target": 0.01, "learning_rate": 0.05},
+    "dpo-exact-lora": {"algorithm": "dpo", "kl_controller": "pid", "kl_target": 0.01, "lora": True},
+}
+if TRL_HAS_PPO:
+    CASES["ppo-k1-reward"] = {"algorithm": "ppo", **PID, "gradient_accumulation_steps": 2, "whiten_rewards": True}
+    CASES["ppo-exact-both"] = {
+        "algorithm": "ppo",
+        **EXACT_BOTH,
+        "num_mini_batches": 1,
+        "gradient_accumulation_steps": 2,
+    }
+    CASES["ppo-exact-both-lora"] = {"algorithm": "ppo", **EXACT_BOTH, "lora": True, "gradient_checkpointing": True}
+SAVED = {"save_strategy": "steps", "save_steps": 2}
+
 ALWAYS = ("loss", "grad_norm", "kl/coef")
 COMPARED = (*ALWAYS, "reward", "kl", "kl/sequence", "kl/sequence_se", "kl/error", "kl/loss", "policy/approxkl_avg")
 COMPARED += ("loss/value_avg", "policy/entropy_avg", "reward_std", "episode", "kl/data_exact", "log_ratio/margin")
 
 
-def run(folder: Path, model: str, processes: int, options: dict) -> list[dict]:
-    """Run the script on one process or two; returns what each process wrote."""
-    config, output = folder / f"accelerate{processes}.yaml", folder / f"run{processes}"
-    kind = "MULTI_GPU" if processes > 1 else "'NO'"  # MULTI_CPU would silently run one process
-    config.write_text(ACCELERATE.format(kind=kind, processes=processes))
-    script, arguments = TESTS / "distributed_script.py", json.dumps({**options, "processes": processes})
+@cache
+def model() -> str:
+    return save_tiny(Path(mkdtemp()) / "model")
+
+
+def run(folder: Path, accelerate: str, processes: int, options: dict) -> list[dict]:
+    """Run the script; returns what each process wrote."""
+    config, output = folder / "accelerate.yaml", folder / "run"
+    config.write_text(accelerate)
+    on_deepspeed = "DEEPSPEED" in accelerate
+    arguments = json.dumps({"use_cpu": not on_deepspeed, **options, "processes": processes})
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
+    paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
     result = subprocess.run(
-        [*launch, str(script), model, str(output), arguments],
+        [*launch, str(TESTS / "distributed_script.py"), model(), str(output), arguments],
         capture_output=True,
         text=True,
-        env=environment,
-        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(reversed(paths))},
+        timeout=400,  # the first DeepSpeed run compiles its communication for the CPU
         check=False,
     )
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[-8000:]
     return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"kl_estimator": "exact", "kl_placement": "both", "kl_controller": "pid", "kl_target": 0.05},
-        {"kl_estimator": "k3", "kl_controller": "adaptive", "kl_target": 0.2, "kl_horizon": 20.0, "lora": True},
-        {"kl_estimator": "k1", "kl_placement": "reward", "kl_controller": "pid", "kl_target": 0.3}
-        | {"kl_target_unit": "sequence", "kl_signal": "k3"},
-        {"algorithm": "ppo", "kl_controller": "pid", "kl_target": 0.05, "gradient_accumulation_steps": 2}
-        | {"whiten_rewards": True},
-        {
-            "algorithm": "ppo",
-            "kl_estimator": "exact",
-            "kl_placement": "both",
-            "lora": True,
-            "gradient_checkpointing": True,
-        }
-        | {"kl_controller": "pid", "kl_target": 0.05, "save_strategy": "steps", "save_steps": 2}
-        | {"saved": ["adapter_model.safetensors", "value_model/model.safetensors", "optimizer.pt", "kl_state.json"]},
-        {"algorithm": "dpo", "kl_controller": "pid", "kl_target": 0.01, "learning_rate": 0.05},
-    ],
-    ids=[
-        "exact-both-pid",
-        "k3-loss-adaptive-lora",
-        "k1-reward-pid",
-        "ppo-k1-reward",
-        "ppo-exact-both-lora-saved",
-        "dpo",
-    ],
-)
-def test_two_processes_equal_one(tmp_path: Path, options: dict) -> None:
-    model = save_tiny(tmp_path / "model")
-    (alone,) = run(tmp_path, model, 1, options)
-    first, second = run(tmp_path, model, 2, options)
-    for saved in options.get("saved", ()):
-        assert (tmp_path / "run2" / "checkpoint-2" / saved).exists(), saved
+@cache
+def alone(case: str) -> dict:
+    return run(Path(mkdtemp()), ALONE, 1, CASES[case])[0]
+
+
+def assert_equal_runs(found: list[dict], expected: dict) -> None:
+    first, second = found
     assert first["betas"] == second["betas"]  # to the last bit
-    assert first["weights"] == second["weights"]
     assert len(set(first["betas"])) > 2  # the controller did move
-    assert first["betas"] == pytest.approx(alone["betas"], rel=1e-4)
-    assert first["weights"] == pytest.approx(alone["weights"], rel=1e-4)
-    steps = [entry for entry in alone["logs"] if "kl/coef" in entry]
+    assert first["betas"] == pytest.approx(expected["betas"], rel=1e-4)
+    steps = [entry for entry in expected["logs"] if "kl/coef" in entry]
     assert len(steps) == 4
     assert max(entry.get("kl/sequence", 0.0) for entry in steps) > 1e-3
     for mine, theirs in zip(first["logs"], steps, strict=False):
         for name in (name for name in COMPARED if name in theirs or name in ALWAYS):
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-5), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ddp_equals_one_process(tmp_path: Path, case: str) -> None:
+    found = run(tmp_path, STRATEGIES["ddp"], 2, {**CASES[case], **SAVED})
+    assert_equal_runs(found, alone(case))
+    assert found[0]["weights"] == found[1]["weights"]
+    assert found[0]["weights"] == pytest.approx(alone(case)["weights"], rel=1e-4)
+    saved = {"adapter_model.safetensors" if CASES[case].get("lora") else "model.safetensors", "kl_state.json"}
+    if case.startswith("ppo"):
+        saved.add("value_model/model.safetensors")
+    for name in saved:
+        assert (tmp_path / "run" / "checkpoint-2" / name).exists(), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU communication with g++")
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_deepspeed_equals_one_process(tmp_path: Path, case: str, stage: int) -> None:
+    assert_equal_runs(run(tmp_path, STRATEGIES[f"zero{stage}"], 2, CASES[case]), alone(case))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU communication with g++")
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith(("exact-both", "dpo-exact"))])
+def test_zero1_equals_one_process(tmp_path: Path, case: str) -> None:
+    assert_equal_runs(run(tmp_path, STRATEGIES["zero1"], 2, {**CASES[case], **SAVED}), alone(case))

@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import entropy_from_logits
 
 from ..kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
@@ -138,12 +139,14 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
             tokenizer,
             args.chat_template_kwargs,  # type: ignore[arg-type]
         )
+        path = model if isinstance(model, str) else None
+        value_model = path if value_model is None and is_deepspeed_zero3_enabled() else value_model
         value = load_value_model(value_model, loading) if isinstance(value_model, str) else value_model
         value = value_model_like(base) if value is None else value
         policy = with_adapter(base, peft_config, args.model_adapter_name, args.ref_adapter_name)
         reference = None
         if args.kl_is_measured:
-            reference = reference_of(policy) if ref_model is None else load_policy(ref_model, loading)
+            reference = reference_of(policy, path, quantized) if ref_model is None else load_policy(ref_model, loading)
         super().__init__(
             rewards,
             rollout_func,

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,10 +127,13 @@ def value_model_like(policy: PreTrainedModel) -> PreTrainedModel:
     """A value model for a policy that has none: a copy of its backbone under a head of zeros.
 
     Raises:
-        ValueError: the architecture has no sequence classifier.
+        ValueError: the architecture has no sequence classifier, or the policy cannot be copied.
     """
     if is_deepspeed_zero3_enabled():
-        raise ValueError("ZeRO-3 shards the policy, so no value model can be copied from it: pass value_model.")
+        raise ValueError(
+            "ZeRO-3 shards a policy in memory, so no value model can be copied from it: pass value_model, or the "
+            "policy by its path."
+        )
     if getattr(causal_lm(policy), "is_quantized", False):  # set on quantised models only
         raise ValueError("the policy is quantised, and no value model can be copied from it: pass value_model.")
     if isinstance(policy, PeftModel):
@@ -148,10 +152,19 @@ def value_model_like(policy: PreTrainedModel) -> PreTrainedModel:
 
 def start_at_zero(model: PreTrainedModel) -> PreTrainedModel:
     """Make a fresh head predict 0 everywhere, so that the first advantages are the rewards themselves."""
-    head = check_value_model(model).score
-    with torch.no_grad():
-        head.weight.zero_()  # type: ignore[union-attr, operator]
+    weight = check_value_model(model).score.weight  # type: ignore[union-attr]
+    with torch.no_grad(), _writable(weight):  # type: ignore[arg-type]
+        weight.zero_()  # type: ignore[operator]
     return model
+
+
+def _writable(parameter: nn.Parameter) -> Any:
+    """Gather a parameter that ZeRO-3 has sharded, and share out again what is written into it."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 def check_value_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -238,14 +251,18 @@ def _copy_adapter(policy: PeftModel, name: str, copied: str) -> None:
             parameter.requires_grad_(False)
 
 
-def reference_of(policy: PreTrainedModel) -> PreTrainedModel | None:
+def reference_of(policy: PreTrainedModel, path: str | None, init_kwargs: dict[str, Any]) -> PreTrainedModel | None:
     """A frozen copy of the policy as it is now; None where the policy without its adapter serves.
 
+    ZeRO-3 shards the policy, so that it cannot be copied: there it is loaded a second time from its `path`.
+
     Raises:
-        ValueError: under ZeRO-3, where a sharded model cannot be copied.
+        ValueError: under ZeRO-3, where the policy was given in memory.
     """
     if isinstance(policy, PeftModel):
         return None
     if is_deepspeed_zero3_enabled():
-        raise ValueError("ZeRO-3 shards the policy, so it cannot be copied: pass ref_model, loaded by itself.")
+        if path is None:
+            raise ValueError("ZeRO-3 shards a policy in memory, so it cannot be copied: pass ref_model, or a path.")
+        return load_policy(path, init_kwargs).requires_grad_(False).eval()
     return copy.deepcopy(policy).requires_grad_(False).eval()

@@ -6,6 +6,9 @@ from packaging.version import Version
 
 TRL_VERSION = Version(version("trl"))
 
+# TRL removed PPO in 1.13.
+TRL_HAS_PPO = TRL_VERSION < Version("1.13")
+
 # Up to 1.14, use_liger_kernel computes the GRPO loss in a fused kernel with its own hard-coded k3, past
 # `_compute_loss`. Since 1.16 it only swaps layers.
 LIGER_COMPUTES_THE_LOSS = TRL_VERSION < Version("1.16")

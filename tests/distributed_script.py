@@ -76,6 +76,7 @@ def dpo(model: str, output: str, settings: dict, shared: dict) -> Any:
 def main(model: str, output: str, options: dict) -> None:
     processes = int(options.pop("processes"))
     algorithm, lora = options.pop("algorithm", "grpo"), options.pop("lora", False)
+    sharding = options.pop("sharding", None)
     rows = GLOBAL_BATCH // processes // options.get("gradient_accumulation_steps", 1)
     set_seed(0)
     settings = {
@@ -100,6 +101,8 @@ def main(model: str, output: str, options: dict) -> None:
     trainer = {"grpo": grpo, "ppo": ppo, "dpo": dpo}[algorithm](model, output, settings, shared)
     if trainer.accelerator.num_processes != processes:
         raise RuntimeError(f"{trainer.accelerator.num_processes} processes run, {processes} were asked for")
+    if sharding and trainer.accelerator.distributed_type != sharding:
+        raise RuntimeError(f"{trainer.accelerator.distributed_type} runs, {sharding} was asked for")
     trainer.train()
     trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     result = {

@@ -39,7 +39,28 @@ deepspeed_config:
   zero3_init_flag: {third}
   zero3_save_16bit_model: {third}
 """
-STRATEGIES = {"ddp": DDP}
+FSDP2 = (
+    SHARED
+    + """\
+distributed_type: FSDP
+num_processes: 2
+use_cpu: false
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+  fsdp_cpu_ram_efficient_loading: false
+  fsdp_state_dict_type: FULL_STATE_DICT
+"""
+)
+# accelerate gives processes on the CPU DDP in place of FSDP2; told that they are an accelerator's, it does not.
+FSDP2_ON_CPU = """\
+import accelerate.state
+from accelerate.utils import DistributedType
+
+accelerate.state.PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+"""
+STRATEGIES = {"ddp": DDP, "fsdp2": FSDP2}
 STRATEGIES |= {f"zero{n}": SHARED + ZERO.format(stage=n, third=str(n == 3).lower()) for n in (1, 2, 3)}
 
 PID = {"kl_controller": "pid", "kl_target": 0.05}
@@ -77,15 +98,16 @@ def run(folder: Path, accelerate: str, processes: int, options: dict) -> list[di
     """Run the script; returns what each process wrote."""
     config, output = folder / "accelerate.yaml", folder / "run"
     config.write_text(accelerate)
-    on_deepspeed = "DEEPSPEED" in accelerate
-    arguments = json.dumps({"use_cpu": not on_deepspeed, **options, "processes": processes})
+    (folder / "sitecustomize.py").write_text(FSDP2_ON_CPU if accelerate == FSDP2 else "")
+    arguments = json.dumps({"use_cpu": "use_cpu: true" in accelerate, **options, "processes": processes})
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    paths = [str(TESTS.parent), str(TESTS), str(folder), os.environ.get("PYTHONPATH", "")]
     result = subprocess.run(
         [*launch, str(TESTS / "distributed_script.py"), model(), str(output), arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(reversed(paths))},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(reversed(paths))}
+        | ({"ACCELERATE_TORCH_DEVICE": "cpu"} if accelerate == FSDP2 else {}),
         timeout=400,  # the first DeepSpeed run compiles its communication for the CPU
         check=False,
     )
@@ -124,11 +146,18 @@ def test_ddp_equals_one_process(tmp_path: Path, case: str) -> None:
         assert (tmp_path / "run" / "checkpoint-2" / name).exists(), name
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_fsdp2_equals_one_process(tmp_path: Path, case: str) -> None:
+    assert_equal_runs(run(tmp_path, STRATEGIES["fsdp2"], 2, {**CASES[case], "sharding": "FSDP"}), alone(case))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU communication with g++")
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_deepspeed_equals_one_process(tmp_path: Path, case: str, stage: int) -> None:
-    assert_equal_runs(run(tmp_path, STRATEGIES[f"zero{stage}"], 2, CASES[case]), alone(case))
+    assert_equal_runs(
+        run(tmp_path, STRATEGIES[f"zero{stage}"], 2, {**CASES[case], "sharding": "DEEPSPEED"}), alone(case)
+    )
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU communication with g++")

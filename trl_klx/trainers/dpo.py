@@ -18,7 +18,7 @@ from trl.trainer import dpo_trainer
 from trl.trainer.utils import use_adapter
 
 from .dpo_config import KLXDPOConfig
-from .exact_forward import ExactKLForward, check_head_is_whole
+from .exact_forward import ExactKLForward, check_sharding
 from .kl_control import KLControl, KLControlledTrainer
 from .kl_probe import KLProbe, distinct_prompts
 from .reference import causal_lm, reference_is_a_copy
@@ -91,7 +91,7 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         self._probe = self._make_probe() if args.kl_probe_steps is not None else None
 
     def _exact_forward(self) -> ExactKLForward:
-        check_head_is_whole(self)
+        check_sharding(self)
         policy = causal_lm(self.model)
         reference = policy if self.ref_model is None else causal_lm(self.accelerator.unwrap_model(self.ref_model))
         return ExactKLForward(policy, reference, temperature=1.0, direction=self.kl_term.direction)

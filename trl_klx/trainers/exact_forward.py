@@ -12,9 +12,11 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import maybe_gather_lm_head_ctx
@@ -204,21 +206,24 @@ def _call_as_forward(head: nn.Module, function: Callable[[Tensor], Tensor], hidd
 
 
 def _whole(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the frozen reference's head; a copy of them where ZeRO-3 has sharded them."""
-    parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
-    if not is_deepspeed_zero3_enabled():
-        return head.weight.detach(), head.bias
-    with maybe_gather_lm_head_ctx(*parameters):
-        weight, *bias = [parameter.detach().clone() for parameter in parameters]
+    """Weight and bias of the frozen reference's head; a gathered copy of them where ZeRO-3 or FSDP has sharded them."""
+    parameters: list[Any] = [head.weight] if head.bias is None else [head.weight, head.bias]
+    if is_deepspeed_zero3_enabled():
+        with maybe_gather_lm_head_ctx(*parameters):
+            weight, *bias = [parameter.detach().clone() for parameter in parameters]
+    else:
+        tensors = (parameter.detach() for parameter in parameters)
+        weight, *bias = [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
     return weight, bias[0] if bias else None
 
 
-def check_head_is_whole(trainer: Trainer) -> None:
-    """Refuse the exact KL where the output head is sharded."""
-    if trainer.is_fsdp_enabled:
+def check_sharding(trainer: Trainer) -> None:
+    """Refuse the exact KL under FSDP1, which flattens the head into one parameter with others."""
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(
-            "the exact KL needs the whole output head, which ZeRO-3 and FSDP shard: use ZeRO-2 or DDP, or kl_estimator "
-            "k1, k2 or k3 (in DPO kl_coef 0, with kl_monitor=['k1', 'k3'] for the probe)."
+            f"fsdp_version={plugin.fsdp_version} flattens the output head, which the exact KL reads: use fsdp_version "
+            "2, DDP or DeepSpeed, or kl_estimator k1, k2 or k3 (in DPO kl_coef 0, with kl_monitor=['k1', 'k3'])."
         )
 
 

@@ -17,7 +17,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from ..kl import importance_weights, kl_estimate, leave_one_out_baseline
 from ..kl.estimators import SAMPLED_ESTIMATORS
-from .exact_forward import ExactKLForward, check_head_is_whole
+from .exact_forward import ExactKLForward, check_sharding
 from .grpo_config import KLXGRPOConfig
 from .kl_control import KLControl, KLControlledTrainer
 from .reference import causal_lm, reference_is_a_copy, reference_is_built
@@ -91,7 +91,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         self._exact = self._exact_forward() if args.kl_needs_exact else None
 
     def _exact_forward(self) -> ExactKLForward:
-        check_head_is_whole(self)
+        check_sharding(self)
         policy = causal_lm(self.model)
         reference = policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
         return ExactKLForward(policy, reference, temperature=self.temperature, direction=self.args.kl_term().direction)

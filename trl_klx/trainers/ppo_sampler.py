@@ -16,7 +16,7 @@ from trl.trainer.utils import print_prompt_completions_sample, selective_log_sof
 
 from ..kl import kl_estimate, masked_sum
 from ..kl.estimators import SAMPLED_ESTIMATORS
-from .exact_forward import ExactKLForward, check_head_is_whole
+from .exact_forward import ExactKLForward, check_sharding
 from .kl_control import KLControl
 from .ppo_loop import PPOLoop
 from .ppo_rollout import (
@@ -79,7 +79,7 @@ class PPOSampler(PPOLoop):
         self._exact = self._exact_forward() if config.kl_needs_exact else None
 
     def _exact_forward(self) -> ExactKLForward:
-        check_head_is_whole(self)
+        check_sharding(self)
         policy = causal_lm(self.model.policy)
         reference = policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
         temperature, direction = self.args.temperature, self.kl_term.direction

@@ -195,7 +195,7 @@ def _call_as_forward(head: nn.Module, function: Callable[[Tensor], Tensor], hidd
     ZeRO-3 and FSDP gather a module's weights by hooks around its forward, and again around its part of backward.
     """
     own = head.__dict__.get("forward")
-    head.forward = function  # type: ignore[method-assign]
+    head.forward = function
     try:
         return head(hidden)
     finally:
@@ -235,9 +235,9 @@ def _check_heads(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
             "weight, so remove 'lm_head' from the adapter's target_modules and modules_to_save, or use kl_estimator "
             "k1, k2 or k3."
         )
-    if head.weight.shape[0] != ref_head.weight.shape[0]:
+    if head.out_features != ref_head.out_features:  # weights may be sharded to nothing
         raise ValueError(
-            f"the policy has a vocabulary of {head.weight.shape[0]} and the reference of {ref_head.weight.shape[0]}: "
+            f"the policy has a vocabulary of {head.out_features} and the reference of {ref_head.out_features}: "
             "exact KL needs one vocabulary; use the checkpoint that the policy started from as reference."
         )
 

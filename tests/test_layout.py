@@ -22,7 +22,7 @@ ALLOWED = {
     "monitor": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib"}),
     "trainers": (
         {"kl", "control", "config", "monitor", "trainers"},
-        {"torch", "transformers", "trl", "accelerate", "peft", "packaging", "datasets"},
+        {"torch", "transformers", "trl", "accelerate", "peft", "packaging", "datasets", "deepspeed"},
     ),
     "run": (
         {"config", "monitor", "trainers", "run"},

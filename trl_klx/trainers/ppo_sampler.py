@@ -32,7 +32,8 @@ from .ppo_rollout import (
     until_stop,
 )
 from .reference import causal_lm
-from .reward_functions import RewardFunctions
+from .reward_functions import RewardFunctions, finite_rewards
+from .step_guard import KL, POLICY, REFERENCE, REWARDS, VALUES, StepGuard
 
 _PRINTED = 5  # answers that num_sample_generations shows at a time
 
@@ -52,6 +53,7 @@ class PPOSampler(PPOLoop):
         super().__init__(*args, **kwargs)
         config, tokenizer = self.args, self.processing_class
         self._rewards, self._rollout_func = rewards, rollout_func
+        self.reward_func_names = rewards.names
         rewards.rewards = [self._frozen(r) if isinstance(r, PreTrainedModel) else r for r in rewards.rewards]
         self.stop_token_id = tokenizer.eos_token_id if config.stop_token == "eos" else config.stop_token_id
         self.generation_config = GenerationConfig(
@@ -71,6 +73,7 @@ class PPOSampler(PPOLoop):
         self._answers_seen = 0
         self._backend = DistributedBackend(self.accelerator)
         self.kl = KLControl(config, self.accelerator)
+        self.guard = StepGuard(self.accelerator)
         self.kl_coef = config.kl_coef
         self.kl_term = config.kl_term()
         self._exact = self._exact_forward() if config.kl_needs_exact else None
@@ -146,6 +149,7 @@ class PPOSampler(PPOLoop):
             "log_extra": extra.__setitem__,
         }
         rewards = self._rewards(answers.prompts, answers.completions, answers.completion_ids, columns, device)
+        rewards = self._finite(rewards)
         scores = self._rewards.total(rewards)
         stop = self.stop_token_id
         finished = torch.tensor([stop is None or stop in ids for ids in answers.completion_ids], device=device)
@@ -160,6 +164,28 @@ class PPOSampler(PPOLoop):
             answer_numbers=self._number(len(scores)),
             scores=scores,
         )
+
+    def _finite(self, rewards: Tensor) -> Tensor:
+        """(B, F) without infinite rewards; a rollout in which no answer has a reward is not learnt from."""
+        rewards, counts = finite_rewards(rewards, self._rewards.names)
+        scored = (~rewards.isnan()).any(1).sum()
+        counted = torch.stack([scored, *(scored.new_tensor(counts.get(name, 0)) for name in self._rewards.names)])
+        scored, *infinite = self.accelerator.reduce(counted, reduction="sum").tolist()
+        for name, count in zip(self._rewards.names, infinite, strict=True):
+            if count:
+                self._metrics[self._mode][f"rewards/{name}/infinite"].append(float(count))
+        if not scored and self.model.training:
+            self.guard.watch(REWARDS, torch.nan)
+        return rewards
+
+    def _watch(self, rollout: Rollout) -> None:
+        """All that advantages and their whitening are made of."""
+        watched = {POLICY: rollout.sampler_logps, VALUES: rollout.values}
+        if self.kl_term.in_reward and self.args.kl_is_penalised:
+            watched |= {REFERENCE: rollout.ref_logps, KL: rollout.exact}
+        for what, values in watched.items():
+            if values is not None:
+                self.guard.watch(what, values, rollout.mask)
 
     def _number(self, rows: int) -> Tensor:
         """(B,) a number for each answer, the same for no two of the run: PPO answers each prompt once."""

@@ -19,6 +19,7 @@ from fault_tools import ALGORITHMS, make
 from tiny import Arguments, digit_reward, save_tiny, tiny_model
 from torch import Tensor
 from transformers import TrainerCallback
+from trl import GRPOTrainer
 
 from trl_klx.monitor.history import HISTORY_FILE, HistoryCallback, read_history
 from trl_klx.run import grpo
@@ -505,13 +506,29 @@ def test_a_rollout_without_any_reward_is_skipped(algorithm: str, value: float | 
     assert missing_file(tmp_path / "checkpoint-5") is None
 
 
-def forbid(model: Any, token: int) -> None:
-    """Let a reference give a token no probability."""
+def forbid(trainer: Any, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the reference give some tokens no probability, as TRL's scoring would say it."""
+    if algorithm == "grpo":
+        real = GRPOTrainer._generate_and_score_completions
 
-    def forbidding(module: Any, args: Any, output: Tensor) -> Tensor:
-        return output.index_fill(-1, torch.tensor([token]), -torch.inf)
+        def scored(self: Any, inputs: Any) -> dict:
+            output = real(self, inputs)
+            output["ref_per_token_logps"][:, 0] = -torch.inf
+            return output
 
-    model.lm_head.register_forward_hook(forbidding)
+        monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", scored)
+    elif algorithm == "dpo":
+        ref_log_probs = trainer.compute_ref_log_probs
+
+        def impossible(*args: Any) -> tuple[Tensor, Tensor]:
+            chosen, rejected = ref_log_probs(*args)
+            return chosen, torch.full_like(rejected, -torch.inf)
+
+        monkeypatch.setattr(trainer, "compute_ref_log_probs", impossible)
+    else:
+        forbidden = torch.arange(4, 12)
+        forbidding = lambda module, args, output: output.index_fill(-1, forbidden, -torch.inf)  # noqa: E731
+        trainer.ref_model.lm_head.register_forward_hook(forbidding)
 
 
 FORBIDDEN = {
@@ -524,13 +541,13 @@ FORBIDDEN = {
 
 
 @pytest.mark.parametrize("name", [name for name, (algorithm, _) in FORBIDDEN.items() if algorithm in ALGORITHMS])
-def test_a_reference_without_probability_spoils_nothing(name: str, tmp_path: Path) -> None:
+def test_a_reference_without_probability_spoils_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An infinite KL reaches neither weights nor controller nor the logged KL; the message says where it comes from."""
     algorithm, options = FORBIDDEN[name]
     trainer = make(algorithm, tmp_path, max_steps=2, max_skipped_steps=20, **options)
-    token = 14 if algorithm == "dpo" else 4  # DPO: those of the rejected answers
-    for forbidden in range(token, token + 8):
-        forbid(trainer.ref_model, forbidden)
+    forbid(trainer, algorithm, monkeypatch)
     trainer.train()
     assert trainer.guard.skipped > 0
     assert all(weight.isfinite().all() for weight in weights(trainer))
@@ -543,7 +560,7 @@ def test_a_reference_without_probability_spoils_nothing(name: str, tmp_path: Pat
         trainer.train()
 
 
-def test_a_kl_that_is_only_measured_may_be_infinite(tmp_path: Path) -> None:
+def test_a_kl_that_is_only_measured_may_be_infinite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(
         "grpo",
         tmp_path,
@@ -554,8 +571,7 @@ def test_a_kl_that_is_only_measured_may_be_infinite(tmp_path: Path) -> None:
         kl_placement="none",
         kl_estimator="k3",
     )
-    for token in range(4, 12):
-        forbid(trainer.ref_model, token)
+    forbid(trainer, "grpo", monkeypatch)
     trainer.train()
     assert trainer.guard.skipped == 0
     assert not any(name.startswith("kl/k") for entry in trainer.state.log_history for name in entry)

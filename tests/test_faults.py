@@ -207,6 +207,23 @@ def test_the_best_checkpoint_stays_and_is_loaded(tmp_path: Path) -> None:
     assert missing_file(trainer.state.best_model_checkpoint) is None
 
 
+def test_written_over_an_earlier_run_half_a_checkpoint_is_none(tmp_path: Path) -> None:
+    make("grpo", tmp_path, max_steps=1, **EVERY_STEP).train()
+    trainer, seen = make("grpo", tmp_path, max_steps=1, **EVERY_STEP), []
+    trainer._save_scaler = lambda folder: seen.append(missing_file(folder))  # half-way
+    trainer.train()
+    assert seen == [STATE_FILE]
+    assert missing_file(tmp_path / "checkpoint-1") is None
+
+
+def test_a_run_that_goes_on_after_its_end_has_one_end(tmp_path: Path) -> None:
+    make("grpo", tmp_path, max_steps=2, callbacks=[HistoryCallback()], **EVERY_STEP).train()
+    make("grpo", tmp_path, max_steps=3, callbacks=[HistoryCallback()]).train("last")
+    history = read_history(tmp_path / HISTORY_FILE)
+    assert [entry["step"] for entry in history] == [1, 2, 3, 3]
+    assert [index for index, entry in enumerate(history) if "train_runtime" in entry] == [3]
+
+
 def test_what_goes_to_the_hub_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import Trainer
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from fault_tools import ALGORITHMS, make
 from tiny import Arguments, digit_reward, save_tiny, tiny_model
 from torch import Tensor
@@ -34,6 +35,7 @@ from trl_klx.trainers.checkpoints import (
     whole_checkpoints,
     write_state,
 )
+from trl_klx.trainers.kl_control import KLControl
 from trl_klx.trainers.step_guard import NonFiniteError
 
 SAVES = {"save_strategy": "steps", "save_steps": 2}
@@ -192,9 +194,11 @@ def test_rotation_deletes_half_written_ones_first_and_keeps_the_best(tmp_path: P
     for step in (1, 2, 3):
         checkpoint(tmp_path, step)
     half, new = checkpoint(tmp_path, 9, whole=False), checkpoint(tmp_path, 4)
-    rotate(tmp_path, 2, {new, tmp_path / "checkpoint-1"})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-4"]
+    rotate(tmp_path, 3, {new, tmp_path / "checkpoint-1"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
     assert not half.exists()
+    rotate(tmp_path, 1, {new, tmp_path / "checkpoint-1"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-4"]
     rotate(tmp_path, None, {new})
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -575,6 +579,20 @@ def test_a_reference_without_probability_spoils_nothing(
     trainer.args.max_skipped_steps = 0
     with pytest.raises(NonFiniteError, match=r"the reference's log-probs|the KL"):
         trainer.train()
+
+
+def test_an_infinite_kl_does_not_hide_those_of_other_steps() -> None:
+    """Logged are means over several steps; the controller counts the reading that it did not take."""
+    kl = KLControl(Arguments(beta=0.2, kl_controller="pid", kl_target=0.1), Accelerator(cpu=True))
+    kl.start(10)
+    mask, prompts = torch.ones(2, 3), torch.tensor([0, 1])
+    for value in (0.5, math.inf, math.nan, 0.7):
+        values = torch.full((2, 3), 0.25)
+        values[0, 1] = value
+        kl.measure("train", {"k1": values, "k3": values}, mask, prompts)
+        assert all(math.isfinite(number) for number in kl.step().values())
+    assert kl.metrics("train")["kl/k3"] == pytest.approx((10 * 0.25 + 0.5 + 0.7) / 12)
+    assert (kl._controller.readings, kl._controller.skipped) == (2, 2)  # type: ignore[union-attr]
 
 
 def test_a_kl_that_is_only_measured_may_be_infinite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         return out
 
     def _generate_and_score_completions(self, inputs):
+        self._check_weights()
         if not self.args.kl_is_measured:
             return super()._generate_and_score_completions(inputs)
         with self._trl_sees_beta(1.0), self._recording(ref_hidden=self._exact is not None) as scorings:

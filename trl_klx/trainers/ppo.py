@@ -162,6 +162,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         """One rollout and all its optimizer steps but the last, which transformers' loop clips, takes and logs."""
         self.kl.start(self.state.max_steps)
         model.train()
+        self._check_weights()
         rollout = self._make_rollout(inputs)
         self._watch(rollout)
         if self._step_is_finite(model, decisive=ADVICE):
@@ -268,8 +269,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
             self.accelerator.gradient_state._set_sync_gradients(is_last)
             with nullcontext() if is_last or is_deepspeed else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    loss = self._loss(model, experience, part) / tokens
-                self._check_before_deepspeed(loss)
+                    loss = self._loss_for_deepspeed(self._loss(model, experience, part) / tokens)
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
             total += loss.detach()
         self.guard.watch(LOSS, total)

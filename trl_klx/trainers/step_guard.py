@@ -86,7 +86,8 @@ class StepGuard:
 
     def bad_weight(self, model: nn.Module) -> str | None:
         """A parameter that is not finite, on any process; None where all are. Call on every process."""
-        weights = [(name, _local(p)) for name, p in model.named_parameters() if p.is_floating_point()]
+        floating = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and p.element_size() > 1]
+        weights = [(name, _local(p)) for name, p in floating]
         # A sum needs no memory, and is finite exactly when all addends are (float32 does not overflow here).
         sums = torch.stack([weight.sum(dtype=torch.float32).to(self._accelerator.device) for _, weight in weights])
         here = sums.isfinite().logical_not()
@@ -118,7 +119,7 @@ class GuardedSteps(_HooksBase):
     A skipped step has no gradients: every optimizer leaves parameters without one as they are, with their moments.
     Learning rate, schedules of beta and the step's number go on. The trainer sets `self.guard`.
 
-    DeepSpeed takes its step within the backward pass, so there a loss that is not finite ends the run before it.
+    DeepSpeed takes its step within the backward pass and skips for itself what is not finite; it is counted here.
     """
 
     guard: StepGuard
@@ -128,17 +129,17 @@ class GuardedSteps(_HooksBase):
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(model, *args, **kwargs)
-        if self.model.training:  # type: ignore[union-attr]
-            self._check_before_deepspeed(result[0] if isinstance(result, tuple) else result)
-        return result
+        if not self.model.training:  # type: ignore[union-attr]
+            return result
+        if isinstance(result, tuple):
+            return self._loss_for_deepspeed(result[0]), *result[1:]
+        return self._loss_for_deepspeed(result)
 
-    def _check_before_deepspeed(self, loss: Tensor) -> None:
+    def _loss_for_deepspeed(self, loss: Tensor) -> Tensor:
+        """DeepSpeed steps within the backward pass and skips a gradient that is not finite: make it one."""
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
-            return
-        bad = self.accelerator.reduce((~loss.detach().isfinite()).float(), reduction="sum")
-        if bad:
-            self.guard.watch(LOSS, math.nan)
-            self._end_run(self.guard.verdict(), "DeepSpeed cannot skip it")
+            return loss
+        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Of the step that is about to be taken; None where it is skipped."""
@@ -147,7 +148,7 @@ class GuardedSteps(_HooksBase):
             self._judged = False
             return None
         # In fp16 the scaler tries out a scale, skips what overflows, and counts for itself.
-        if norm is not None and getattr(self.accelerator, "scaler", None) is None:
+        if norm is not None and self.accelerator.mixed_precision != "fp16":
             self.guard.watch(GRADIENT, norm.item() if isinstance(norm, Tensor) else norm)
         if not self._step_is_finite(model):
             return None
@@ -192,8 +193,7 @@ class GuardedSteps(_HooksBase):
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
-        """Name the policy's logits where `generate` cannot sample from them. Enter on every process."""
-        self._check_weights()
+        """Name the policy's logits where `generate` cannot sample from them."""
         try:
             yield
         except RuntimeError as error:

@@ -117,6 +117,9 @@ class KLArguments:
         "Estimators to log with standard errors, also at beta 0: k1, k2, k3, exact. Default: kl_estimator and k1, k3 "
         "where the reference is there anyway.",
     )
+    max_skipped_steps: int = _option(
+        10, "Steps in a row that may be skipped because they are not finite (loss, KL, gradient); one more is an error."
+    )
     allow_biased_kl: bool = _option(
         False, "Run a combination that is refused for its gradient, with a warning that names it."
     )
@@ -219,6 +222,10 @@ class KLArguments:
             if value < 0 or (value == 0 and name not in _NOT_NEGATIVE):
                 wanted = "zero or more" if name in _NOT_NEGATIVE else "more than zero"
                 raise ValueError(f"{name}={value} must be {wanted}.")
+        if type(self.max_skipped_steps) is not int or self.max_skipped_steps < 0:
+            raise ValueError(
+                f"max_skipped_steps={self.max_skipped_steps!r} must be a whole number, zero or more (0: skip none)."
+            )
         coef = self.kl_coef_start
         _check_number(self.kl_coef_name, coef)
         if coef < 0:

@@ -25,14 +25,14 @@ def make_controller(kind: str, coef: float, *, target: float | None = None, **se
 
     Raises ValueError for an unknown kind, a setting that is missing or not taken, and a value out of range.
     """
-    if kind not in _KINDS:
-        nearest = difflib.get_close_matches(str(kind).lower(), _KINDS, n=1, cutoff=0.0)[0]
-        raise _refusal("kind", kind, f"use {nearest!r} or another of {', '.join(_KINDS)}")
-    cls = _KINDS[kind]
+    if kind not in KINDS:
+        nearest = difflib.get_close_matches(str(kind).lower(), KINDS, n=1, cutoff=0.0)[0]
+        raise _refusal("kind", kind, f"use {nearest!r} or another of {', '.join(KINDS)}")
+    cls = KINDS[kind]
     given = {name: value for name, value in {"target": target, **settings}.items() if value is not None}
     for name, value in given.items():
         if name not in cls.takes:
-            takers = " or ".join(repr(other) for other in _KINDS if name in _KINDS[other].takes)
+            takers = " or ".join(repr(other) for other in KINDS if name in KINDS[other].takes)
             remedy = f"drop it or use kind {takers}" if takers else "drop it"
             raise _refusal(name, value, f"{remedy}; kind {kind!r} takes {', '.join(cls.takes) or 'none'}")
     return cls(coef, **given)
@@ -276,7 +276,7 @@ class PIDController(_TargetController):
         self.beta = _clip(beta, self.coef_min, self.coef_max)
 
 
-_KINDS: dict[str, type[Controller]] = {
+KINDS: dict[str, type[Controller]] = {
     cls.kind: cls for cls in (FixedController, AdaptiveController, PIDController, LinearController, CosineController)
 }
 

@@ -1,11 +1,14 @@
 """Every logged metric as one JSON line, written as it is logged: a crash loses nothing that was printed."""
 
 import json
+import logging
+import os
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 HISTORY_FILE = "metrics.jsonl"
+logger = logging.getLogger(__name__)
 
 
 class HistoryCallback(TrainerCallback):
@@ -18,9 +21,13 @@ class HistoryCallback(TrainerCallback):
             return
         path = Path(args.output_dir or ".") / HISTORY_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        # On resume, drop what an interrupted run logged past its last checkpoint: those steps are run again.
-        kept = [entry for entry in read_history(path) if entry.get("step", 0) <= state.global_step]
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept if state.global_step > 0))
+        # On resume, drop what an interrupted run logged past its last checkpoint: those steps are run again. So is the
+        # end of a run that goes on after all.
+        kept = [entry for entry in read_history(path) if state.global_step > 0 and "train_runtime" not in entry]
+        kept = [entry for entry in kept if entry.get("step", 0) <= state.global_step]
+        partial = path.with_suffix(".partial")  # killed here, the run has the old file or the new one
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        os.replace(partial, path)
 
     def on_log(
         self,
@@ -31,8 +38,12 @@ class HistoryCallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         if state.is_world_process_zero and logs:
-            with (Path(args.output_dir or ".") / HISTORY_FILE).open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}, default=str) + "\n")
+            path = Path(args.output_dir or ".") / HISTORY_FILE
+            try:
+                with path.open("a") as file:
+                    file.write(json.dumps({"step": state.global_step, **logs}, default=str) + "\n")
+            except OSError as error:  # a full disk is no reason to lose the step; the next checkpoint says so
+                logger.warning("step %d is missing in %s (%s)", state.global_step, path, error)
 
 
 def read_history(path: Path) -> list[dict]:

@@ -46,14 +46,6 @@ def check_model(
         ) from error
 
 
-def check_checkpoint(path: str | None) -> None:
-    """Refuse a checkpoint to resume from that is not there."""
-    if path is not None and not Path(path).is_dir():
-        raise BadInput(
-            f"resume_from_checkpoint={path!r} is no folder: give a checkpoint-<step> folder of an earlier run."
-        )
-
-
 def load_reward_functions(names: list[str] | str) -> list[Callable]:
     """Import reward functions from dotted paths; the working directory is on the path, as in TRL's scripts."""
     names = [names] if isinstance(names, str) else names

@@ -12,9 +12,9 @@ from trl import get_peft_config, get_quantization_config
 
 from ..monitor.history import HistoryCallback
 from ..monitor.progress import KLProgressCallback
-from ..trainers.kl_control import CheckpointError
+from ..trainers.checkpoints import CheckpointError, NotSavedError, RunError, resolve_checkpoint
 from .arguments import Recipe, parse_recipe
-from .inputs import Inputs, check_checkpoint
+from .inputs import Inputs
 from .report import report, write_resolved_recipe
 
 
@@ -25,7 +25,8 @@ def run_recipe(
     load_inputs: Callable[[Recipe], Inputs],
     build_trainer: Callable[[Recipe, Inputs], Any],
 ) -> int:
-    """Check everything, then train, save and report. Returns the exit status: 0, or 2 for bad input.
+    """Check everything, then train, save and report. Returns the exit status: 0, 2 for bad input, or 1 for a run that
+    could not go on.
 
     Args:
         argv: the command line, `sys.argv` where None.
@@ -37,7 +38,7 @@ def run_recipe(
     try:
         recipe = parse_recipe(program, config, sys.argv[1:] if argv is None else argv)
         inputs = load_inputs(recipe)
-        check_checkpoint(recipe.args.resume_from_checkpoint)
+        resolve_checkpoint(recipe.args.resume_from_checkpoint, recipe.args.output_dir)
         trainer = build_trainer(recipe, inputs)
     except ValueError as error:
         return refuse(error)
@@ -45,6 +46,9 @@ def run_recipe(
         _train(trainer, recipe)
     except CheckpointError as error:
         return refuse(error)
+    except RunError as error:
+        # One process may find its disk full; that a step is not finite all of them know.
+        return refuse(error, status=1, from_any_process=isinstance(error, NotSavedError))
     _leave_together(trainer)
     return 0
 
@@ -69,11 +73,11 @@ def trainer_arguments(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def refuse(error: Exception) -> int:
-    """Print one sentence, from one process, and return the exit status of bad input."""
-    if os.environ.get("RANK", "0") == "0":
+def refuse(error: Exception, *, status: int = 2, from_any_process: bool = False) -> int:
+    """Print one sentence, from the first process or from any, and return the exit status: that of bad input."""
+    if from_any_process or os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr)
-    return 2
+    return status
 
 
 def _train(trainer: Any, recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ TRL computes DPO's loss; the exact KL at the data's prefixes is added to it. The
 (`kl_probe.py`). Shape legend: B pairs (chosen first, then rejected: 2B rows), L tokens, H hidden.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from .exact_forward import ExactKLForward, check_sharding
 from .kl_control import KLControl, KLControlledTrainer
 from .kl_probe import KLProbe, distinct_prompts
 from .reference import causal_lm, reference_is_a_copy
+from .step_guard import KL, POLICY, REFERENCE, StepGuard
 from .trl_compat import check_trl_version
 
 check_trl_version()
@@ -83,6 +85,7 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         with reference_is_a_copy(model, wanted=wanted, trl_module=dpo_trainer):
             super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
         self.kl = KLControl(args, self.accelerator)
+        self.guard = StepGuard(self.accelerator)
         self.kl_term = args.kl_term()
         self.kl_coef = args.kl_coef
         self._data_kl = {mode: torch.zeros(2, dtype=torch.float64) for mode in ("train", "eval")}  # nats and tokens
@@ -126,6 +129,14 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         else:
             self.kl_coef = coef
 
+    def _checkpoint_state(self) -> dict[str, Any]:
+        return {**super()._checkpoint_state(), "num_tokens": int(self._total_train_tokens)}
+
+    def _load_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """Also TRL's count of tokens, which it does not keep."""
+        super()._load_checkpoint_state(state)
+        self._total_train_tokens = int(state.get("num_tokens", 0))
+
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
@@ -136,7 +147,17 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         # TRL's rewards are beta times the log-ratios, gathered from all processes, and beta is never 0.
         for name, reward in (("chosen", "chosen"), ("rejected", "rejected"), ("margin", "margins")):
             metrics[f"log_ratio/{name}"].append(metrics[f"rewards/{reward}"][-1] / self.beta)
+        if self.model.training:
+            self._watch(metrics)
         return loss
+
+    def _watch(self, metrics: dict[str, list[float]]) -> None:
+        """See in TRL's own metrics of the micro-batch whether policy or reference is not finite."""
+        for answer in ("chosen", "rejected"):
+            logps, log_ratio = metrics[f"logps/{answer}"][-1], metrics[f"log_ratio/{answer}"][-1]
+            self.guard.watch(POLICY, logps)
+            if math.isfinite(logps):
+                self.guard.watch(REFERENCE, log_ratio)
 
     def _compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool) -> Any:
         if not self.args.kl_on_data or self._exact is None:
@@ -172,7 +193,10 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         nats = torch.where(mask, exact_kl, 0.0).sum()
         numbers = torch.stack([nats, mask.sum().to(nats), loss]).detach().unsqueeze(0)
         gathered = self.accelerator.gather(numbers).cpu().double()
-        self._data_kl[self._mode] += gathered[:, :2].sum(0)
+        if self.model.training:
+            self.guard.watch(KL, exact_kl, mask)
+        if gathered.isfinite().all():
+            self._data_kl[self._mode] += gathered[:, :2].sum(0)
         if self.args.kl_in_loss:
             self._metrics[self._mode]["kl/loss"].append(gathered[:, 2].mean().item())
         return loss

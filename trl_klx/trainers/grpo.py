@@ -21,6 +21,8 @@ from .exact_forward import ExactKLForward, check_sharding
 from .grpo_config import KLXGRPOConfig
 from .kl_control import KLControl, KLControlledTrainer
 from .reference import causal_lm, reference_is_a_copy, reference_is_built
+from .reward_functions import finite_rewards
+from .step_guard import KL, POLICY, REFERENCE, REWARDS, StepGuard
 from .trl_compat import check_trl_version
 
 check_trl_version()
@@ -87,6 +89,8 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
             super().__init__(model, reward_funcs, args, *positional, **kwargs)
         self.beta = args.beta
         self.kl = KLControl(args, self.accelerator)
+        self.guard = StepGuard(self.accelerator)
+        self._is_unscored = False  # whether no answer of the rollout has a reward
         self.kl_term = args.kl_term()
         self._exact = self._exact_forward() if args.kl_needs_exact else None
 
@@ -98,6 +102,15 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
 
     def _apply_kl_coef(self, coef: float) -> None:
         self.beta = coef
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        return {**super()._checkpoint_state(), "micro_batches": self._step}
+
+    def _load_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """Also where TRL stood among the micro-batches that share a rollout: it would take the first for the next."""
+        super()._load_checkpoint_state(state)
+        self._step = int(state.get("micro_batches", 0))
+        self._buffered_inputs = None
 
     @contextmanager
     def _trl_sees_beta(self, beta: float) -> Iterator[None]:
@@ -136,6 +149,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         return out
 
     def _generate_and_score_completions(self, inputs):
+        self._check_weights()
         if not self.args.kl_is_measured:
             return super()._generate_and_score_completions(inputs)
         with self._trl_sees_beta(1.0), self._recording(ref_hidden=self._exact is not None) as scorings:
@@ -147,6 +161,19 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         if self.kl_term.in_reward and self.args.kl_is_penalised:
             output["kl_credit"] = self._kl_credit(output)
         return output
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with self._sampling():
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """(answers of all processes, rewards); TRL takes NaN for a reward that does not apply."""
+        rewards, counts = finite_rewards(super()._calculate_rewards(*args, **kwargs), self.reward_func_names)
+        for name, count in counts.items():
+            self._metrics[self._mode][f"rewards/{name}/infinite"].append(count)
+        if self.model.training:
+            self._is_unscored = bool(rewards.isnan().all())
+        return rewards
 
     def _prompt_numbers(self, rows: int) -> Tensor:
         """(B,) a number per prompt, unique in the run and the same on all processes; TRL lays groups out adjacently."""
@@ -202,6 +229,8 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         return baseline[start : start + rows, :length]
 
     def _compute_loss(self, model, inputs):
+        if self._is_unscored and self.model.training:
+            self.guard.watch(REWARDS, torch.nan)
         if not self.args.kl_is_measured:
             return super()._compute_loss(model, inputs)
         mask = _loss_mask(inputs)
@@ -248,6 +277,9 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         sampled = {name: kl_estimate(logps, ref_logps, name) for name in SAMPLED_ESTIMATORS if name in self.kl.names}
         exact = {} if policy.exact is None else {"exact": policy.exact.detach()}
         self.kl.measure(self._mode, sampled | exact, mask, inputs["kl_prompts"])
+        if self.model.training:
+            for what, values in ((POLICY, logps), (REFERENCE, ref_logps), *((KL, value) for value in exact.values())):
+                self.guard.watch(what, values, mask)
         sampler_logps = _sampler_logps(logps, inputs)
         if self.kl_term.takes_weights and sampler_logps is not logps:
             level = self.kl_term.weight_level

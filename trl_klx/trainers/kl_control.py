@@ -1,31 +1,30 @@
 """What all trainers share: measuring the KL, steering beta with it, logging it and saving the controller's state."""
 
-import json
 import math
 import os
 from collections import defaultdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import KLArguments
-from ..control import Controller, make_controller
+from ..control import KINDS, Controller, make_controller
 from ..kl import effective_sample_size
 from ..monitor.moments import KLSummary, prompt_moments, sequence_count, sequence_rows, summarise
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _HooksBase
-else:
-    _HooksBase = object
+from .checkpoints import (
+    STATE_FILE,
+    WholeCheckpoints,
+    read_state,
+    unreadable,
+    write_state,
+)
+from .step_guard import LOSS, GuardedSteps, drop_non_finite
 
 logger = get_logger(__name__)
 
-STATE_FILE = "kl_state.json"
 _BUDGET_DECAY = 0.8  # the budget is compared with a mean over about five batches
 
 
@@ -82,7 +81,8 @@ class KLControl:
         moments = self._gather("train")
         if moments is None:
             return self._step_unmeasured()
-        self._pool = moments if self._pool is None else self._pool + moments
+        if moments.isfinite().all():  # one infinite KL would hide all others until the next log
+            self._pool = moments if self._pool is None else self._pool + moments
         reading = summarise(moments, self.names)[self._args.kl_reading]
         metrics = {"kl/coef": self.coef}
         kl = reading.per_token if self._args.kl_target_unit == "token" else reading.per_sequence
@@ -153,41 +153,39 @@ class KLControl:
             )
         self.over_budget = smoothed > self._args.kl_budget
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, JSON-serialisable."""
+        controller = None if self._controller is None else self._controller.state_dict()
+        return {"controller": controller, "budget": [self._budget_sum, self._budget_weight]}
+
     def save(self, folder: str | os.PathLike) -> None:
         """Write the state into a checkpoint folder, whole or not at all."""
-        controller = None if self._controller is None else self._controller.state_dict()
-        state = {"controller": controller, "budget": [self._budget_sum, self._budget_weight]}
-        path = Path(folder) / STATE_FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(state, indent=2))
-        os.replace(partial, path)
+        write_state(folder, self.state())
 
     def load(self, folder: str | os.PathLike) -> None:
-        """Continue from a checkpoint. Call after `start`.
+        """Continue from a checkpoint; where its file holds {}, start afresh. Call after `start`.
 
         Raises:
-            CheckpointError: the file is there and unreadable.
+            CheckpointError: the file is unreadable.
         """
-        path = Path(folder) / STATE_FILE
-        if not path.exists():
-            logger.warning(
-                f"{folder} has no {STATE_FILE} (a checkpoint of another trainer?): beta starts at {self.coef:g}."
-            )
+        state = read_state(folder)
+        if not state:
+            logger.warning(f"{STATE_FILE} in {folder} is empty: beta starts at {self.coef:g}.")
             return
         try:
-            state = json.loads(path.read_text())
-            budget_sum, budget_weight = (float(number) for number in state["budget"])
+            budget = [float(number) for number in state["budget"]]
+            if len(budget) != 2 or not all(map(math.isfinite, budget)):
+                raise ValueError(f"budget={state['budget']!r}")
             self._load_controller(state["controller"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} is not a readable controller state ({error}): resume from an earlier checkpoint, or delete "
-                "the file to start the controller afresh."
-            ) from error
-        self._budget_sum, self._budget_weight = budget_sum, budget_weight
+            raise unreadable(folder, str(error)) from error
+        self._budget_sum, self._budget_weight = budget
 
-    def _load_controller(self, saved: dict[str, Any]) -> None:
+    def _load_controller(self, saved: dict[str, Any] | None) -> None:
         """Take what the controller had learnt, and the settings (gains, target, start, length) from today's recipe."""
-        if self._controller is None or self._controller.kind == "fixed":
+        if saved is not None and saved["kind"] not in KINDS:
+            raise ValueError(f"kind={saved['kind']!r}")
+        if saved is None or self._controller is None or self._controller.kind == "fixed":
             return  # a fixed beta is whatever the recipe says now
         if saved["kind"] != self._controller.kind:
             logger.warning(
@@ -201,19 +199,16 @@ class KLControl:
         self.coef = self._controller.value
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be resumed from; the message names the file and the remedy."""
-
-
 def _numbers(metrics: dict[str, float]) -> dict[str, float]:
-    """Without NaN (no sequence had a token that counts, or an error bar of one sequence): JSON loggers choke on it."""
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+    """Without NaN (no sequence had a token that counts, or an error bar of one sequence) and infinity: JSON loggers
+    choke on them."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-class KLControlledTrainer(_HooksBase):
+class KLControlledTrainer(GuardedSteps, WholeCheckpoints):
     """The hooks of `transformers.Trainer` that carry a `KLControl`. Mix in before the trainer class.
 
-    The trainer sets `self.kl`, and implements `_apply_kl_coef` to put beta where its loss reads it.
+    The trainer sets `self.kl` and `self.guard`, and implements `_apply_kl_coef` to put beta where its loss reads it.
     """
 
     kl: KLControl
@@ -226,12 +221,14 @@ class KLControlledTrainer(_HooksBase):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.kl.restart()
+        self.guard.restart()
         self._apply_kl_coef(self.kl.coef)
         return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self.kl.start(self.state.max_steps)
         loss = super().training_step(*args, **kwargs)
+        self.guard.watch(LOSS, loss)
         if self.accelerator.sync_gradients:
             self._end_kl_step()
         return loss
@@ -240,6 +237,7 @@ class KLControlledTrainer(_HooksBase):
         """Move beta by the KL that the step measured, and end the run where the budget says so."""
         for name, value in self.kl.step().items():
             self._metrics["train"][name].append(value)
+        drop_non_finite(self._metrics["train"])
         self._apply_kl_coef(self.kl.coef)
         if self.kl.over_budget and self.args.kl_budget_action == "stop":
             self.control.should_save = True
@@ -251,15 +249,24 @@ class KLControlledTrainer(_HooksBase):
         logs.update({f"{prefix}{name}": value for name, value in self.kl.metrics(mode).items()})
         super().log(logs, *args, **kwargs)
 
+    def _checkpoint_state(self) -> dict[str, Any]:
+        return {**super()._checkpoint_state(), **self.kl.state(), "skipped_steps": self.guard.skipped}
+
+    def _load_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """Take what else the state file holds; what an older one does not hold starts afresh."""
+        self.guard.restart(int(state.get("skipped_steps", 0)))
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._check_weights()  # the last good checkpoint must stay the last
         super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.kl.save(Path(self._get_output_dir(trial=trial)) / folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.kl.start(self.state.max_steps)
             self.kl.load(checkpoint)
+            try:
+                self._load_checkpoint_state(read_state(checkpoint))
+            except (ValueError, TypeError, OverflowError) as error:
+                raise unreadable(checkpoint, str(error)) from error
             self._apply_kl_coef(self.kl.coef)

@@ -45,6 +45,7 @@ from .ppo_model import (
 from .ppo_rollout import Rollout, RolloutFunction, Rows
 from .ppo_sampler import PPOSampler
 from .reward_functions import RewardFunctions
+from .step_guard import ADVICE, KL, LOSS
 
 
 @dataclass
@@ -170,8 +171,13 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         """One rollout and all its optimizer steps but the last, which transformers' loop clips, takes and logs."""
         self.kl.start(self.state.max_steps)
         model.train()
-        experience = self._shape(self._make_rollout(inputs))
-        loss = self._update(model, experience)
+        self._check_weights()
+        rollout = self._make_rollout(inputs)
+        self._watch(rollout)
+        if self._step_is_finite(model, decisive=ADVICE):
+            loss = self._update(model, self._shape(rollout))
+        else:
+            self._judged, loss = True, torch.zeros((), device=self.accelerator.device)
         self._metrics["train"]["episode"] = [(self.state.global_step + 1) * self.args.batch_size]
         self._end_kl_step()
         return loss
@@ -196,6 +202,10 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         self._metrics[mode].clear()
         self._pooled[mode].clear()
         super().log(logs, *args, **kwargs)
+
+    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        with self._sampling():
+            return super()._sample(prompt_ids)
 
     # Rewards and KL to advantages
 
@@ -262,8 +272,8 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
 
     def _optimizer_step(self, model: Any) -> None:
         """What transformers' loop does at the end of a step. (DeepSpeed's engine has stepped in the backward.)"""
-        if self.args.max_grad_norm > 0:
-            self._clip_grad_norm(model)
+        norm = self._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
+        self._get_grad_norm(model, norm)  # drops gradients that are not finite
         self.optimizer.step()
         model.zero_grad()
 
@@ -278,9 +288,10 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
             self.accelerator.gradient_state._set_sync_gradients(is_last)
             with nullcontext() if is_last or is_deepspeed else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    loss = self._loss(model, experience, part) / tokens
+                    loss = self._loss_for_deepspeed(self._loss(model, experience, part) / tokens)
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
             total += loss.detach()
+        self.guard.watch(LOSS, total)
         return total
 
     def _loss(self, model: Any, experience: _Experience, rows: Tensor) -> Tensor:
@@ -311,7 +322,9 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
             level = self.kl_term.weight_level
             weights = importance_weights(logps, sampler_logps, part.mask, level=level)  # type: ignore[arg-type]
             self._weights.append(weights[part.mask])
-        return self.kl_term.loss(logps, ref_logps, part.mask, sampler_logps=sampler_logps, exact=exact)  # type: ignore[arg-type]
+        kl_loss = self.kl_term.loss(logps, ref_logps, part.mask, sampler_logps=sampler_logps, exact=exact)  # type: ignore[arg-type]
+        self.guard.watch(KL, kl_loss, part.mask)
+        return kl_loss
 
     def _record_update(self) -> None:
         """Means over the real tokens of all updates of the rollout, on all processes."""

@@ -22,7 +22,7 @@ from trl.experimental.ppo import PPOTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id, identity, use_adapter
 
-from .kl_control import CheckpointError
+from .checkpoints import CheckpointError
 from .ppo_config import KLXPPOConfig
 from .ppo_model import REF_ADAPTER, VALUE_FOLDER, PolicyAndValue
 

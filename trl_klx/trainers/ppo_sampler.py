@@ -33,7 +33,8 @@ from .ppo_rollout import (
     until_stop,
 )
 from .reference import causal_lm
-from .reward_functions import RewardFunctions
+from .reward_functions import RewardFunctions, finite_rewards
+from .step_guard import KL, POLICY, REFERENCE, REWARDS, VALUES, StepGuard
 
 _PRINTED = 5  # answers that num_sample_generations shows at a time
 
@@ -53,6 +54,7 @@ class PPOSampler(PPOLoop):
         super().__init__(*args, **kwargs)
         config, tokenizer = self.args, self.processing_class
         self._rewards, self._rollout_func = rewards, rollout_func
+        self.reward_func_names = rewards.names
         rewards.rewards = [self._frozen(r) if isinstance(r, nn.Module) else r for r in rewards.rewards]
         self.stop_token_id = tokenizer.eos_token_id if config.stop_token == "eos" else config.stop_token_id
         self.generation_config = GenerationConfig(
@@ -74,6 +76,7 @@ class PPOSampler(PPOLoop):
         self._answers_seen = 0
         self._backend = DistributedBackend(self.accelerator)
         self.kl = KLControl(config, self.accelerator)
+        self.guard = StepGuard(self.accelerator)
         self.kl_coef = config.kl_coef
         self.kl_term = config.kl_term()
         self._exact = self._exact_forward() if config.kl_needs_exact else None
@@ -149,7 +152,7 @@ class PPOSampler(PPOLoop):
         completion_ids, completion_mask = padded(answers.completion_ids, fill, "right", device)
         policy_made, _ = padded(answers.policy_made, 0, "right", device)
         extra: dict[str, list] = {}
-        rewards = self._rewards_of(answers, extra)
+        rewards = self._finite(self._rewards_of(answers, extra))
         scores = self._rewards.total(rewards)
         stop = self.stop_token_id
         finished = torch.tensor([stop is None or stop in ids for ids in answers.completion_ids], device=device)
@@ -182,6 +185,28 @@ class PPOSampler(PPOLoop):
             pairs = {name: torch.tensor([sum(v), len(v)], device=device) for name, v in sorted(logged.items())}
             self._record_means({name: (pair[0], pair[1]) for name, pair in pairs.items()})
         return rewards
+
+    def _finite(self, rewards: Tensor) -> Tensor:
+        """(B, F) without infinite rewards; a rollout in which no answer has a reward is not learnt from."""
+        rewards, counts = finite_rewards(rewards, self._rewards.names)
+        scored = (~rewards.isnan()).any(1).sum()
+        counted = torch.stack([scored, *(scored.new_tensor(counts.get(name, 0)) for name in self._rewards.names)])
+        scored, *infinite = self.accelerator.reduce(counted, reduction="sum").tolist()
+        for name, count in zip(self._rewards.names, infinite, strict=True):
+            if count:
+                self._metrics[self._mode][f"rewards/{name}/infinite"].append(float(count))
+        if not scored and self.model.training:
+            self.guard.watch(REWARDS, torch.nan)
+        return rewards
+
+    def _watch(self, rollout: Rollout) -> None:
+        """All that advantages and their whitening are made of."""
+        watched = {POLICY: rollout.sampler_logps, VALUES: rollout.values}
+        if self.kl_term.in_reward and self.args.kl_is_penalised:
+            watched |= {REFERENCE: rollout.ref_logps, KL: rollout.exact}
+        for what, values in watched.items():
+            if values is not None:
+                self.guard.watch(what, values, rollout.mask)
 
     def _number(self, rows: int) -> Tensor:
         """(B,) a number for each answer, the same for no two of the run: PPO answers each prompt once."""

@@ -113,6 +113,18 @@ class RewardFunctions:
         return model(**batch.to(device)).logits[:, 0].float()
 
 
+def finite_rewards(rewards: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, int]]:
+    """(B, F) with NaN, "does not apply", for infinite rewards; and how many each function gave, where any."""
+    infinite = rewards.isinf()
+    counts = {name: count for name, count in zip(names, infinite.sum(0).tolist(), strict=True) if count}
+    for name, count in counts.items():
+        logger.warning(
+            f"The reward function {name!r} gave {count} of {len(rewards)} answers an infinite reward, which does not "
+            "count: let it return a finite number, or None where it does not apply."
+        )
+    return rewards.masked_fill(infinite, torch.nan), counts
+
+
 def _run_together(coroutines: list) -> list:
     """Await all in a thread of their own: the caller may already be inside an event loop, in a notebook say."""
     if not coroutines:

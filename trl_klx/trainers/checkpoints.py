@@ -1,0 +1,238 @@
+"""Checkpoints that are whole or none: which folder is one, which is the last, and how one is written.
+
+transformers writes `checkpoint-<step>` in place. Our state file is written last, from all processes' files, and names
+them: a folder is a whole checkpoint exactly when it has that file and all files that it names.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import broadcast_object_list
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _HooksBase
+else:
+    _HooksBase = object
+
+STATE_FILE = "kl_state.json"
+LAST = "last"  # as a checkpoint to resume from: the last whole one in output_dir
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be resumed from; the message names the file and the remedy."""
+
+
+class RunError(RuntimeError):
+    """A run cannot go on; the message says what happened, and what to do."""
+
+
+class NotSavedError(RunError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
+def write_state(folder: str | os.PathLike, state: dict[str, Any]) -> None:
+    """Write the state file, whole or not at all; with it the folder becomes a whole checkpoint.
+
+    Call when every other file is written; it lists them.
+    """
+    path = Path(folder) / STATE_FILE
+    files = sorted(file.relative_to(folder).as_posix() for file in Path(folder).rglob("*") if file.is_file())
+    files = [name for name in files if name != STATE_FILE]
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({**state, "saved_at": time.time(), "files": files}, indent=2))
+    os.replace(partial, path)
+
+
+def read_state(folder: str | os.PathLike) -> dict[str, Any]:
+    """The content of the state file.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    path = Path(folder) / STATE_FILE
+    try:
+        state = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise unreadable(folder, str(error)) from error
+    if not isinstance(state, dict):
+        raise unreadable(folder, f"a {type(state).__name__} and no object")
+    return state
+
+
+def unreadable(folder: str | os.PathLike, reason: str) -> CheckpointError:
+    """The refusal of a spoilt state file."""
+    return CheckpointError(
+        f"{Path(folder) / STATE_FILE} is not a readable controller state ({reason}): resume from another checkpoint, "
+        "or let the file hold {} to start the controller afresh."
+    )
+
+
+def missing_file(folder: str | os.PathLike) -> str | None:
+    """What keeps a folder from being a whole checkpoint: the name of a file that is not there. None: it is one."""
+    folder = Path(folder)
+    if not (folder / STATE_FILE).is_file():
+        return STATE_FILE
+    try:
+        files = read_state(folder).get("files", [])
+    except CheckpointError:
+        return None  # whole, and spoilt afterwards: `KLControl.load` says so
+    return next((name for name in files if not (folder / name).is_file()), None)
+
+
+def whole_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """The whole checkpoints of a run, the one written last at the end.
+
+    By the time that they say themselves, not by step: a run that started afresh in the folder of a longer one must not
+    be resumed from the older run's checkpoints.
+    """
+
+    def age(folder: Path) -> tuple[float, int]:
+        try:
+            saved_at = float(read_state(folder).get("saved_at", 0.0))
+        except (CheckpointError, TypeError):
+            saved_at = 0.0
+        return saved_at, _step(folder)
+
+    return sorted((folder for folder in _folders(output_dir) if missing_file(folder) is None), key=age)
+
+
+def resolve_checkpoint(wanted: str | bool | None, output_dir: str | os.PathLike) -> str | None:
+    """The checkpoint folder that `resume_from_checkpoint` means: a folder; "last" or true for the last whole one.
+
+    Raises:
+        CheckpointError: there is none, or it is not whole.
+    """
+    if wanted is None or str(wanted).lower() in ("false", ""):
+        return None
+    last = [str(folder) for folder in whole_checkpoints(output_dir)[-1:]]
+    if str(wanted).lower() in ("true", LAST):
+        if not last:
+            raise CheckpointError(
+                f"resume_from_checkpoint={wanted!r} finds no whole checkpoint in {output_dir}: leave it out to start "
+                "from the beginning."
+            )
+        return last[0]
+    if not Path(str(wanted)).is_dir():
+        raise CheckpointError(
+            f"resume_from_checkpoint={wanted!r} is no folder: give a checkpoint-<step> folder of an earlier run, or "
+            f"{LAST!r} for the last one in output_dir."
+        )
+    missing = missing_file(str(wanted))
+    if missing is not None:
+        beside = whole_checkpoints(Path(str(wanted)).parent)[-1:]
+        remedy = f"resume from {beside[0]}, the last whole one" if beside else "there is no whole one beside it"
+        raise CheckpointError(
+            f"resume_from_checkpoint={wanted!r} is not a whole checkpoint, for it holds no {missing}: {remedy}."
+        )
+    return str(wanted)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder; killed in the middle, it does not leave what looks like a whole checkpoint."""
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def rotate(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
+    """Delete all but `limit` checkpoints, half-written ones first and then the oldest, but none of `keep`."""
+    if limit is None or limit <= 0:
+        return
+    whole = whole_checkpoints(output_dir)
+    everything = [folder for folder in _folders(output_dir) if folder not in whole] + whole
+    surplus = len(everything) - max(limit, len(keep))
+    kept = {folder.resolve() for folder in keep}
+    for folder in [folder for folder in everything if folder.resolve() not in kept][: max(surplus, 0)]:
+        discard(folder)
+
+
+def _folders(output_dir: str | os.PathLike) -> list[Path]:
+    return [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) >= 0]
+
+
+def _step(folder: Path) -> int:
+    number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number.isdecimal() else -1
+
+
+class WholeCheckpoints(_HooksBase):
+    """The hooks of `transformers.Trainer` that write whole checkpoints and resume from them."""
+
+    args: Any
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', and `resume_from_checkpoint` may be "last"; true means the same, the last whole one.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is not whole or not readable.
+            RunError: a checkpoint could not be written, or too many steps in a row were not finite.
+        """
+        return super().train(self._agreed_checkpoint(resume_from_checkpoint), *args, **kwargs)
+
+    def _agreed_checkpoint(self, wanted: str | bool | None) -> str | None:
+        """What the main process finds, on every process."""
+        if not wanted:
+            return None
+        found: list[str | None] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                found[0] = resolve_checkpoint(wanted, self.args.output_dir)
+            except CheckpointError as error:
+                found[1] = str(error)
+        broadcast_object_list(found)
+        if found[1] is not None:
+            raise CheckpointError(found[1])
+        return found[0]
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        """What the state file holds."""
+        return {}
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self._failure_named(folder):
+            if self.args.should_save:
+                discard(folder)  # of an earlier run, or half-written
+            self.accelerator.wait_for_everyone()
+            # Rotating is ours: transformers would delete old checkpoints before this one is whole.
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            self._complete(folder)
+            if self.args.should_save:
+                best = self.state.best_model_checkpoint
+                rotate(run, limit, {folder} if best is None else {folder, Path(best)})
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._complete(Path(checkpoint_folder))  # what goes to the Hub is whole, too
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _complete(self, folder: Path) -> None:
+        self.accelerator.wait_for_everyone()  # until all processes have written their files
+        if self.args.should_save:
+            write_state(folder, self._checkpoint_state())
+
+    @contextmanager
+    def _failure_named(self, folder: Path) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a full disk is an OSError, RuntimeError or SafetensorError, by who writes
+            free = shutil.disk_usage(folder.parent).free / 1e6 if folder.parent.is_dir() else 0.0
+            if self.args.should_save:
+                discard(folder)
+            earlier = whole_checkpoints(folder.parent)[-1:]
+            remedy = f"resume from {earlier[0]}, the last whole one" if earlier else "start again: there is none before"
+            reason = " ".join(str(error).split())[:300]
+            raise NotSavedError(
+                f"the checkpoint {folder} could not be written ({type(error).__name__}: {reason}; {free:.1f} MB were "
+                f"free): make room, and {remedy}."
+            ) from error

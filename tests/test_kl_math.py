@@ -22,7 +22,7 @@ from trl_klx.kl import (
     masked_mean,
     masked_sum,
 )
-from trl_klx.kl.exact import default_chunk_size
+from trl_klx.kl.exact_chunked import default_chunk_size
 
 ESTIMATORS = ("k1", "k2", "k3")
 
@@ -394,7 +394,8 @@ def test_chunked_refuses(change: dict, message: str) -> None:
 
 
 def test_default_chunk_size_follows_a_memory_budget() -> None:
-    assert default_chunk_size(152_000) * 152_000 * 4 * 6 <= 256 * 2**20
+    assert 120 * 2**20 < default_chunk_size(152_000) * 152_000 * 4 * 2 <= 128 * 2**20  # the logits of two models
+    assert default_chunk_size(152_000, "cuda") > 2 * default_chunk_size(152_000)
     assert default_chunk_size(10**9) == 1
 
 

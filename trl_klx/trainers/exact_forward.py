@@ -1,7 +1,8 @@
 """The exact KL computed inside the policy's forward, where DDP and its kin see every parameter that is used.
 
-The reference's hidden states (B, C, H) are kept from its scoring pass; the policy's are taken from its backbone as it
-runs; both go through their output heads chunk by chunk (`chunked_exact_kl`). The result rides out on the model's
+The reference's hidden states (B, C, H) are kept from its scoring pass and go through its output head chunk by chunk.
+Where the policy's forward returns logits (TRL below 1.16), the KL is taken from them (`chunked_exact_kl_from_logits`);
+where it does not, from the hidden states of its backbone (`chunked_exact_kl`). The result rides out on the model's
 output, as a field of a subclass of the output's own class: wrappers rebuild outputs from their declared fields, and
 an ad-hoc key would be lost or crash them.
 """
@@ -12,6 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from ..kl import chunked_exact_kl
+from ..kl import chunked_exact_kl, chunked_exact_kl_from_logits
 from ..kl.exact import Direction
 
 
@@ -144,12 +146,27 @@ class ExactKLForward:
         hidden = self._completion_hidden(request.mask.size(1))
         ref_hidden, mask = request.take(hidden.size(0))
         self._check_projection(hidden, output)
-        head, ref_head = self._policy.get_output_embeddings(), self._reference.get_output_embeddings()
-        ref_weights = None if ref_head is head else _whole(ref_head)
+        logits = getattr(output, "logits", None)  # TRL >= 1.16's fused head returns none
+        with torch.set_grad_enabled(torch.is_grad_enabled() and request.with_grad):
+            if logits is None:
+                return self._from_hidden(hidden, ref_hidden, mask)
+            return self._from_logits(logits, ref_hidden, mask)
 
-        def project(hidden_NH: Tensor) -> Tensor:
-            # Read here, where the head's own hooks have gathered them.
-            ref_weight, ref_bias = (head.weight.detach(), head.bias) if ref_weights is None else ref_weights
+    @property
+    def _transform(self) -> dict[str, Any]:
+        """How both heads' outputs become logits, and which way the KL goes."""
+        return {
+            "temperature": self._temperature,
+            "logit_scale": self._logit_scale,
+            "softcap": self._softcap,
+            "direction": self._direction,
+        }
+
+    def _from_hidden(self, hidden: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
+        """(B, C) from the hidden states of both, (B, C, H)."""
+        head = self._policy.get_output_embeddings()
+
+        def kl(hidden_NH: Tensor, ref_weight: Tensor, ref_bias: Tensor | None) -> Tensor:
             return chunked_exact_kl(
                 hidden_NH,
                 head.weight,
@@ -157,16 +174,36 @@ class ExactKLForward:
                 ref_weight,
                 bias=head.bias,
                 ref_bias=ref_bias,
-                temperature=self._temperature,
-                logit_scale=self._logit_scale,
-                softcap=self._softcap,
-                direction=self._direction,
+                **self._transform,
             )
 
-        with torch.set_grad_enabled(torch.is_grad_enabled() and request.with_grad):
-            kl_N = _call_as_forward(head, project, hidden[mask])
-        # masked_scatter keeps an all-masked batch connected to the graph, which DDP needs.
-        return kl_N.new_zeros(mask.shape).masked_scatter(mask, kl_N)
+        return _scattered(self._with_ref_head(kl, hidden[mask], in_policy_head=True), mask)
+
+    def _from_logits(self, logits: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
+        """(B, C) from the policy's logits, (B, at least C + 1, V): only the reference is projected.
+
+        Takes them whole, the last one included, because a slice or a selection would copy them, forward and backward.
+        """
+        length = mask.size(1)
+        rows = mask.new_zeros(logits.shape[:-1])
+        rows[:, logits.size(1) - length - 1 : logits.size(1) - 1] = mask
+
+        def kl(logits: Tensor, ref_weight: Tensor, ref_bias: Tensor | None) -> Tensor:
+            return chunked_exact_kl_from_logits(
+                logits, ref_hidden[mask], ref_weight, mask=rows, ref_bias=ref_bias, **self._transform
+            )
+
+        return _scattered(self._with_ref_head(kl, logits, in_policy_head=False), mask)
+
+    def _with_ref_head(self, kl: Callable[..., Tensor], policy: Tensor, *, in_policy_head: bool) -> Tensor:
+        """Call `kl(policy, ref_weight, ref_bias)`, as the forward of the policy's head where its weights are needed."""
+        head, ref_head = self._policy.get_output_embeddings(), self._reference.get_output_embeddings()
+        if ref_head is head:  # read inside, where the head's own hooks have gathered them
+            return _call_as_forward(head, lambda policy: kl(policy, head.weight.detach(), head.bias), policy)
+        weights = _whole(ref_head)
+        if in_policy_head:
+            return _call_as_forward(head, lambda policy: kl(policy, *weights), policy)
+        return kl(policy, *weights)
 
     def _check_projection(self, hidden: Tensor, output) -> None:
         """Once, on one token: our projection of the hidden state is the logits the model itself returns."""
@@ -185,6 +222,12 @@ class ExactKLForward:
                 f"{type(self._policy).__name__} transforms its logits in a way that exact KL does not know: use "
                 "kl_estimator k1, k2 or k3, and please report the architecture."
             )
+
+
+def _scattered(kl_N: Tensor, mask: Tensor) -> Tensor:
+    """Per-token values at their places in (B, C), 0 elsewhere."""
+    # masked_scatter keeps an all-masked batch connected to the graph, which DDP needs.
+    return kl_N.new_zeros(mask.shape).masked_scatter(mask, kl_N)
 
 
 def _call_as_forward(head: nn.Module, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None) -> Arguments:
     return parser.parse_args(arguments)
 
 
-# --- in the process that measures: torch is imported here, so that the parent's size does not hide a child's -----------
+# --- in the process that measures. Torch is imported here: the parent's size would hide a child's ---------------------
 
 
 def make_inputs(vocab: int, tokens: int, args: Arguments) -> dict[str, Any]:

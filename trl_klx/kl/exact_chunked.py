@@ -109,9 +109,7 @@ class _ChunkedExactKL(torch.autograd.Function):
         )
 
 
-def _grad_in_place(
-    logits: Tensor, ref_logits: Tensor, grad_value: Tensor, head: _Head, direction: Direction
-) -> Tensor:
+def _grad_in_place(logits: Tensor, ref_logits: Tensor, grad_value: Tensor, head: _Head, direction: Direction) -> Tensor:
     """Replace a chunk of logits by the gradient with respect to h W^T + b; (chunk, V)."""
     is_finite = _is_finite(logits, ref_logits)
     for block in _blocks(logits):
@@ -140,7 +138,7 @@ class _ChunkedExactKLFromLogits(torch.autograd.Function):
                 value[chunk][block], grad_block = block_kl(
                     policy_logits, ref_logits[block], direction, is_finite=is_finite, with_grad=with_grad
                 )
-                if grad is not None:
+                if grad is not None and grad_block is not None:
                     grad[places] = grad_block.div_(ref_head.temperature).to(grad.dtype)
         ctx.grad, ctx.rows = grad, rows
         return value
@@ -156,7 +154,7 @@ class _ChunkedExactKLFromLogits(torch.autograd.Function):
 
 
 def _work_space(count: int, tokens: int, chunk_size: int, head: _Head) -> Tensor:
-    """(count, chunk, V) for logits, made once: pages that the system has to hand out anew cost more than log-softmax."""
+    """(count, chunk, V) for logits, made once: fresh pages from the system cost more than log-softmax."""
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
     return head.weight.new_empty(count, min(tokens, chunk_size), head.weight.size(0), dtype=dtype)
 
@@ -176,9 +174,9 @@ def _blocks(logits: Tensor) -> list[slice]:
 
 
 def default_chunk_size(vocab_size: int, device: str = "cpu") -> int:
-    """Tokens per chunk so that one chunk's float32 logits of both models take 128 MiB (512 MiB elsewhere than on a CPU).
+    """Tokens per chunk, at least 1: both models' logits in float32 then take 128 MiB on a CPU, 512 MiB elsewhere.
 
-    At least 1 token. `device` is a device type, "cpu" or "cuda" say.
+    `device` is a device type, "cpu" or "cuda" say.
     """
     return max(1, _CHUNK_BYTES.get(device, _CHUNK_BYTES_ELSEWHERE) // (2 * 4 * vocab_size))
 
@@ -284,7 +282,8 @@ def chunked_exact_kl_from_logits(
         )
     _check(logits.size(-1), ref_weight, direction, temperature, softcap, chunk_size)
     head = _Head(ref_weight.detach(), ref_bias, float(logit_scale), softcap, float(temperature))
-    chunk_size = chunk_size or 2 * default_chunk_size(logits.size(-1), logits.device.type)  # one model's logits, not two
+    # Twice as many tokens as for two models: only the reference is projected.
+    chunk_size = chunk_size or 2 * default_chunk_size(logits.size(-1), logits.device.type)
     with_grad = logits.requires_grad and torch.is_grad_enabled()
     return _ChunkedExactKLFromLogits.apply(
         logits.flatten(0, -2), rows, ref_hidden.detach(), head, direction, chunk_size, with_grad

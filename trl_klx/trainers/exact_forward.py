@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..kl import chunked_exact_kl, chunked_exact_kl_from_logits
 from ..kl.exact import Direction
+from .output_head import call_as_forward, check_heads, logit_transform, whole
 
 
 @dataclass
@@ -61,11 +60,11 @@ class ExactKLForward:
     ) -> None:
         self._policy, self._reference = policy, reference
         self._temperature, self._direction = temperature, direction
-        self._logit_scale, self._softcap = _logit_transform(policy)
+        self._logit_scale, self._softcap = logit_transform(policy)
         self._request: _Request | None = None
         self._hidden: Tensor | None = None
         self._checked = False
-        _check_heads(policy, reference)
+        check_heads(policy, reference)
         self._wrap_forward()
 
     def _keep_hidden(self, backbone: nn.Module, args: tuple, output) -> None:
@@ -87,7 +86,7 @@ class ExactKLForward:
 
     @contextmanager
     def hidden_states(self, model: nn.Module, completion_length: int) -> Iterator[list[Tensor]]:
-        """While active, collect (rows, C, H) hidden states that predict the completion, one tensor per forward."""
+        """While active, collect the (rows, C, H) hidden states that predict the completion, one tensor per forward."""
         collected: list[Tensor] = []
 
         def collect(*_) -> None:
@@ -120,6 +119,11 @@ class ExactKLForward:
                 yield collected
         finally:
             self._request = None
+
+    @torch.no_grad()
+    def of_hidden_states(self, hidden: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
+        """(B, C) exact KL of hidden states (B, C, H) of policy and reference that `hidden_states` kept; a constant."""
+        return self._from_hidden(hidden, ref_hidden, mask.bool())
 
     @contextmanager
     def _capture(self, model: nn.Module, hook) -> Iterator[None]:
@@ -199,10 +203,10 @@ class ExactKLForward:
         """Call `kl(policy, ref_weight, ref_bias)`, as the forward of the policy's head where its weights are needed."""
         head, ref_head = self._policy.get_output_embeddings(), self._reference.get_output_embeddings()
         if ref_head is head:  # read inside, where the head's own hooks have gathered them
-            return _call_as_forward(head, lambda policy: kl(policy, head.weight.detach(), head.bias), policy)
-        weights = _whole(ref_head)
+            return call_as_forward(head, lambda policy: kl(policy, head.weight.detach(), head.bias), policy)
+        weights = whole(ref_head)
         if in_policy_head:
-            return _call_as_forward(head, lambda policy: kl(policy, *weights), policy)
+            return call_as_forward(head, lambda policy: kl(policy, *weights), policy)
         return kl(policy, *weights)
 
     def _check_projection(self, hidden: Tensor, output) -> None:
@@ -230,32 +234,6 @@ def _scattered(kl_N: Tensor, mask: Tensor) -> Tensor:
     return kl_N.new_zeros(mask.shape).masked_scatter(mask, kl_N)
 
 
-def _call_as_forward(head: nn.Module, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """Run `function` in place of the head's forward, so that what shards the head gathers it around the function.
-
-    ZeRO-3 and FSDP gather a module's weights by hooks around its forward, and again around its part of backward.
-    """
-    own = head.__dict__.get("forward")
-    head.forward = function  # type: ignore[method-assign]
-    try:
-        return head(hidden)
-    finally:
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own
-
-
-def _whole(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the frozen reference's head; a copy of them where ZeRO-3 has sharded them."""
-    parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
-    if not is_deepspeed_zero3_enabled():
-        return head.weight.detach(), head.bias
-    with maybe_gather_lm_head_ctx(*parameters):
-        weight, *bias = [parameter.detach().clone() for parameter in parameters]
-    return weight, bias[0] if bias else None
-
-
 def check_head_is_whole(trainer: Trainer) -> None:
     """Refuse the exact KL where the output head is sharded."""
     if trainer.is_fsdp_enabled:
@@ -263,34 +241,6 @@ def check_head_is_whole(trainer: Trainer) -> None:
             "the exact KL needs the whole output head, which ZeRO-3 and FSDP shard: use ZeRO-2 or DDP, or kl_estimator "
             "k1, k2 or k3 (in DPO kl_coef 0, with kl_monitor=['k1', 'k3'] for the probe)."
         )
-
-
-def _check_heads(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
-    head, ref_head = policy.get_output_embeddings(), reference.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ValueError(
-            f"the output head is a {type(head).__module__}.{type(head).__name__}: exact KL reads a plain head's "
-            "weight, so remove 'lm_head' from the adapter's target_modules and modules_to_save, or use kl_estimator "
-            "k1, k2 or k3."
-        )
-    if head.weight.shape[0] != ref_head.weight.shape[0]:
-        raise ValueError(
-            f"the policy has a vocabulary of {head.weight.shape[0]} and the reference of {ref_head.weight.shape[0]}: "
-            "exact KL needs one vocabulary; use the checkpoint that the policy started from as reference."
-        )
-
-
-def _logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
-    """(logit scale, softcap) of the architecture, as its config declares them; (1, None) for most."""
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere; Muse Glimmer; Falcon-H1
-        if getattr(config, name, None) is not None:
-            return getattr(config, name), softcap
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is not None:  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
-        return (scaling if config.model_type == "hyperclovax" else 1 / scaling), softcap
-    return 1.0, softcap
 
 
 @functools.cache

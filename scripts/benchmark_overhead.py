@@ -273,7 +273,8 @@ def main(arguments: list[str] | None = None) -> tuple[dict[str, dict[str, list[f
         task = json.loads(args.worker)
         print(measure_memory(task["name"], Arguments(**task["settings"])))
         return {}, {}
-    memory = {} if args.no_memory else {name: memory_of(name, args) for name in args.variants}
+    without_memory = args.no_memory or not (torch.cuda.is_available() or os.path.exists("/proc/self/clear_refs"))
+    memory = {} if without_memory else {name: memory_of(name, args) for name in args.variants}
     times = measure_times(args)
     Console(width=None if sys.stdout.isatty() else 140).print(table_of(times, memory))
     return times, memory

@@ -131,7 +131,7 @@ def force_route(trainer: KLXGRPOTrainer, name: str) -> None:
 def make_step(trainer: GRPOTrainer, optimizer: torch.optim.Optimizer, batch: Any, *, whole: bool) -> Callable[[], None]:
     """One optimizer step as `Trainer.train` takes it, on the fixed rollout `batch`, or from the prompts `batch` on."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    prepare = trainer._prepare_inputs
+    prepare = type(trainer)._prepare_inputs.__get__(trainer)
 
     def step() -> None:
         trainer._prepare_inputs = prepare if whole else lambda _: batch  # type: ignore[method-assign]

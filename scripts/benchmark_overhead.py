@@ -16,7 +16,7 @@ and copy its weights into a fresh config, because `save_pretrained` refuses a mo
     copy.save_pretrained("model")
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained("model")
 
-All trainers share one policy and one optimizer in one process and take turns; a ratio compares with stock in the same
+All trainers share policy, reference and optimizer in one process and take turns; a ratio compares with stock in that
 round. `step` is loss, backward, clipping and optimizer on one fixed rollout, the same answers for all; `whole` samples,
 scores and rewards a rollout first. Memory is the peak over a step, in a process of its own, on top of what it held
 before.
@@ -174,10 +174,18 @@ def take_turns(steps: dict[str, Callable[[], None]], rounds: int, clock: str) ->
     return seconds
 
 
+def share_reference(trainers: list[GRPOTrainer]) -> None:
+    """One set of reference weights for all, so that many variants of a large model fit."""
+    for trainer in trainers[1:]:
+        for mine, first in zip(trainer.ref_model.parameters(), trainers[0].ref_model.parameters(), strict=True):
+            mine.data = first.data
+
+
 def measure_times(args: Arguments) -> dict[str, dict[str, list[float]]]:
     """Seconds by kind of step ("step", "whole"), variant and round."""
     model, tokenizer, optimizer = load(args)
     trainers = {name: make_trainer(name, model, tokenizer, args) for name in args.variants}
+    share_reference(list(trainers.values()))
     batches = {name: rollout(trainer, args) for name, trainer in trainers.items()}
     answers = [batch["completion_ids"] for batch in batches.values()]
     assert all(torch.equal(answers[0], other) for other in answers)

@@ -14,7 +14,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
-from trl_klx.kl import exact_kl, kl_credit, kl_estimate, leave_one_out_baseline
+from trl_klx.kl import exact_kl, importance_weights, kl_credit, kl_estimate, leave_one_out_baseline
 from trl_klx.trainers.kl_control import STATE_FILE
 from trl_klx.trainers.trl_compat import TRL_VERSION
 
@@ -323,6 +323,94 @@ def test_the_samplers_own_log_probs_weight_the_kl(model_path: str, tmp_path: Pat
     torch.testing.assert_close(loss, 0.2 * (weights * k3)[mask].mean(), rtol=1e-4, atol=1e-6)
     assert trainer._metrics["train"]["kl/weight_max"][-1] == pytest.approx(float(weights[mask].max()), rel=1e-4)
     assert 0.5 < trainer._metrics["train"]["kl/ess"][-1] < 1.0
+
+
+def keep_scorings(monkeypatch: pytest.MonkeyPatch, calls: list) -> None:
+    """Count TRL's scoring passes."""
+    stock = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def spy(self: GRPOTrainer, model: torch.nn.Module, *args, **kwargs):
+        calls.append(model)
+        return stock(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", spy)
+
+
+@pytest.mark.parametrize(("estimator", "placement"), [("k1", "reward"), ("exact", "both")])
+def test_kl_in_the_reward_shares_trls_own_scoring(
+    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str, placement: str
+) -> None:
+    """Where TRL scores the policy itself, no third pass; the credit is the one of a pass of our own."""
+    options = {"kl_estimator": estimator, "kl_placement": placement}
+    credits, passes = [], []
+    for number, iterations in enumerate((1, 2)):  # TRL keeps old log-probs where a rollout feeds two steps
+        trainer = make_trainer(model_path, tmp_path / str(number), num_iterations=iterations, **options)
+        drift(trainer)
+        calls: list = []
+        keep_scorings(monkeypatch, calls)
+        torch.manual_seed(0)
+        inputs = rollout(trainer)
+        monkeypatch.undo()
+        assert ("old_per_token_logps" in inputs) == (iterations == 2)
+        credits.append(inputs["kl_credit"])
+        passes.append(len(calls))
+    assert passes == [2, 2]
+    assert credits[0].abs().max() > 1e-3
+    torch.testing.assert_close(*credits, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(TRL_VERSION >= Version("1.16"), reason="the model returns no logits")
+def test_both_routes_of_the_exact_kl_agree(model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the logits that the model returns, and from hidden states as on TRL 1.16: loss and gradients."""
+    trainer = make_trainer(model_path, tmp_path, kl_estimator="exact", temperature=0.7)
+    drift(trainer)
+    inputs = rollout(trainer)
+    exact, used, results = trainer._exact, [], []
+    from_logits, from_hidden = exact._from_logits, exact._from_hidden
+
+    def logits_route(*args):
+        used.append("logits")
+        return from_logits(*args)
+
+    def hidden_route(_logits: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
+        used.append("hidden")
+        return from_hidden(exact._completion_hidden(mask.size(1)), ref_hidden, mask)
+
+    for route in (logits_route, hidden_route):
+        monkeypatch.setattr(exact, "_from_logits", route)
+        loss = trainer._compute_loss(trainer.model, inputs)
+        results.append([loss, *torch.autograd.grad(loss, list(trainer.model.parameters()))])
+    assert used == ["logits", "hidden"]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_of_a_loss_are_computed_once(model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logged weights are untruncated, the loss's are capped, and both come of one computation."""
+    trainer = make_trainer(model_path, tmp_path, loss_type="bnpo", kl_is_cap=1.05)
+    drift(trainer)
+    inputs = rollout(trainer)
+    inputs["advantages"] = torch.zeros_like(inputs["advantages"])
+    with torch.no_grad():
+        logps = dense_logits(trainer.model, inputs).log_softmax(-1)
+        logps = logps.gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    noise = 0.2 * torch.randn(logps.shape, generator=torch.Generator().manual_seed(1))
+    inputs["old_per_token_logps"] = logps + noise
+    mask = inputs["completion_mask"].bool()
+    calls = []
+
+    def counted(*args, **kwargs) -> Tensor:
+        calls.append(args)
+        return importance_weights(*args, **kwargs)
+
+    for module in ("trl_klx.trainers.grpo", "trl_klx.kl.term"):
+        monkeypatch.setattr(f"{module}.importance_weights", counted)
+    loss = trainer._compute_loss(trainer.model, inputs)
+    assert len(calls) == 1
+    weights = (-noise).exp()
+    k3 = kl_estimate(logps, inputs["ref_per_token_logps"], "k3")
+    torch.testing.assert_close(loss, 0.2 * (weights.clamp(max=1.05) * k3)[mask].mean(), rtol=1e-4, atol=1e-6)
+    assert trainer._metrics["train"]["kl/weight_max"][-1] == pytest.approx(float(weights[mask].max()), rel=1e-4)
 
 
 def test_controller_moves_beta_and_beta_moves_the_loss(model_path: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from trl_klx.kl import (
     KLTerm,
     chunked_exact_kl,
+    chunked_exact_kl_from_logits,
     effective_sample_size,
     exact_kl,
     importance_weights,
@@ -22,7 +23,8 @@ from trl_klx.kl import (
     masked_mean,
     masked_sum,
 )
-from trl_klx.kl.exact import default_chunk_size
+from trl_klx.kl.exact import block_kl
+from trl_klx.kl.exact_chunked import default_chunk_size
 
 ESTIMATORS = ("k1", "k2", "k3")
 
@@ -394,8 +396,152 @@ def test_chunked_refuses(change: dict, message: str) -> None:
 
 
 def test_default_chunk_size_follows_a_memory_budget() -> None:
-    assert default_chunk_size(152_000) * 152_000 * 4 * 6 <= 256 * 2**20
+    assert 120 * 2**20 < default_chunk_size(152_000) * 152_000 * 4 * 2 <= 128 * 2**20  # the logits of two models
+    assert default_chunk_size(152_000, "cuda") > 2 * default_chunk_size(152_000)
     assert default_chunk_size(10**9) == 1
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+def test_chunked_from_logits_equals_dense(
+    direction: str, temperature: float, softcap: float | None, masked: bool, chunk_size: int | None
+) -> None:
+    """Value and gradient of logits (B, T, V); rows that do not count get no gradient, whatever they hold."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    logits, ref_hidden, ref_weight, ref_bias = 2 * normal(2, 4, 13), normal(2, 4, 5), normal(13, 5), normal(13)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    if masked:
+        mask[0, 3] = mask[1, 0] = False
+        logits[~mask] = torch.nan
+    raw = 0.3 * torch.nn.functional.linear(ref_hidden, ref_weight, ref_bias)
+    ref_logits = raw if softcap is None else softcap * torch.tanh(raw / softcap)
+    logits.requires_grad_()
+    found = chunked_exact_kl_from_logits(
+        logits,
+        ref_hidden[mask],
+        ref_weight,
+        mask=mask if masked else None,
+        ref_bias=ref_bias,
+        temperature=temperature,
+        logit_scale=0.3,
+        softcap=softcap,
+        direction=direction,
+        chunk_size=chunk_size,
+    )
+    wanted = exact_kl(logits[mask] / temperature, ref_logits[mask] / temperature, direction)
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-13)
+    upstream = normal(int(mask.sum()))
+    (found_grad,) = torch.autograd.grad(found, logits, upstream)
+    (wanted_grad,) = torch.autograd.grad(wanted, logits, upstream)
+    torch.testing.assert_close(found_grad, wanted_grad, rtol=1e-9, atol=1e-12)
+    assert (found_grad[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("missing", ["neither", "both", "policy", "reference"])
+def test_routes_agree_on_support(direction: str, missing: str) -> None:
+    """Value (+inf included) and gradient, where one model or both rule tokens out in some rows and not in others."""
+    logits, ref_logits = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    for name, tensor in (("policy", logits), ("reference", ref_logits)):
+        if missing in (name, "both"):
+            tensor[2:4, 5] = -torch.inf
+    logits.requires_grad_()
+    eye = torch.eye(9, dtype=torch.float64)
+    dense = exact_kl(logits, ref_logits, direction)
+    (wanted,) = torch.autograd.grad(dense.sum(), logits)
+    kls, grads = zip(
+        *(
+            block_kl(logits.detach()[row], ref_logits[row], direction, is_finite=False, with_grad=True)
+            for row in (slice(0, 3), slice(3, 6))
+        ),
+        strict=True,
+    )
+    torch.testing.assert_close(torch.cat(kls), dense.detach())
+    torch.testing.assert_close(torch.cat(grads), wanted, rtol=1e-10, atol=1e-12)
+    if missing in ("neither", "policy"):  # a reference of hidden states has -inf in a column (its bias), not in a row
+        found = chunked_exact_kl_from_logits(logits, ref_logits, eye, direction=direction, chunk_size=4)
+        torch.testing.assert_close(found, dense)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), logits)[0], wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_from_logits_with_a_reference_that_rules_a_token_out() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits, ref_hidden = torch.randn(2, 6, 9, generator=generator, dtype=torch.float64)
+    ref_bias = torch.zeros(9, dtype=torch.float64)
+    ref_bias[4] = -torch.inf
+    eye = torch.eye(9, dtype=torch.float64)
+    logits.requires_grad_()
+    for direction in ("reverse", "forward"):
+        found = chunked_exact_kl_from_logits(logits, ref_hidden, eye, ref_bias=ref_bias, direction=direction)
+        wanted = exact_kl(logits, ref_hidden + ref_bias, direction)
+        assert wanted.isinf().all() == (direction == "reverse")
+        torch.testing.assert_close(found, wanted)
+        found_grad, wanted_grad = (torch.autograd.grad(kl.sum(), logits)[0] for kl in (found, wanted))
+        torch.testing.assert_close(found_grad, wanted_grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_logits_in_low_precision(dtype: torch.dtype) -> None:
+    """The value is float32; the gradient has the type of the logits, as autograd wants it."""
+    generator = torch.Generator().manual_seed(1)
+    logits = (3 * torch.randn(16, 50, generator=generator)).to(dtype).requires_grad_()
+    ref_hidden, ref_weight = (torch.randn(n, 8, generator=generator).to(dtype) for n in (16, 50))
+    found = chunked_exact_kl_from_logits(logits, ref_hidden, ref_weight, chunk_size=5)
+    leaf = logits.detach().double().requires_grad_()
+    wanted = exact_kl(leaf, ref_hidden.double() @ ref_weight.double().T)
+    assert found.dtype == torch.float32
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
+    (grad,), (expected,) = torch.autograd.grad(found.sum(), logits), torch.autograd.grad(wanted.sum(), leaf)
+    assert grad.dtype == dtype
+    assert (grad - expected).norm() < tolerance * expected.norm()
+
+
+def test_from_logits_goes_backward_once_and_not_at_all_without_gradient() -> None:
+    logits, ref_hidden = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    logits.requires_grad_()
+    with torch.no_grad():
+        value = chunked_exact_kl_from_logits(logits, ref_hidden, torch.eye(5))
+    assert not value.requires_grad
+    kl = chunked_exact_kl_from_logits(logits, ref_hidden.requires_grad_(), torch.eye(5).requires_grad_())
+    torch.testing.assert_close(kl.detach(), value, rtol=0, atol=0)
+    kl.sum().backward(retain_graph=True)
+    assert ref_hidden.grad is None
+    with pytest.raises(RuntimeError, match="backward once"):
+        kl.sum().backward()
+
+
+def test_from_logits_of_no_tokens_stays_in_the_graph() -> None:
+    logits = torch.randn(2, 3, 5).requires_grad_()
+    kl = chunked_exact_kl_from_logits(logits, torch.zeros(0, 4), torch.zeros(5, 4), mask=torch.zeros(2, 3))
+    kl.sum().backward()
+    assert kl.shape == (0,)
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"direction": "backward"}, "neither 'reverse'"),
+        ({"ref_hidden": torch.zeros(2, 4)}, "same tokens"),
+        ({"mask": torch.tensor([True, False, True])}, "same tokens"),
+        ({"mask": torch.ones(4)}, "same tokens"),
+        ({"ref_weight": torch.zeros(7, 4)}, "vocabulary of 6 and the reference of 7"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"chunk_size": 0}, "chunk_size=0"),
+    ],
+)
+def test_from_logits_refuses(change: dict, message: str) -> None:
+    arguments = {"logits": torch.zeros(3, 6), "ref_hidden": torch.zeros(3, 4), "ref_weight": torch.zeros(6, 4)}
+    with pytest.raises(ValueError, match=message):
+        chunked_exact_kl_from_logits(**arguments | change)
 
 
 # --- importance weights ----------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """The maths of KL to a reference: pure functions of tensors, torch only.
 
-One idea per file: `masking`, `estimators` (k1, k2, k3), `exact` (full vocabulary, dense and chunked), `importance`
+One idea per file: `masking`, `estimators` (k1, k2, k3), `exact` (full vocabulary), `exact_chunked`
 (off-policy weights), `loss` (KL as a loss), `reward` (KL as a penalty in the reward), `term` (one configuration of
 them) and `gradients` (which gradient a configuration has). Everything is in nats.
 """
 
 from .estimators import kl_estimate, log_ratio
-from .exact import chunked_exact_kl, exact_kl
+from .exact import exact_kl
+from .exact_chunked import chunked_exact_kl, chunked_exact_kl_from_logits
 from .gradients import expected_gradient
 from .importance import effective_sample_size, importance_weights
 from .loss import kl_loss
@@ -17,6 +18,7 @@ from .term import KLTerm
 __all__ = [
     "KLTerm",
     "chunked_exact_kl",
+    "chunked_exact_kl_from_logits",
     "effective_sample_size",
     "exact_kl",
     "expected_gradient",

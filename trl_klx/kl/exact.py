@@ -1,7 +1,7 @@
-"""The exact KL of two next-token distributions, summed over the whole vocabulary.
+"""The exact KL of two next-token distributions, summed over the whole vocabulary, from materialised logits.
 
-`exact_kl` takes logits and is the readable definition. `chunked_exact_kl` takes hidden states and output heads, and
-never holds more than a few (chunk, V) tensors: it recomputes the logits of each chunk in backward.
+`exact_kl` is the readable definition. `exact_chunked` holds the two routes that need less memory; value and gradient
+of one block of their rows are computed here, next to the definition.
 """
 
 from typing import Literal, NamedTuple
@@ -13,9 +13,6 @@ from torch.nn import functional as F
 from .estimators import at_least_float32
 
 Direction = Literal["reverse", "forward"]
-# Forward and backward hold about six float32 tensors of (chunk, V) at their peak.
-_CHUNK_BYTES = 256 * 2**20
-_TENSORS_PER_CHUNK = 6
 
 
 class _Terms(NamedTuple):
@@ -37,7 +34,7 @@ def _terms(left_logps: Tensor, right_logps: Tensor) -> _Terms:
     return _Terms(left_probs, gap, supported, (left_probs * gap).sum(-1), (left_possible & ~right_possible).any(-1))
 
 
-def _check_direction(direction: str) -> None:
+def check_direction(direction: str) -> None:
     if direction not in ("reverse", "forward"):
         raise ValueError(
             f"direction={direction!r} is neither 'reverse' (KL(policy || reference)) nor 'forward' "
@@ -69,7 +66,7 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, direction: Direction = "reverse
     Raises:
         ValueError: shapes differ or the direction is unknown.
     """
-    _check_direction(direction)
+    check_direction(direction)
     if logits.shape != ref_logits.shape:
         raise ValueError(
             f"logits has shape {tuple(logits.shape)} and ref_logits {tuple(ref_logits.shape)}: policy and reference "
@@ -81,153 +78,46 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, direction: Direction = "reverse
     return terms.value + torch.where(terms.impossible, torch.inf, 0.0)
 
 
-def _grad_logits(policy_logps: Tensor, ref_logps: Tensor, direction: str) -> Tensor:
-    """Gradient of the KL with respect to the policy's logits, (N, V). In place where that is safe."""
-    if direction == "reverse":
-        # d/dz_u sum_{v in S} p_v gap_v = p_u ([u in S] (gap_u + 1) - sum_{v in S} p_v (gap_v + 1))
-        probs, gap, supported, value, _ = _terms(policy_logps, ref_logps)
-        mass = (probs * supported).sum(-1)
-        return probs.mul_(gap.add_(1.0).mul_(supported).sub_((value + mass).unsqueeze(-1)))
-    # d/dz_u sum_{v in S} q_v (log q_v - log p_v) = p_u sum_{v in S} q_v - [u in S] q_u
-    ref_probs = ref_logps.exp().mul_(policy_logps != -torch.inf)
-    return policy_logps.exp().mul_(ref_probs.sum(-1, keepdim=True)).sub_(ref_probs)
-
-
-class _Head(NamedTuple):
-    """How hidden states become logits: softcap(logit_scale * (h W^T + b)) / temperature."""
-
-    logit_scale: float
-    softcap: float | None
-    temperature: float
-
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        bias = None if bias is None else bias.to(dtype)
-        logits = at_least_float32(F.linear(hidden.to(dtype), weight.to(dtype), bias))
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits if self.temperature == 1.0 else logits / self.temperature
-
-    def grad_before(self, grad_logits: Tensor, logits: Tensor) -> Tensor:
-        """Chain rule from the final logits back to h W^T + b."""
-        factor = self.logit_scale / self.temperature
-        if self.softcap is not None:
-            grad_logits = grad_logits * (1 - (logits * (self.temperature / self.softcap)).square())
-        return grad_logits if factor == 1.0 else grad_logits * factor
-
-
-class _ChunkedExactKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, head, direction, chunk_size):
-        dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-        value = hidden.new_empty(hidden.size(0), dtype=dtype)
-        for rows in _chunks(hidden.size(0), chunk_size):
-            logits = head.logits(hidden[rows], weight, bias)
-            ref_logits = head.logits(ref_hidden[rows], ref_weight, ref_bias)
-            value[rows] = exact_kl(logits, ref_logits, direction)
-        ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-        ctx.head, ctx.direction, ctx.chunk_size = head, direction, chunk_size
-        # Backward must project in the precision that forward used, or the gradient belongs to other logits.
-        kind = hidden.device.type
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        return value
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_value):
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias = ctx.saved_tensors
-        head, (kind, dtype, enabled) = ctx.head, ctx.autocast
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Summed over chunks in float32: a bfloat16 sum would lose the small contributions.
-        grad_weight = torch.zeros_like(weight, dtype=grad_value.dtype) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=grad_value.dtype) if needs_bias else None
-        for rows in _chunks(hidden.size(0), ctx.chunk_size):
-            with torch.autocast(kind, dtype=dtype, enabled=enabled):
-                logits = head.logits(hidden[rows], weight, bias)
-                ref_logits = head.logits(ref_hidden[rows], ref_weight, ref_bias)
-            grad_logits = _grad_logits(logits.log_softmax(-1), ref_logits.log_softmax(-1), ctx.direction)
-            grad_logits = head.grad_before(grad_logits.mul_(grad_value[rows].unsqueeze(-1)), logits)
-            if grad_hidden is not None:
-                grad_hidden[rows] = (grad_logits.to(weight.dtype) @ weight).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.t(), hidden[rows].to(grad_logits.dtype))
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            *(None,) * 6,
-        )
-
-
-def _chunks(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def default_chunk_size(vocab_size: int) -> int:
-    """Tokens per chunk so that one chunk's float32 work space stays near 256 MiB (at least 1 token)."""
-    return max(1, _CHUNK_BYTES // (4 * _TENSORS_PER_CHUNK * vocab_size))
-
-
-def chunked_exact_kl(
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    direction: Direction = "reverse",
-    chunk_size: int | None = None,
-) -> Tensor:
-    r"""`exact_kl` from hidden states and output heads, in O(chunk_size * V) memory.
-
-        logits = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
-        out_n  = exact_kl(logits_n, ref_logits_n, direction)
-
-    Value and gradients (of `hidden`, `weight`, `bias`) equal those of the dense form. The reference is a constant: no
-    gradient reaches `ref_hidden`, `ref_weight` or `ref_bias`, even when they require it. Accumulates in float32 or
-    wider. Differentiable once.
+def block_kl(
+    logits: Tensor, ref_logits: Tensor, direction: Direction, *, is_finite: bool, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Value (N,) and gradient with respect to `logits` (N, V) of `exact_kl`, without autograd and its saved tensors.
 
     Args:
-        hidden: (N, H) last hidden states of the policy, one row per token that counts.
-        weight: (V, H) output embedding of the policy; `bias` (V,) if it has one.
-        ref_hidden: (N, H') the reference's hidden states at the same tokens.
-        ref_weight: (V, H') the reference's output embedding; `ref_bias` (V,) if it has one.
-        temperature: sampling temperature, applied last.
-        logit_scale: factor on the raw logits (Cohere, Granite, ...).
-        softcap: Gemma's final_logit_softcapping, or None.
-        direction: "reverse" KL(pi || ref) or "forward" KL(ref || pi).
-        chunk_size: tokens per chunk; None chooses it so that a chunk's work space is about 256 MiB.
-
-    Returns:
-        (N,) KL in nats per token, float32 or wider.
-
-    Raises:
-        ValueError: shapes disagree, the vocabularies differ, or a scalar is out of range.
+        logits: (N, V) policy logits, float32 or wider, left as they are.
+        ref_logits: (N, V) reference logits, left as they are.
+        direction: "reverse" or "forward".
+        is_finite: neither holds -inf, so that the masks of the support (most of the time) can be left out.
+        with_grad: False returns None for the gradient.
     """
-    _check_direction(direction)
-    if hidden.dim() != 2 or ref_hidden.dim() != 2 or hidden.size(0) != ref_hidden.size(0):
-        raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)} and ref_hidden {tuple(ref_hidden.shape)}: both must be (tokens, "
-            "hidden size) with the same tokens."
-        )
-    if weight.size(0) != ref_weight.size(0):
-        raise ValueError(
-            f"the policy has a vocabulary of {weight.size(0)} and the reference of {ref_weight.size(0)}: exact KL "
-            "needs one vocabulary."
-        )
-    if not temperature > 0 or (softcap is not None and not softcap > 0):
-        raise ValueError(f"temperature={temperature} and softcap={softcap} must be positive (softcap may be None).")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size} must be at least 1, or None to choose it from a memory budget.")
-    head = _Head(float(logit_scale), softcap, float(temperature))
-    chunk_size = chunk_size or default_chunk_size(weight.size(0))
-    return _ChunkedExactKL.apply(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, head, direction, chunk_size)
+    policy_logps, ref_logps = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    if not is_finite:
+        return _block_kl_on_support(policy_logps, ref_logps, direction, with_grad)
+    if direction == "reverse":
+        # d/dz_u sum_v p_v gap_v = p_u (gap_u - sum_v p_v gap_v)
+        probs, gap = policy_logps.exp(), policy_logps.sub_(ref_logps)
+        value = (probs * gap).sum(-1)
+        return value, gap.sub_(value.unsqueeze(-1)).mul_(probs) if with_grad else None
+    # d/dz_u sum_v q_v (log q_v - log p_v) = p_u - q_u
+    ref_probs, gap = ref_logps.exp(), ref_logps.sub_(policy_logps)
+    return gap.mul_(ref_probs).sum(-1), policy_logps.exp_().sub_(ref_probs) if with_grad else None
+
+
+def _block_kl_on_support(
+    policy_logps: Tensor, ref_logps: Tensor, direction: Direction, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`block_kl` where some log-probs are -inf. S is the common support."""
+    reverse = direction == "reverse"
+    probs, gap, supported, value, impossible = (
+        _terms(policy_logps, ref_logps) if reverse else _terms(ref_logps, policy_logps)
+    )
+    reported = value + torch.where(impossible, torch.inf, 0.0)
+    if not with_grad:
+        return reported, None
+    probs_on_support = probs * supported
+    mass = probs_on_support.sum(-1, keepdim=True)
+    if reverse:
+        # d/dz_u sum_{v in S} p_v gap_v = p_u ([u in S] (gap_u + 1) - sum_{v in S} p_v (gap_v + 1))
+        return reported, probs.mul_(gap.add_(1.0).mul_(supported).sub_(value.unsqueeze(-1) + mass))
+    # d/dz_u sum_{v in S} q_v (log q_v - log p_v) = p_u sum_{v in S} q_v - [u in S] q_u
+    return reported, policy_logps.exp().mul_(mass).sub_(probs_on_support)

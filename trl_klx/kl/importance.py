@@ -46,10 +46,14 @@ def importance_weights(
     Source: Precup et al. (2000) for the per-decision (prefix) weight; Ionides (2008), "Truncated Importance
     Sampling", for the cap; DeepSeek-V3.2 (arXiv:2512.02556), section 3.1, for the token weight on the KL.
     """
+    log_weights = _log_weights(logps.detach(), sampler_logps.detach(), mask, level)
+    return bounded_weights(fill_masked(log_weights.exp(), mask), mode=mode, cap=cap)
+
+
+def bounded_weights(weights: Tensor, *, mode: WeightMode = "truncate", cap: float | None = None) -> Tensor:
+    """Untruncated weights of `importance_weights`, with its `mode` and `cap` applied; raises as it does."""
     if cap is not None and not cap > 0:
         raise ValueError(f"cap={cap} must be positive, or None for no bound.")
-    log_weights = _log_weights(logps.detach(), sampler_logps.detach(), mask, level)
-    weights = fill_masked(log_weights.exp(), mask)
     if cap is None:
         if mode == "mask":
             raise ValueError("mode='mask' drops the weights above a cap: give cap a number, or use mode='truncate'.")

@@ -9,7 +9,7 @@ from torch import Tensor
 from .estimators import kl_estimate
 from .exact import Direction
 from .gradients import Gradient, credit_in_use, expected_gradient
-from .importance import WeightMode, importance_weights
+from .importance import WeightMode, bounded_weights, importance_weights
 from .loss import kl_loss, value_with_slope
 from .masking import fill_masked
 from .reward import kl_credit
@@ -77,6 +77,7 @@ class KLTerm:
         mask: Tensor,
         *,
         sampler_logps: Tensor | None = None,
+        weights: Tensor | None = None,
         exact: Tensor | None = None,
     ) -> Tensor:
         """(B, T) KL loss in nats per token, 0 on masked positions.
@@ -86,12 +87,16 @@ class KLTerm:
             ref_logps: (B, T) the same under the reference.
             mask: (B, T) tokens that count.
             sampler_logps: (B, T) the same under the policy that sampled; None on-policy.
+            weights: (B, T) untruncated importance weights at `weight_level`, where the caller has them already.
             exact: (B, T) exact KL with gradient; needed by the estimator "exact" only.
 
         Raises:
             ValueError: the estimator is "exact" and `exact` is None.
         """
-        weights = self.weights(logps, logps if sampler_logps is None else sampler_logps, mask)
+        if weights is None:
+            weights = self.weights(logps, logps if sampler_logps is None else sampler_logps, mask)
+        else:
+            weights = bounded_weights(weights, mode=self.weight_mode, cap=self.weight_cap)
         if self.estimator != "exact":
             per_token = kl_loss(logps, ref_logps, estimator=self.estimator, weights=weights, value_cap=self.value_cap)
         elif exact is None:

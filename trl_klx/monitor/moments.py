@@ -47,12 +47,10 @@ def prompt_moments(rows: Tensor) -> Tensor:
     _, prompt_of_row = rows[:, 0].unique(return_inverse=True)
     prompts = int(prompt_of_row.max()) + 1 if len(rows) else 0
     sums = rows.new_zeros(prompts, rows.size(1) - 1).index_add_(0, prompt_of_row, rows[:, 1:])
-    sequences, tokens, *totals = sums.unbind(-1)
-    moments = [rows.new_tensor(float(prompts)), sequences.sum(), tokens.sum()]
-    moments += [sequences.square().sum(), tokens.square().sum()]
-    for total in totals:
-        moments += [total.sum(), total.square().sum(), (total * tokens).sum(), (total * sequences).sum()]
-    return torch.stack(moments)
+    sizes, totals = sums[:, :2], sums[:, 2:]
+    products = torch.stack([totals, totals.square(), totals * sizes[:, 1:], totals * sizes[:, :1]], dim=-1)
+    counts = [rows.new_tensor([prompts]), sizes.sum(0), sizes.square().sum(0)]
+    return torch.cat([*counts, products.sum(0).flatten()])
 
 
 def sequence_count(moments: Tensor) -> int:

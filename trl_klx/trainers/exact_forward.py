@@ -1,7 +1,8 @@
 """The exact KL computed inside the policy's forward, where DDP and its kin see every parameter that is used.
 
-The reference's hidden states (B, C, H) are kept from its scoring pass; the policy's are taken from its backbone as it
-runs; both go through their output heads chunk by chunk (`chunked_exact_kl`). The result rides out on the model's
+The reference's hidden states (B, C, H) are kept from its scoring pass and go through its output head chunk by chunk.
+Where the policy's forward returns logits (TRL below 1.16), the KL is taken from them (`chunked_exact_kl_from_logits`);
+where it does not, from the hidden states of its backbone (`chunked_exact_kl`). The result rides out on the model's
 output, as a field of a subclass of the output's own class: wrappers rebuild outputs from their declared fields, and
 an ad-hoc key would be lost or crash them.
 """
@@ -16,13 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from ..kl import chunked_exact_kl
+from ..kl import chunked_exact_kl, chunked_exact_kl_from_logits
 from ..kl.exact import Direction
+from .output_head import call_as_forward, check_heads, logit_transform, whole
 
 
 @dataclass
@@ -61,11 +60,11 @@ class ExactKLForward:
     ) -> None:
         self._policy, self._reference = policy, reference
         self._temperature, self._direction = temperature, direction
-        self._logit_scale, self._softcap = _logit_transform(policy)
+        self._logit_scale, self._softcap = logit_transform(policy)
         self._request: _Request | None = None
         self._hidden: Tensor | None = None
         self._checked = False
-        _check_heads(policy, reference)
+        check_heads(policy, reference)
         self._wrap_forward()
 
     def _keep_hidden(self, backbone: nn.Module, args: tuple, output) -> None:
@@ -87,7 +86,7 @@ class ExactKLForward:
 
     @contextmanager
     def hidden_states(self, model: nn.Module, completion_length: int) -> Iterator[list[Tensor]]:
-        """While active, collect (rows, C, H) hidden states that predict the completion, one tensor per forward."""
+        """While active, collect the (rows, C, H) hidden states that predict the completion, one tensor per forward."""
         collected: list[Tensor] = []
 
         def collect(*_) -> None:
@@ -121,6 +120,11 @@ class ExactKLForward:
         finally:
             self._request = None
 
+    @torch.no_grad()
+    def of_hidden_states(self, hidden: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
+        """(B, C) exact KL of hidden states (B, C, H) of policy and reference that `hidden_states` kept; a constant."""
+        return self._from_hidden(hidden, ref_hidden, mask.bool())
+
     @contextmanager
     def _capture(self, model: nn.Module, hook) -> Iterator[None]:
         # Only while scoring: generation runs the backbone too, and a copy of the model must not carry our hooks.
@@ -146,12 +150,27 @@ class ExactKLForward:
         hidden = self._completion_hidden(request.mask.size(1))
         ref_hidden, mask = request.take(hidden.size(0))
         self._check_projection(hidden, output)
-        head, ref_head = self._policy.get_output_embeddings(), self._reference.get_output_embeddings()
-        ref_weights = None if ref_head is head else _whole(ref_head)
+        logits = getattr(output, "logits", None)  # TRL >= 1.16's fused head returns none
+        with torch.set_grad_enabled(torch.is_grad_enabled() and request.with_grad):
+            if logits is None:
+                return self._from_hidden(hidden, ref_hidden, mask)
+            return self._from_logits(logits, ref_hidden, mask)
 
-        def project(hidden_NH: Tensor) -> Tensor:
-            # Read here, where the head's own hooks have gathered them.
-            ref_weight, ref_bias = (head.weight.detach(), head.bias) if ref_weights is None else ref_weights
+    @property
+    def _transform(self) -> dict[str, Any]:
+        """How both heads' outputs become logits, and which way the KL goes."""
+        return {
+            "temperature": self._temperature,
+            "logit_scale": self._logit_scale,
+            "softcap": self._softcap,
+            "direction": self._direction,
+        }
+
+    def _from_hidden(self, hidden: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
+        """(B, C) from the hidden states of both, (B, C, H)."""
+        head = self._policy.get_output_embeddings()
+
+        def kl(hidden_NH: Tensor, ref_weight: Tensor, ref_bias: Tensor | None) -> Tensor:
             return chunked_exact_kl(
                 hidden_NH,
                 head.weight,
@@ -159,16 +178,36 @@ class ExactKLForward:
                 ref_weight,
                 bias=head.bias,
                 ref_bias=ref_bias,
-                temperature=self._temperature,
-                logit_scale=self._logit_scale,
-                softcap=self._softcap,
-                direction=self._direction,
+                **self._transform,
             )
 
-        with torch.set_grad_enabled(torch.is_grad_enabled() and request.with_grad):
-            kl_N = _call_as_forward(head, project, hidden[mask])
-        # masked_scatter keeps an all-masked batch connected to the graph, which DDP needs.
-        return kl_N.new_zeros(mask.shape).masked_scatter(mask, kl_N)
+        return _scattered(self._with_ref_head(kl, hidden[mask], in_policy_head=True), mask)
+
+    def _from_logits(self, logits: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
+        """(B, C) from the policy's logits, (B, at least C + 1, V): only the reference is projected.
+
+        Takes them whole, the last one included, because a slice or a selection would copy them, forward and backward.
+        """
+        length = mask.size(1)
+        rows = mask.new_zeros(logits.shape[:-1])
+        rows[:, logits.size(1) - length - 1 : logits.size(1) - 1] = mask
+
+        def kl(logits: Tensor, ref_weight: Tensor, ref_bias: Tensor | None) -> Tensor:
+            return chunked_exact_kl_from_logits(
+                logits, ref_hidden[mask], ref_weight, mask=rows, ref_bias=ref_bias, **self._transform
+            )
+
+        return _scattered(self._with_ref_head(kl, logits, in_policy_head=False), mask)
+
+    def _with_ref_head(self, kl: Callable[..., Tensor], policy: Tensor, *, in_policy_head: bool) -> Tensor:
+        """Call `kl(policy, ref_weight, ref_bias)`, as the forward of the policy's head where its weights are needed."""
+        head, ref_head = self._policy.get_output_embeddings(), self._reference.get_output_embeddings()
+        if ref_head is head:  # read inside, where the head's own hooks have gathered them
+            return call_as_forward(head, lambda policy: kl(policy, head.weight.detach(), head.bias), policy)
+        weights = whole(ref_head)
+        if in_policy_head:
+            return call_as_forward(head, lambda policy: kl(policy, *weights), policy)
+        return kl(policy, *weights)
 
     def _check_projection(self, hidden: Tensor, output) -> None:
         """Once, on one token: our projection of the hidden state is the logits the model itself returns."""
@@ -189,32 +228,10 @@ class ExactKLForward:
             )
 
 
-def _call_as_forward(head: nn.Module, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """Run `function` in place of the head's forward, so that what shards the head gathers it around the function.
-
-    ZeRO-3 and FSDP gather a module's weights by hooks around its forward, and again around its part of backward.
-    """
-    own = head.__dict__.get("forward")
-    head.forward = function
-    try:
-        return head(hidden)
-    finally:
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own
-
-
-def _whole(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the frozen reference's head; a gathered copy of them where ZeRO-3 or FSDP has sharded them."""
-    parameters: list[Any] = [head.weight] if head.bias is None else [head.weight, head.bias]
-    if is_deepspeed_zero3_enabled():
-        with maybe_gather_lm_head_ctx(*parameters):
-            weight, *bias = [parameter.detach().clone() for parameter in parameters]
-    else:
-        tensors = (parameter.detach() for parameter in parameters)
-        weight, *bias = [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
-    return weight, bias[0] if bias else None
+def _scattered(kl_N: Tensor, mask: Tensor) -> Tensor:
+    """Per-token values at their places in (B, C), 0 elsewhere."""
+    # masked_scatter keeps an all-masked batch connected to the graph, which DDP needs.
+    return kl_N.new_zeros(mask.shape).masked_scatter(mask, kl_N)
 
 
 def check_sharding(trainer: Trainer) -> None:
@@ -225,34 +242,6 @@ def check_sharding(trainer: Trainer) -> None:
             f"fsdp_version={plugin.fsdp_version} flattens the output head, which the exact KL reads: use fsdp_version "
             "2, DDP or DeepSpeed, or kl_estimator k1, k2 or k3 (in DPO kl_coef 0, with kl_monitor=['k1', 'k3'])."
         )
-
-
-def _check_heads(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
-    head, ref_head = policy.get_output_embeddings(), reference.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ValueError(
-            f"the output head is a {type(head).__module__}.{type(head).__name__}: exact KL reads a plain head's "
-            "weight, so remove 'lm_head' from the adapter's target_modules and modules_to_save, or use kl_estimator "
-            "k1, k2 or k3."
-        )
-    if head.out_features != ref_head.out_features:  # weights may be sharded to nothing
-        raise ValueError(
-            f"the policy has a vocabulary of {head.out_features} and the reference of {ref_head.out_features}: "
-            "exact KL needs one vocabulary; use the checkpoint that the policy started from as reference."
-        )
-
-
-def _logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
-    """(logit scale, softcap) of the architecture, as its config declares them; (1, None) for most."""
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere; Muse Glimmer; Falcon-H1
-        if getattr(config, name, None) is not None:
-            return getattr(config, name), softcap
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is not None:  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
-        return (scaling if config.model_type == "hyperclovax" else 1 / scaling), softcap
-    return 1.0, softcap
 
 
 @functools.cache

@@ -6,7 +6,6 @@ the advantages after TRL has normalised them. Shape legend: B answers, P prompt 
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ..kl import importance_weights, kl_estimate, leave_one_out_baseline
 from ..kl.estimators import SAMPLED_ESTIMATORS
 from .exact_forward import ExactKLForward, check_sharding
 from .grpo_config import KLXGRPOConfig
+from .grpo_scoring import VISION_INPUTS, Scoring, joined, loss_mask, sampler_logps_of
 from .kl_control import KLControl, KLControlledTrainer
 from .reference import causal_lm, reference_is_a_copy, reference_is_built
 from .reward_functions import finite_rewards
@@ -26,29 +26,6 @@ from .step_guard import KL, POLICY, REFERENCE, REWARDS, StepGuard
 from .trl_compat import check_trl_version
 
 check_trl_version()
-
-# Model inputs of vision-language models that TRL carries from the rollout to the loss.
-_VISION_INPUTS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
-
-
-@dataclass
-class _Scoring:
-    """One call of TRL's scoring function: log-probs (B, C), and what else was collected on the way."""
-
-    logps: Tensor
-    hidden: Tensor | None = None  # (B, C, H)
-    exact: Tensor | None = None  # (B, C)
 
 
 class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
@@ -80,7 +57,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
             args = KLXGRPOConfig(f"{name.split('/')[-1] or 'model'}-GRPO")
         if not isinstance(args, KLXGRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}: KLXGRPOTrainer takes a KLXGRPOConfig.")
-        self._scorings: list[_Scoring] | None = None
+        self._scorings: list[Scoring] | None = None
         self._prompts_seen = 0
         self._keep_ref_hidden = False
         self._exact_request: tuple[Tensor, Tensor, bool] | None = None  # reference hidden states, mask, with gradient
@@ -124,7 +101,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
     @contextmanager
     def _recording(
         self, *, ref_hidden: bool = False, exact: tuple[Tensor, Tensor, bool] | None = None
-    ) -> Iterator[list[_Scoring]]:
+    ) -> Iterator[list[Scoring]]:
         """Record every scoring call made inside; `exact` asks them for the exact KL, `ref_hidden` for hidden states."""
         self._scorings, self._keep_ref_hidden, self._exact_request = [], ref_hidden, exact
         try:
@@ -145,7 +122,10 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
         if self._scorings is not None:
-            self._scorings.append(_Scoring(out[0], _joined(hidden_parts), _joined(exact_parts)))
+            if not self._shares_hidden:  # the reference is scored last, and only its hidden states are wanted
+                for earlier in self._scorings:
+                    earlier.hidden = None
+            self._scorings.append(Scoring(out[0], joined(hidden_parts), joined(exact_parts)))
         return out
 
     def _generate_and_score_completions(self, inputs):
@@ -159,7 +139,8 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
             (ref_scoring,) = (s for s in scorings if s.logps is output["ref_per_token_logps"])
             output["ref_hidden_states"] = ref_scoring.hidden
         if self.kl_term.in_reward and self.args.kl_is_penalised:
-            output["kl_credit"] = self._kl_credit(output)
+            old = [s for s in scorings if s.logps is output.get("old_per_token_logps")]
+            output["kl_credit"] = self._kl_credit(output, old[0] if old else None)
         return output
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,6 +156,11 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
             self._is_unscored = bool(rewards.isnan().all())
         return rewards
 
+    @property
+    def _shares_hidden(self) -> bool:
+        """Whether the policy's hidden states of TRL's own scoring serve an exact KL in the reward."""
+        return self.kl_term.estimator == "exact" and self.kl_term.in_reward and self.args.kl_is_penalised
+
     def _prompt_numbers(self, rows: int) -> Tensor:
         """(B,) a number per prompt, unique in the run and the same on all processes; TRL lays groups out adjacently."""
         accelerator = self.accelerator
@@ -189,17 +175,22 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         return self.num_generations if self.model.training else self.num_generations_eval  # type: ignore[return-value]
 
     @torch.no_grad()
-    def _kl_credit(self, output: dict) -> Tensor:
-        """(B, C) KL credit of each token less its leave-one-out baseline, in nats; times -beta it is an advantage."""
-        mask = _loss_mask(output)
-        logps, exact = output.get("old_per_token_logps"), None
-        if logps is None or self.kl_term.estimator == "exact":
-            scoring = self._score_policy(output, mask)
-            logps, exact = scoring.logps, scoring.exact
-        credit = self.kl_term.credit(logps, output["ref_per_token_logps"], mask, exact=exact)
+    def _kl_credit(self, output: dict, old: Scoring | None) -> Tensor:
+        """(B, C) KL credit of each token less its leave-one-out baseline, in nats; times -beta it is an advantage.
+
+        `old` is TRL's own scoring of the policy as it is now, which it makes where the loss needs it; without it the
+        answers are scored here.
+        """
+        mask = loss_mask(output)
+        if old is None:
+            old = self._score_policy(output, mask)
+        elif self._exact is not None and old.hidden is not None:
+            with self.accelerator.autocast():
+                old.exact = self._exact.of_hidden_states(old.hidden, output["ref_hidden_states"], mask)
+        credit = self.kl_term.credit(old.logps, output["ref_per_token_logps"], mask, exact=old.exact)
         return credit - self._baseline(credit, mask)
 
-    def _score_policy(self, output: dict, mask: Tensor) -> _Scoring:
+    def _score_policy(self, output: dict, mask: Tensor) -> Scoring:
         """Score the sampled answers under the policy as it is now, in TRL's own way."""
         training = self.model.training
         exact = (output["ref_hidden_states"], mask, False) if self.kl_term.estimator == "exact" else None
@@ -213,7 +204,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
                     batch_size=self.args.per_device_train_batch_size
                     if training
                     else self.args.per_device_eval_batch_size,
-                    **{name: output[name] for name in _VISION_INPUTS if name in output},
+                    **{name: output[name] for name in VISION_INPUTS if name in output},
                 )
         return scorings[0]
 
@@ -233,21 +224,22 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
             self.guard.watch(REWARDS, torch.nan)
         if not self.args.kl_is_measured:
             return super()._compute_loss(model, inputs)
-        mask = _loss_mask(inputs)
+        mask = loss_mask(inputs)
         exact_has_grad = self.kl_term.estimator == "exact" and self.kl_term.in_loss
         exact = (inputs["ref_hidden_states"], mask, exact_has_grad) if self._exact is not None else None
         penalised = self._with_kl_advantages(inputs)
         with self._trl_sees_beta(0.0), self._recording(exact=exact) as scorings:
             loss = super()._compute_loss(model, penalised)
         (policy,) = scorings
-        self._measure(policy, inputs, mask)
+        weights = self._importance_weights(policy.logps.detach(), inputs, mask)
+        self._measure(policy, inputs, mask, weights)
         if not (self.kl_term.in_loss and self.args.kl_is_penalised):
             return loss
         per_token_kl = self.kl_term.loss(
             policy.logps,
             inputs["ref_per_token_logps"],
             mask,
-            sampler_logps=_sampler_logps(policy.logps.detach(), inputs),
+            weights=weights,
             exact=policy.exact,
         )
         kl_loss = self._aggregate(per_token_kl, mask, inputs)
@@ -272,18 +264,22 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         return {**inputs, "advantages": advantages - self.beta * inputs["kl_credit"]}
 
-    def _measure(self, policy: _Scoring, inputs: dict, mask: Tensor) -> None:
+    def _importance_weights(self, logps: Tensor, inputs: dict, mask: Tensor) -> Tensor | None:
+        """(B, C) untruncated weights of policy over sampler; None where none are taken or both are the same."""
+        sampler_logps = sampler_logps_of(logps, inputs)
+        if not self.kl_term.takes_weights or sampler_logps is logps:
+            return None
+        return importance_weights(logps, sampler_logps, mask, level=self.kl_term.weight_level)  # type: ignore[arg-type]
+
+    def _measure(self, policy: Scoring, inputs: dict, mask: Tensor, weights: Tensor | None) -> None:
         logps, ref_logps = policy.logps.detach(), inputs["ref_per_token_logps"]
         sampled = {name: kl_estimate(logps, ref_logps, name) for name in SAMPLED_ESTIMATORS if name in self.kl.names}
         exact = {} if policy.exact is None else {"exact": policy.exact.detach()}
         self.kl.measure(self._mode, sampled | exact, mask, inputs["kl_prompts"])
         if self.model.training:
-            for what, values in ((POLICY, logps), (REFERENCE, ref_logps), *((KL, value) for value in exact.values())):
-                self.guard.watch(what, values, mask)
-        sampler_logps = _sampler_logps(logps, inputs)
-        if self.kl_term.takes_weights and sampler_logps is not logps:
-            level = self.kl_term.weight_level
-            weights = importance_weights(logps, sampler_logps, mask, level=level)  # type: ignore[arg-type]
+            for what, measured in ((POLICY, logps), (REFERENCE, ref_logps), *((KL, value) for value in exact.values())):
+                self.guard.watch(what, measured, mask)
+        if weights is not None:
             for name, value in self.kl.weight_metrics(weights, mask).items():
                 self._metrics[self._mode][name].append(value)
 
@@ -307,28 +303,3 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         else:
             raise ValueError(f"loss_type={kind!r} is unknown to trl_klx: set kl_aggregation='token'.")
         return loss / accumulation
-
-
-def _loss_mask(inputs: dict) -> Tensor:
-    """(B, C) tokens that the policy produced: no padding, and no tool output."""
-    mask = inputs["completion_mask"]
-    return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
-
-
-def _sampler_logps(policy_logps: Tensor, inputs: dict) -> Tensor:
-    """(B, C) log-probs under the policy that really sampled; `policy_logps` itself where that is the policy.
-
-    The inference engine's own, where TRL has them; NaN there marks tokens it could not score, which fall back to the
-    trainer's.
-    """
-    trainer_logps = inputs.get("old_per_token_logps")
-    trainer_logps = policy_logps if trainer_logps is None else trainer_logps
-    engine_logps = inputs.get("sampling_per_token_logps")
-    if engine_logps is None:
-        return trainer_logps
-    return torch.where(engine_logps.isnan(), trainer_logps, engine_logps)
-
-
-def _joined(parts: list[Tensor]) -> Tensor | None:
-    """TRL may score a batch in several forwards."""
-    return torch.cat(parts) if parts else None

@@ -318,11 +318,12 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
     def _kl_loss(self, policy_logps: Tensor, part: Rollout, exact: Tensor | None) -> Tensor:
         """(B, T) KL loss in nats, weighted by the policy's ratio to what it was when it sampled."""
         logps, sampler_logps, ref_logps = policy_logps, part.sampler_logps, part.ref_logps
+        weights = None
         if self.kl_term.takes_weights:
             level = self.kl_term.weight_level
             weights = importance_weights(logps, sampler_logps, part.mask, level=level)  # type: ignore[arg-type]
             self._weights.append(weights[part.mask])
-        kl_loss = self.kl_term.loss(logps, ref_logps, part.mask, sampler_logps=sampler_logps, exact=exact)  # type: ignore[arg-type]
+        kl_loss = self.kl_term.loss(logps, ref_logps, part.mask, weights=weights, exact=exact)  # type: ignore[arg-type]
         self.guard.watch(KL, kl_loss, part.mask)
         return kl_loss
 

@@ -1,0 +1,292 @@
+"""What a KL costs a GRPO step: stock `GRPOTrainer` (k3 in its loss) against `KLXGRPOTrainer`, in time and peak memory.
+
+trl-klx starter --output_dir runs/starter
+python scripts/benchmark_overhead.py --model runs/starter/model
+python scripts/benchmark_overhead.py --model SmolLM2-135M-Instruct --prompt "Write a sentence about the sea." \
+    --batch_size 4 --completion_length 48
+
+`--model` is any causal language model that `from_pretrained` loads. Where there is only a GGUF file, `pip install gguf`
+and copy its weights into a fresh config, because `save_pretrained` refuses a model that was read from GGUF:
+
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    settings = model.config.to_dict()
+    settings.pop("quantization_config", None)
+    copy = type(model)(type(model.config)(**settings))
+    copy.load_state_dict(model.state_dict())
+    copy.save_pretrained("model")
+    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained("model")
+
+All trainers share policy, reference and optimizer in one process and take turns; a ratio compares with stock in that
+round. `step` is loss, backward, clipping and optimizer on one fixed rollout, the same answers for all; `whole` samples,
+scores and rewards a rollout first. Memory is the peak over a step, in a process of its own, on top of what it held
+before.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
+from trl_klx.kl import exact_kl
+
+STOCK = "stock k3 loss"
+# name: options of KLXGRPOConfig, or None for stock
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    STOCK: None,
+    "stock again": None,  # the noise of the comparison
+    "k1 reward": {"kl_estimator": "k1", "kl_placement": "reward"},
+    "k2 loss": {"kl_estimator": "k2"},
+    "k3 loss": {"kl_estimator": "k3"},
+    "exact loss": {"kl_estimator": "exact"},
+    "exact both": {"kl_estimator": "exact", "kl_placement": "both"},
+    "exact loss, from hidden states": {"kl_estimator": "exact"},  # the route of TRL 1.16, forced
+    "exact loss, dense": {"kl_estimator": "exact"},  # for comparison: `exact_kl` on all logits at once
+}
+
+Arguments = argparse.Namespace
+
+
+def parse(arguments: list[str] | None) -> Arguments:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="runs/starter/model", help="folder of a causal language model")
+    parser.add_argument("--prompt", default="53331=")
+    parser.add_argument("--batch_size", type=int, default=64, help="answers per step")
+    parser.add_argument("--completion_length", type=int, default=8, help="tokens of every answer")
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each variant")
+    parser.add_argument("--whole_rounds", type=int, default=5, help="timed whole steps of each variant; 0 for none")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--no_memory", action="store_true", help="leave out the peak memory")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: process time, on a busy machine")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # measure this variant's memory in this process
+    return parser.parse_args(arguments)
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    """Anything that differs between answers."""
+    return [float(sum(map(ord, text)) % 17) for text in completions]
+
+
+def rows(args: Arguments) -> list[dict[str, str]]:
+    return [{"prompt": args.prompt}] * args.batch_size
+
+
+def make_trainer(name: str, model: Any, tokenizer: Any, args: Arguments) -> GRPOTrainer:
+    cpu = not torch.cuda.is_available()
+    settings: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(prefix="benchmark-"),
+        "per_device_train_batch_size": args.batch_size,
+        "num_generations": args.batch_size // 2,
+        "max_completion_length": args.completion_length,
+        "generation_kwargs": {"min_new_tokens": args.completion_length},
+        "beta": 0.1,
+        "use_cpu": cpu,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": [],
+    }
+    data = {"train_dataset": Dataset.from_list(rows(args)), "processing_class": tokenizer}
+    options = VARIANTS[name]
+    if options is None:
+        trainer = GRPOTrainer(model, reward, GRPOConfig(**settings), **data)
+    else:
+        trainer = KLXGRPOTrainer(model, reward, KLXGRPOConfig(**settings, **options), **data)
+        force_route(trainer, name)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def force_route(trainer: KLXGRPOTrainer, name: str) -> None:
+    exact = trainer._exact
+
+    def hidden(_logits, ref_hidden, mask):
+        return exact._from_hidden(exact._completion_hidden(mask.size(1)), ref_hidden, mask)
+
+    def dense(logits, ref_hidden, mask):
+        with torch.no_grad():
+            ref_logits = exact._reference.get_output_embeddings()(ref_hidden)
+        logits = logits[:, -mask.size(1) - 1 : -1] / trainer.temperature
+        return torch.where(mask, exact_kl(logits, ref_logits / trainer.temperature), 0.0)
+
+    if name.endswith("from hidden states"):
+        exact._from_logits = hidden
+    elif name.endswith("dense"):
+        exact._from_logits = dense
+
+
+def make_step(trainer: GRPOTrainer, optimizer: torch.optim.Optimizer, batch: Any, *, whole: bool) -> Callable[[], None]:
+    """One optimizer step as `Trainer.train` takes it, on the fixed rollout `batch`, or from the prompts `batch` on."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    prepare = type(trainer)._prepare_inputs.__get__(trainer)
+
+    def step() -> None:
+        trainer._prepare_inputs = prepare if whole else lambda _: batch  # type: ignore[method-assign]
+        trainer.training_step(trainer.model, batch, None)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return step
+
+
+def rollout(trainer: GRPOTrainer, args: Arguments) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return trainer._generate_and_score_completions(rows(args))
+
+
+def load(args: Arguments) -> tuple[Any, Any, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    # A learning rate so small that the policy, and with it every rollout, stays the same for all.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-12)
+    return model, AutoTokenizer.from_pretrained(args.model), optimizer
+
+
+def take_turns(steps: dict[str, Callable[[], None]], rounds: int, clock: str) -> dict[str, list[float]]:
+    """Seconds of each, by round; each round starts with another one."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names, now = list(steps), time.perf_counter if clock == "wall" else time.process_time
+    for number in range(rounds + 2):  # two to warm up
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            torch.manual_seed(number)
+            start = now()
+            steps[name]()
+            if number >= 2:
+                seconds[name].append(now() - start)
+    return seconds
+
+
+def share_reference(trainers: list[GRPOTrainer]) -> None:
+    """One set of reference weights for all, so that many variants of a large model fit."""
+    for trainer in trainers[1:]:
+        for mine, first in zip(trainer.ref_model.parameters(), trainers[0].ref_model.parameters(), strict=True):
+            mine.data = first.data
+
+
+def measure_times(args: Arguments) -> dict[str, dict[str, list[float]]]:
+    """Seconds by kind of step ("step", "whole"), variant and round."""
+    model, tokenizer, optimizer = load(args)
+    trainers = {name: make_trainer(name, model, tokenizer, args) for name in args.variants}
+    share_reference(list(trainers.values()))
+    batches = {name: rollout(trainer, args) for name, trainer in trainers.items()}
+    answers = [batch["completion_ids"] for batch in batches.values()]
+    assert all(torch.equal(answers[0], other) for other in answers)
+    steps = {name: make_step(trainers[name], optimizer, batches[name], whole=False) for name in trainers}
+    out = {"step": take_turns(steps, args.rounds, args.clock)}
+    if args.whole_rounds:
+        whole = {name: make_step(trainers[name], optimizer, rows(args), whole=True) for name in trainers}
+        out["whole"] = take_turns(whole, args.whole_rounds, args.clock)
+    return out
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def held_and_peak(kind: str) -> int:
+    """Bytes of this process now ("VmRSS") or at its peak ("VmHWM"); on CUDA the allocator's."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() if kind == "VmRSS" else torch.cuda.max_memory_allocated()
+    with open("/proc/self/status") as status:
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith(kind))
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def measure_memory(name: str, args: Arguments) -> int:
+    """Bytes that a step takes at its peak on top of the weights, references, optimizer and rollout."""
+    model, tokenizer, optimizer = load(args)
+    trainer = make_trainer(name, model, tokenizer, args)
+    batch = rollout(trainer, args)
+    for parameter in model.parameters():  # the optimizer's moments, without a step whose memory the system may keep
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    reset_peak()
+    held = held_and_peak("VmRSS")
+    make_step(trainer, optimizer, batch, whole=False)()
+    return held_and_peak("VmHWM") - held
+
+
+def memory_of(name: str, args: Arguments) -> int:
+    settings = {key: value for key, value in vars(args).items() if key != "worker"}
+    command = [sys.executable, __file__, "--worker", json.dumps({"name": name, "settings": settings})]
+    # Freed blocks go back to the system at once: what the process holds is then what it uses.
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", **os.environ}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed:\n{done.stderr}")
+    return int(done.stdout.splitlines()[-1])
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def ratios(seconds: dict[str, list[float]], name: str) -> tuple[float, float, float]:
+    """Median and quartiles, over rounds, of a variant's time over stock's."""
+    values = [mine / stock for mine, stock in zip(seconds[name], seconds[STOCK], strict=True)]
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, low, high
+
+
+def table_of(times: dict[str, dict[str, list[float]]], memory: dict[str, int]) -> Table:
+    table = Table(title="Time of one optimizer step over stock's: median (quartiles over rounds)")
+    table.add_column("variant")
+    for column in [f"{kind} {unit}" for kind in times for unit in ("ms", "over stock")]:
+        table.add_column(column, justify="right")
+    if memory:
+        table.add_column("peak MiB", justify="right")
+        table.add_column("over stock MiB", justify="right")
+    for name in times["step"]:
+        cells = []
+        for seconds in times.values():
+            middle, low, high = ratios(seconds, name)
+            cells += [f"{1000 * statistics.median(seconds[name]):.1f}", f"{middle:.3f} ({low:.3f} to {high:.3f})"]
+        if memory:
+            cells += [f"{memory[name] / 2**20:.0f}", f"{(memory[name] - memory[STOCK]) / 2**20:+.0f}"]
+        table.add_row(name, *cells)
+    return table
+
+
+def main(arguments: list[str] | None = None) -> tuple[dict[str, dict[str, list[float]]], dict[str, int]]:
+    args = parse(arguments)
+    if STOCK not in args.variants:
+        args.variants.insert(0, STOCK)
+    if args.worker:
+        task = json.loads(args.worker)
+        print(measure_memory(task["name"], Arguments(**task["settings"])))
+        return {}, {}
+    without_memory = args.no_memory or not (torch.cuda.is_available() or os.path.exists("/proc/self/clear_refs"))
+    memory = {} if without_memory else {name: memory_of(name, args) for name in args.variants}
+    times = measure_times(args)
+    Console(width=None if sys.stdout.isatty() else 140).print(table_of(times, memory))
+    return times, memory
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The output head of a causal language model: what it does to hidden states, and how to read it where it is sharded."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+
+def call_as_forward(head: nn.Module, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """Run `function` in place of the head's forward, so that what shards the head gathers it around the function.
+
+    ZeRO-3 and FSDP gather a module's weights by hooks around its forward, and again around its part of backward.
+    """
+    own = head.__dict__.get("forward")
+    head.forward = function
+    try:
+        return head(hidden)
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
+
+
+def whole(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the frozen reference's head; a gathered copy of them where ZeRO-3 or FSDP has sharded them."""
+    parameters: list[Any] = [head.weight] if head.bias is None else [head.weight, head.bias]
+    if is_deepspeed_zero3_enabled():
+        with maybe_gather_lm_head_ctx(*parameters):
+            weight, *bias = [parameter.detach().clone() for parameter in parameters]
+    else:
+        tensors = (parameter.detach() for parameter in parameters)
+        weight, *bias = [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
+    return weight, bias[0] if bias else None
+
+
+def check_heads(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+    head, ref_head = policy.get_output_embeddings(), reference.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"the output head is a {type(head).__module__}.{type(head).__name__}: exact KL reads a plain head's "
+            "weight, so remove 'lm_head' from the adapter's target_modules and modules_to_save, or use kl_estimator "
+            "k1, k2 or k3."
+        )
+    if head.out_features != ref_head.out_features:  # weights may be sharded to nothing
+        raise ValueError(
+            f"the policy has a vocabulary of {head.out_features} and the reference of {ref_head.out_features}: "
+            "exact KL needs one vocabulary; use the checkpoint that the policy started from as reference."
+        )
+
+
+def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
+    """(logit scale, softcap) of the architecture, as its config declares them; (1, None) for most."""
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere; Muse Glimmer; Falcon-H1
+        if getattr(config, name, None) is not None:
+            return getattr(config, name), softcap
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is not None:  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
+        return (scaling if config.model_type == "hyperclovax" else 1 / scaling), softcap
+    return 1.0, softcap

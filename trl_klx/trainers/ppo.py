@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import entropy_from_logits
@@ -22,7 +22,7 @@ from trl.trainer.utils import entropy_from_logits
 from ..kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
 from .kl_control import KLControlledTrainer
 from .ppo_config import KLXPPOConfig
-from .ppo_loop import load_tokenizer
+from .ppo_loop import check_arguments, load_tokenizer
 from .ppo_loss import (
     Batch,
     Clipping,
@@ -122,7 +122,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         rollout_func: RolloutFunction | None = None,
         quantization_config: Any = None,
     ) -> None:
-        _check_given(args, model, ref_model, train_dataset, reward_model, value_model, data_collator)
+        check_arguments(args, model, ref_model, train_dataset, reward_model, value_model, data_collator)
         loading = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         quantized = {**loading, **({} if quantization_config is None else {"quantization_config": quantization_config})}
         base = load_policy(model, quantized)  # type: ignore[arg-type]
@@ -344,20 +344,3 @@ def _as_list(value: Any) -> list:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _check_given(
-    args: Any, model: Any, ref_model: Any, train_dataset: Any, reward_model: Any, value_model: Any, data_collator: Any
-) -> None:
-    if not isinstance(args, KLXPPOConfig):
-        raise TypeError(f"args is a {type(args).__name__}: KLXPPOTrainer takes a KLXPPOConfig.")
-    if model is None:
-        raise ValueError("model is missing: pass the policy, or its path.")
-    if train_dataset is None:
-        raise ValueError("train_dataset is missing: pass a dataset with a column 'prompt'.")
-    if isinstance(model, nn.Module) and ref_model is model:
-        raise ValueError("ref_model is the policy itself: leave it out, and a copy of the policy is made.")
-    if isinstance(value_model, nn.Module) and value_model is reward_model:
-        raise ValueError("value_model is the reward model itself, which training would change: pass a copy of it.")
-    if data_collator is not None:
-        raise ValueError("data_collator has no effect: prompts are tokenised and padded by the trainer; remove it.")

@@ -206,3 +206,21 @@ def load_tokenizer(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBas
     if not path:
         raise ValueError("the policy in memory says no path that its tokenizer could come from: pass processing_class.")
     return AutoTokenizer.from_pretrained(path)
+
+
+def check_arguments(
+    args: Any, model: Any, ref_model: Any, train_dataset: Any, reward_model: Any, value_model: Any, data_collator: Any
+) -> None:
+    """Refuse arguments of the trainer that cannot be meant, before a model is loaded."""
+    if not isinstance(args, KLXPPOConfig):
+        raise TypeError(f"args is a {type(args).__name__}: KLXPPOTrainer takes a KLXPPOConfig.")
+    if model is None:
+        raise ValueError("model is missing: pass the policy, or its path.")
+    if train_dataset is None:
+        raise ValueError("train_dataset is missing: pass a dataset with a column 'prompt'.")
+    if isinstance(model, nn.Module) and ref_model is model:
+        raise ValueError("ref_model is the policy itself: leave it out, and a copy of the policy is made.")
+    if isinstance(value_model, nn.Module) and value_model is reward_model:
+        raise ValueError("value_model is the reward model itself, which training would change: pass a copy of it.")
+    if data_collator is not None:
+        raise ValueError("data_collator has no effect: prompts are tokenised and padded by the trainer; remove it.")

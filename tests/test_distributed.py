@@ -89,6 +89,19 @@ COMPARED = (*ALWAYS, "reward", "kl", "kl/sequence", "kl/sequence_se", "kl/error"
 COMPARED += ("loss/value_avg", "policy/entropy_avg", "reward_std", "episode", "kl/data_exact", "log_ratio/margin")
 
 
+# DeepSpeed compiles its communication for the CPU, once: in a folder of its own, because a build that was interrupted
+# leaves a lock behind, and with the ninja of this environment, which need not be activated.
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": PATH, "TORCH_EXTENSIONS_DIR": mkdtemp()}
+COMPILE = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+
+
+@pytest.fixture(scope="session")
+def deepspeed() -> None:
+    """Its communication is compiled; where that fails, all tests that need it say so at once."""
+    subprocess.run([sys.executable, "-c", COMPILE], env=ENVIRONMENT, timeout=300, check=True, capture_output=True)
+
+
 @cache
 def model() -> str:
     return save_tiny(Path(mkdtemp()) / "model")
@@ -106,9 +119,9 @@ def run(folder: Path, accelerate: str, processes: int, options: dict) -> list[di
         [*launch, str(TESTS / "distributed_script.py"), model(), str(output), arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(reversed(paths))}
+        env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(reversed(paths))}
         | ({"ACCELERATE_TORCH_DEVICE": "cpu"} if accelerate == FSDP2 else {}),
-        timeout=400,  # the first DeepSpeed run compiles its communication for the CPU
+        timeout=300,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-8000:]
@@ -152,6 +165,7 @@ def test_fsdp2_equals_one_process(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU communication with g++")
+@pytest.mark.usefixtures("deepspeed")
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_deepspeed_equals_one_process(tmp_path: Path, case: str, stage: int) -> None:
@@ -161,6 +175,7 @@ def test_deepspeed_equals_one_process(tmp_path: Path, case: str, stage: int) -> 
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU communication with g++")
+@pytest.mark.usefixtures("deepspeed")
 @pytest.mark.parametrize("case", [case for case in CASES if case.endswith(("exact-both", "dpo-exact"))])
 def test_zero1_equals_one_process(tmp_path: Path, case: str) -> None:
     assert_equal_runs(run(tmp_path, STRATEGIES["zero1"], 2, {**CASES[case], **SAVED}), alone(case))

@@ -3,6 +3,7 @@
 Shape legend: B answers, P prompt tokens, T answer tokens, L = P + T, H hidden size, V vocabulary, F rewards.
 """
 
+import math
 from collections import defaultdict
 from contextlib import nullcontext
 from typing import Any
@@ -268,7 +269,7 @@ class PPOSampler(PPOLoop):
         totals = self.accelerator.reduce(flat, reduction="sum").tolist()
         pooled, means = self._pooled[self._mode], {}
         for name, (total, count) in zip(sums, totals, strict=True):
-            if count > 0:
+            if count > 0 and math.isfinite(total):  # one infinite KL would hide all others until the next log
                 before = pooled.get(name, (0.0, 0.0))
                 pooled[name], means[name] = (before[0] + total, before[1] + count), total / count
         return means

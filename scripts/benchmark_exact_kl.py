@@ -185,6 +185,7 @@ def measure(args: Arguments) -> dict[tuple[int, int, str], Result]:
                     continue
                 peak = in_fresh_process({**case, "kind": "memory", "route": name}, args)["peak"]
                 out[vocab, tokens, name] = {"bytes": max(peak - base, 0.0), "seconds": seconds[name]}
+                print(f"vocabulary {vocab}, {tokens} tokens, {name}: {out[vocab, tokens, name]}", file=sys.stderr)
     return out
 
 

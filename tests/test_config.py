@@ -7,7 +7,8 @@ import pytest
 from tiny import Arguments
 
 from trl_klx import KLXGRPOConfig
-from trl_klx.config import CHOICES, ESTIMATORS, KLArguments
+from trl_klx.config import KLArguments
+from trl_klx.config_rules import CHOICES, ESTIMATORS
 from trl_klx.kl.gradients import EXPLANATION, SOUND, expected_gradient
 from trl_klx.trainers import grpo_config
 

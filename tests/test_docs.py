@@ -8,7 +8,7 @@ import pytest
 from test_oracle import oracle_table
 
 from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXPPOConfig
-from trl_klx.config import ESTIMATORS
+from trl_klx.config_rules import ESTIMATORS
 from trl_klx.kl.gradients import SOUND, expected_gradient
 
 ROOT = Path(__file__).parent.parent

@@ -15,13 +15,14 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 ALLOWED = {
     "kl": ({"kl"}, {"torch"}),
     "control": (set(), set()),
-    "config": ({"kl"}, set()),
+    "config": ({"config_rules", "kl"}, set()),
+    "config_rules": ({"config", "kl"}, set()),
     "rewards": (set(), set()),
     "answers": ({"rewards"}, {"torch", "transformers"}),
     "starter": ({"answers"}, {"torch", "transformers", "tokenizers", "tqdm"}),
     "monitor": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib"}),
     "trainers": (
-        {"kl", "control", "config", "monitor", "trainers"},
+        {"kl", "control", "config", "config_rules", "monitor", "trainers"},
         {"torch", "transformers", "trl", "accelerate", "peft", "packaging", "datasets", "deepspeed"},
     ),
     "run": (

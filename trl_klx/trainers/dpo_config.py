@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
-from ..config import KLArguments, _check_number, _unknown
+from ..config import KLArguments
+from ..config_rules import check_names, check_number, unknown
 from .trl_compat import LIGER_COMPUTES_THE_LOSS
 
 CONTROLS = ("kl_coef", "beta")
@@ -109,7 +110,7 @@ class KLXDPOConfig(KLArguments, DPOConfig):
         return "exact" if reverse and "exact" in self._probe_estimators else "k3"
 
     def check_kl(self) -> None:
-        self._check_names()
+        check_names(self)
         self._check_what_dpo_has()
         self._check_coefficients()
         self._check_probe()
@@ -142,14 +143,14 @@ class KLXDPOConfig(KLArguments, DPOConfig):
 
     def _check_coefficients(self) -> None:
         if self.kl_controls not in CONTROLS:
-            raise ValueError(_unknown("kl_controls", self.kl_controls, CONTROLS))
+            raise ValueError(unknown("kl_controls", self.kl_controls, CONTROLS))
         if self.kl_controls == "beta" and self.kl_controller == "fixed":
             raise ValueError(
                 "kl_controls='beta' says what the controller sets and kl_controller='fixed' sets nothing: remove it, "
                 "or choose a kl_controller."
             )
         for name in CONTROLS:
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         if self.beta <= 0:
             raise ValueError(
                 f"beta={self.beta} must be more than zero: at 0 DPO's losses divide by zero or train nothing."

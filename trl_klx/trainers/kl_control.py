@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import KLArguments
 from ..control import KINDS, Controller, make_controller
@@ -21,6 +21,7 @@ from .checkpoints import (
     unreadable,
     write_state,
 )
+from .health import health_callback
 from .step_guard import LOSS, GuardedSteps, drop_non_finite
 
 logger = get_logger(__name__)
@@ -65,6 +66,12 @@ class KLControl:
         self.coef = self._args.kl_coef_start if self._args.kl_is_penalised else 0.0
         self.over_budget, self._controller = False, None
         self._budget_sum, self._budget_weight = 0.0, 0.0
+        self._is_first = True  # whether the next reading is of the policy before its first update
+
+    @property
+    def coef_max(self) -> float | None:
+        """The largest beta that the controller may set; None without a bound."""
+        return None if self._controller is None else self._controller.state_dict().get("coef_max")
 
     def measure(self, mode: str, values: dict[str, Tensor], mask: Tensor, prompts: Tensor) -> None:
         """Add a batch of per-token KL values, (B, T) by estimator name, to the statistics of `mode` (train or eval).
@@ -83,8 +90,9 @@ class KLControl:
             return self._step_unmeasured()
         if moments.isfinite().all():  # one infinite KL would hide all others until the next log
             self._pool = moments if self._pool is None else self._pool + moments
-        reading = summarise(moments, self.names)[self._args.kl_reading]
-        metrics = {"kl/coef": self.coef}
+        summary = summarise(moments, self.names)
+        reading = summary[self._args.kl_reading]
+        metrics = {"kl/coef": self.coef, **self._first_metrics(summary)}
         kl = reading.per_token if self._args.kl_target_unit == "token" else reading.per_sequence
         if self._args.kl_target is not None:
             metrics |= {"kl/target": self._args.kl_target, "kl/error": kl - self._args.kl_target}
@@ -93,6 +101,17 @@ class KLControl:
             self.coef = self._controller.update(kl, n=sequence_count(moments))
         self._watch_budget(reading)
         return metrics
+
+    def _first_metrics(self, summary: dict[str, KLSummary]) -> dict[str, float]:
+        """The KL before the first update, once in a run: what the reference differs from the policy by.
+
+        By the estimator with the least noise there; k1 may have any sign.
+        """
+        if not (self._is_first and self._args.kl_health):
+            return {}
+        self._is_first = False
+        first = summary[next(name for name in ("k3", "exact", "k2", "k1") if name in summary)]
+        return {"kl/start": abs(first.per_token), "kl/start_sequence": abs(first.per_sequence)}
 
     def _step_unmeasured(self) -> dict[str, float]:
         if not self._args.kl_is_penalised:
@@ -168,6 +187,7 @@ class KLControl:
         Raises:
             CheckpointError: the file is unreadable.
         """
+        self._is_first = False
         state = read_state(folder)
         if not state:
             logger.warning(f"{STATE_FILE} in {folder} is empty: beta starts at {self.coef:g}.")
@@ -247,7 +267,20 @@ class KLControlledTrainer(GuardedSteps, WholeCheckpoints):
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
         prefix = "" if mode == "train" else f"{self._eval_prefix}_"
         logs.update({f"{prefix}{name}": value for name, value in self.kl.metrics(mode).items()})
+        if mode == "train" and self.args.kl_health:
+            logs.update(self._health_metrics())
         super().log(logs, *args, **kwargs)
+
+    def _health_metrics(self) -> dict[str, float]:
+        """What health alarms need and nothing else logs, since the last call. Called on every process."""
+        return {}
+
+    def _watch_health(self, policy: nn.Module, tokenizer: Any, *, gain: str, entropy: str) -> None:
+        """Add the health alarms, once the trainer is set up; see `health_callback`."""
+        if self.args.kl_health:
+            # The first of the callbacks, so that those that write metrics get its own.
+            alarms = health_callback(self, self.args, policy, gain=gain, entropy=entropy, tokenizer=tokenizer)
+            self.callback_handler.callbacks.insert(0, alarms)
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {**super()._checkpoint_state(), **self.kl.state(), "skipped_steps": self.guard.skipped}

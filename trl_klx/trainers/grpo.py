@@ -83,7 +83,9 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         self._health_sums = PooledSums(self.accelerator, ("seen", "hidden", "answers", "sampler_kl", "sampled"))
         # A router's loss counts every token that is not masked: there, cut-off answers have to stay as TRL masks them.
         self._looks_behind_mask = args.kl_health and args.kl_is_measured and not self.aux_loss_enabled
-        self._watch_health(self.model, self._tokenizer, gain="reward", entropy="entropy")
+        scale = None if self.scale_rewards == "none" else 1.0
+        sources = {"gain": "reward", "entropy": "entropy", "tokenizer": self._tokenizer}
+        self._watch_health(self.model, **sources, reward_scale=scale)
 
     def _exact_forward(self) -> ExactKLForward:
         check_sharding(self)

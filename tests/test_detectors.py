@@ -171,6 +171,7 @@ def test_the_answers_grow_towards_the_chosen_length() -> None:
     assert lengths(correlation=0.0, answers=(10, 13.1, 12.9, 15)) is None
     assert lengths(correlation=0.0, answers=(10, 7, 7, 7)) is None  # against the pairs' preference
     alarm(lengths(correlation=0.0, chosen=10, rejected=20, answers=(10, 7, 7, 7)), "from 10 tokens to 7", "shorter")
+    assert lengths(correlation=0.0, chosen=10, rejected=20, answers=(10, 7, 8, 7)) is None  # 7.7 is the threshold
 
 
 def test_hidden_kl() -> None:

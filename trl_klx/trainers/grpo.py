@@ -126,9 +126,8 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
             self._scorings, self._keep_ref_hidden, self._exact_request = None, False, None
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if (
-            self._looks_behind_mask and self.mask_truncated_completions
-        ):  # they count nowhere, and their KL is looked at: score them as they are
+        if self._looks_behind_mask and self.mask_truncated_completions:
+            # Cut-off answers count nowhere, but their KL is looked at: score them as they are.
             answers = attention_mask[:, -logits_to_keep:], input_ids[:, -logits_to_keep:]
             answers_mask = with_cut_answers(*answers, self._tokenizer.pad_token_id)
             attention_mask = torch.cat([attention_mask[:, :-logits_to_keep], answers_mask], dim=1)

@@ -64,17 +64,30 @@ STRATEGIES = {"ddp": DDP, "fsdp2": FSDP2}
 STRATEGIES |= {f"zero{n}": SHARED + ZERO.format(stage=n, third=str(n == 3).lower()) for n in (1, 2, 3)}
 
 PID = {"kl_controller": "pid", "kl_target": 0.05}
+GROUPS = {"kl_group_column": "answer", "kl_group_targets": {"0": 0.01, "1": 0.5}}  # the others: the target of all
 EXACT_BOTH = {"kl_estimator": "exact", "kl_placement": "both", **PID}
 CASES: dict[str, dict] = {
     "grpo-exact-both": EXACT_BOTH,
     "grpo-exact-both-lora": {**EXACT_BOTH, "lora": True},
     "grpo-k3-loss-adaptive-lora": {"kl_controller": "adaptive", "kl_target": 0.2, "kl_horizon": 20.0, "lora": True},
-    "grpo-k1-reward": {"kl_estimator": "k1", "kl_placement": "reward", **PID, "kl_target_unit": "sequence"},
+    "grpo-k1-reward-groups": {
+        "kl_estimator": "k1",
+        "kl_placement": "reward",
+        "kl_target_unit": "sequence",
+        **PID,
+        **GROUPS,
+    },
     "dpo-exact": {"algorithm": "dpo", "kl_controller": "pid", "kl_target": 0.01, "learning_rate": 0.05},
     "dpo-exact-lora": {"algorithm": "dpo", "kl_controller": "pid", "kl_target": 0.01, "lora": True},
 }
 if TRL_HAS_PPO:
-    CASES["ppo-k1-reward"] = {"algorithm": "ppo", **PID, "gradient_accumulation_steps": 2, "whiten_rewards": True}
+    CASES["ppo-k1-reward-groups"] = {
+        "algorithm": "ppo",
+        **PID,
+        **GROUPS,
+        "gradient_accumulation_steps": 2,
+        "whiten_rewards": True,
+    }
     CASES["ppo-exact-both"] = {
         "algorithm": "ppo",
         **EXACT_BOTH,
@@ -142,7 +155,8 @@ def assert_equal_runs(found: list[dict], expected: dict) -> None:
     assert len(steps) == 4
     assert max(entry.get("kl/sequence", 0.0) for entry in steps) > 1e-3
     for mine, theirs in zip(first["logs"], steps, strict=False):
-        for name in (name for name in COMPARED if name in theirs or name in ALWAYS):
+        of_groups = [name for name in theirs if name.startswith("kl_groups/")]
+        for name in [*of_groups, *(name for name in COMPARED if name in theirs or name in ALWAYS)]:
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-5), name
 
 

@@ -46,6 +46,15 @@ def printed(history: list[dict], args: KLArguments) -> dict[str, list[str]]:
     return {**rows, "title": [str(table.title)], "caption": [str(table.caption)]}
 
 
+def test_groups_have_rows_and_targets_of_their_own() -> None:
+    groups = {f"eval_kl_groups/{name}/sequence": value for name, value in (("math/easy", 0.25), ("chat", 0.5))}
+    history = [{**entry, **groups} if "eval_reward" in entry else entry for entry in GRPO]
+    options = {"kl_group_column": "task", "kl_group_targets": {"chat": 0.6}, "kl_target_unit": "sequence"}
+    rows = printed(history, Arguments(kl_controller="pid", kl_target=0.4, **options))
+    assert rows["  of chat, nats per sequence"] == ["0.500", "0.500", "0.6"]
+    assert rows["  of math/easy, nats per sequence"] == ["0.250", "0.250", "0.4"]
+
+
 def test_rewards_and_kl_on_held_out_prompts() -> None:
     args = Arguments(kl_controller="pid", kl_target=0.4, kl_target_unit="sequence")
     assert printed(GRPO, args) == {

@@ -91,6 +91,10 @@ def summary_table(history: list[dict], args: KLArguments) -> Table:
     for unit, name in (("sequence", "kl/sequence"), ("token", f"kl/{args.kl_reading}")):
         numbers = (_number(entry, prefix + name, f"{prefix}{name}_se") for entry in ends)
         table.add_row(f"KL, nats per {unit}", *numbers, target if unit == args.kl_target_unit else "")
+    for group in _groups(ends[-1], prefix):
+        name, own = f"{prefix}kl_groups/{group}/{args.kl_target_unit}", args.kl_target_of(group)
+        numbers = (_number(entry, name, f"{name}_se") for entry in ends)
+        table.add_row(f"  of {group}, nats per {args.kl_target_unit}", *numbers, "" if own is None else f"{own:g}")
     coefs = [entry["kl/coef"] for entry in history if "kl/coef" in entry]
     if coefs:
         table.add_row(args.kl_coef_name, f"{args.kl_coef_start:.3g}", f"{coefs[-1]:.3g}", "")
@@ -106,6 +110,12 @@ def _gains(entry: dict, prefix: str) -> list[tuple[str, str]]:
     names = [name.removeprefix(prefix) for name in entry if name.startswith(f"{prefix}rewards/")]
     functions = [(f"reward {name.split('/')[1]}", name) for name in names if name.endswith("/mean")]
     return functions + [(label, name) for label, name in _PREFERENCES if prefix + name in entry]
+
+
+def _groups(entry: dict, prefix: str) -> list[str]:
+    """The groups whose KL the entry holds."""
+    parts = [name.split("/") for name in entry if name.startswith(f"{prefix}kl_groups/")]
+    return sorted({"/".join(part[1:-1]) for part in parts})  # a group's name may have slashes of its own
 
 
 def _number(entry: dict, name: str, error_name: str = "") -> str:

@@ -16,7 +16,7 @@ from tempfile import mkdtemp
 import pytest
 from tiny import save_tiny
 
-from trl_klx.trainers.trl_compat import FUSED_LM_HEAD, TRL_HAS_PPO
+from trl_klx.trainers.trl_compat import TRL_HAS_PPO
 
 TESTS = Path(__file__).parent
 SHARED = """\
@@ -173,13 +173,7 @@ def test_ddp_equals_one_process(tmp_path: Path, case: str) -> None:
         assert (tmp_path / "run" / "checkpoint-2" / name).exists(), name
 
 
-def with_fsdp2(case: str) -> object:
-    fails = FUSED_LM_HEAD and "exact" in case and case.endswith("lora")
-    reason = "the fused head's backward reads weights that FSDP2 has sharded again"
-    return pytest.param(case, marks=[pytest.mark.xfail(reason=reason, strict=True)] if fails else [])
-
-
-@pytest.mark.parametrize("case", [with_fsdp2(case) for case in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_fsdp2_equals_one_process(tmp_path: Path, case: str) -> None:
     assert_equal_runs(run(tmp_path, STRATEGIES["fsdp2"], 2, {**CASES[case], "sharding": "FSDP"}), alone(case))
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..config import KLArguments
 from ..monitor.history import HISTORY_FILE, read_history
-from ..monitor.plots import plot_run
+from ..monitor.plots import group_names, plot_run
 from .arguments import Recipe
 
 # Computed by TRL from other fields and the number of processes: refused beside them, or wrong, when run again.
@@ -91,7 +91,7 @@ def summary_table(history: list[dict], args: KLArguments) -> Table:
     for unit, name in (("sequence", "kl/sequence"), ("token", f"kl/{args.kl_reading}")):
         numbers = (_number(entry, prefix + name, f"{prefix}{name}_se") for entry in ends)
         table.add_row(f"KL, nats per {unit}", *numbers, target if unit == args.kl_target_unit else "")
-    for group in _groups(ends[-1], prefix):
+    for group in group_names([ends[-1]]):
         name, own = f"{prefix}kl_groups/{group}/{args.kl_target_unit}", args.kl_target_of(group)
         numbers = (_number(entry, name, f"{name}_se") for entry in ends)
         table.add_row(f"  of {group}, nats per {args.kl_target_unit}", *numbers, "" if own is None else f"{own:g}")
@@ -110,12 +110,6 @@ def _gains(entry: dict, prefix: str) -> list[tuple[str, str]]:
     names = [name.removeprefix(prefix) for name in entry if name.startswith(f"{prefix}rewards/")]
     functions = [(f"reward {name.split('/')[1]}", name) for name in names if name.endswith("/mean")]
     return functions + [(label, name) for label, name in _PREFERENCES if prefix + name in entry]
-
-
-def _groups(entry: dict, prefix: str) -> list[str]:
-    """The groups whose KL the entry holds."""
-    parts = [name.split("/") for name in entry if name.startswith(f"{prefix}kl_groups/")]
-    return sorted({"/".join(part[1:-1]) for part in parts})  # a group's name may have slashes of its own
 
 
 def _number(entry: dict, name: str, error_name: str = "") -> str:

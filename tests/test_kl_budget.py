@@ -110,6 +110,16 @@ def test_run_stops_and_keeps_the_last_checkpoint_within(
     assert trainer.kl.budget.checkpoint_kl <= 0.5 < trainer.kl.budget.kl
 
 
+def test_regular_checkpoints_stay(model_path: str, tmp_path: Path) -> None:
+    """Also those that the budget asked for too."""
+    options = {**BUDGET, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(model_path, tmp_path, **options)
+    trainer.train()
+    steps = range(1, trainer.state.global_step + 1)
+    assert len(steps) > 3
+    assert whole_checkpoints_of(tmp_path) == sorted(str(tmp_path / f"checkpoint-{step}") for step in steps)
+
+
 def test_rotation_keeps_it(model_path: str, tmp_path: Path) -> None:
     options = {**BUDGET, "kl_budget_action": "warn", "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
     trainer = make_trainer(model_path, tmp_path, **{**options, "max_steps": 40})

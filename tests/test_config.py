@@ -88,6 +88,9 @@ BAD = [  # options, what the sentence must contain
     ({"kl_controller": "pid", "kl_target": 0.1, "kl_coef_min": 0.5}, "must lie between kl_coef_min=0.5"),
     ({"kl_controller": "pid", "kl_target": 0.1, "kl_coef_max": 0.01}, "kl_coef_max=0.01"),
     ({"kl_controller": "linear"}, "set kl_coef_end"),
+    ({"kl_budget": "much"}, "kl_budget='much' must be a number of nats per sequence, or auto"),
+    ({"kl_budget": "-1"}, "kl_budget=-1.0 must be more than zero"),
+    ({"kl_budget": "2.5"}, None),  # as a command line gives it
     ({"kl_group_column": "task", "beta": 0.0}, "kl_group_column='task' has no KL to group at beta=0"),
     ({"kl_group_targets": {"a": 0.1}, "kl_controller": "pid"}, "set kl_group_column to the dataset's column"),
     ({**GROUPS, "kl_group_targets": {"a": 0.1}, "kl_controller": "fixed"}, "has no effect with kl_controller='fixed'"),

@@ -88,6 +88,24 @@ def test_state_goes_on() -> None:
         budget().load({"sum": math.nan, "weight": 1.0, "checkpointed": 0.0})
 
 
+def test_a_budget_that_is_found_in_the_run_keeps_an_earlier_checkpoint(tmp_path: Path) -> None:
+    one = budget(None)
+    for number, kl in enumerate((0.1, 0.5, 2.0, 4.0)):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        one.wrote(folder, extra=False)
+        for _ in range(60):  # until the mean has followed
+            one.read(kl)
+    again = budget(None)
+    again.load(one.state())
+    assert not again.exceeded
+    again.set_limit(0.75)
+    assert again.checkpoint == str(tmp_path / "checkpoint-1")
+    assert again.checkpoint_kl == pytest.approx(0.8 * 0.1 + 0.2 * 0.5, rel=1e-3)  # of the reading after it
+    assert again.read(4.0)
+    assert again.ends_run
+
+
 def whole_checkpoints_of(folder: Path) -> list[str]:
     return sorted(str(path.parent) for path in folder.glob(f"checkpoint-*/{STATE_FILE}"))
 

@@ -71,8 +71,10 @@ class KLArguments:
     kl_group_targets: dict | str | None = _option(
         None, "KL target by group, in kl_target_unit; groups without one take kl_target. A mapping, or JSON."
     )
-    kl_budget: float | None = _option(
-        None, "Largest KL in nats per sequence; what happens beyond it is kl_budget_action."
+    kl_budget: float | str | None = _option(
+        None,
+        "Largest KL in nats per sequence; what happens beyond it is kl_budget_action. auto: half the KL at which "
+        "the gold reward is estimated to peak, as soon as that is known well enough (needs a gold reward).",
     )
     kl_budget_action: str = _option("stop", "Beyond kl_budget: stop (checkpoint saved) or warn.")
     kl_monitor: list[str] | None = _option(

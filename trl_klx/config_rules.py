@@ -91,9 +91,11 @@ def check_names(args: KLArguments) -> None:
 
 
 def _check_numbers(args: KLArguments) -> None:
+    if isinstance(args.kl_budget, str) and args.kl_budget != "auto":
+        args.kl_budget = _budget(args.kl_budget)
     for name in (*_POSITIVE, *_NOT_NEGATIVE, "kl_budget"):
         value = getattr(args, name)
-        if value is None:
+        if value is None or (name == "kl_budget" and value == "auto"):
             continue
         check_number(name, value)
         if value < 0 or (value == 0 and name not in _NOT_NEGATIVE):
@@ -252,6 +254,14 @@ def _check_gradient(args: KLArguments) -> None:
     if not args.allow_biased_kl:
         raise ValueError(f"{verdict}; use {remedy}, or set allow_biased_kl=true to run it all the same.")
     warnings.warn(f"{verdict} (expected gradient: {gradient.name}).", UserWarning, stacklevel=5)
+
+
+def _budget(text: str) -> float:
+    """The number that a command line gives as text."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"kl_budget={text!r} must be a number of nats per sequence, or auto.") from error
 
 
 def check_number(name: str, value: object) -> None:

@@ -15,7 +15,7 @@ class KLBudget:
     is within the budget.
 
     Args:
-        limit: nats per sequence; None where there is no budget, or none yet (`kl_budget: auto`).
+        limit: nats per sequence; None where there is no budget, or none yet (`kl_budget: auto`, see `set_limit`).
         ends_run: whether training ends beyond it.
     """
 
@@ -28,6 +28,7 @@ class KLBudget:
         self.checkpoint_kl = math.nan
         self._is_extra = False  # whether that checkpoint was written for the budget alone
         self._unconfirmed: tuple[str, bool] | None = None  # written since the last reading; whether for this alone
+        self._before_limit: list[tuple[str, float]] = []  # checkpoints and their KL, while there was no limit
         self.superseded: list[str] = []  # written for the budget alone, and no longer the last within it
 
     @property
@@ -42,6 +43,9 @@ class KLBudget:
         self._sum = _DECAY * self._sum + (1 - _DECAY) * kl
         self._weight = _DECAY * self._weight + (1 - _DECAY)
         if self.limit is None:
+            if self._unconfirmed is not None:
+                self._before_limit.append((self._unconfirmed[0], self.kl))
+                self._unconfirmed = None
             return False
         was_exceeded, self.exceeded = self.exceeded, self.kl > self.limit
         if self._unconfirmed is not None:
@@ -57,6 +61,13 @@ class KLBudget:
         if self.checkpoint is not None and self._is_extra and self.checkpoint != folder:
             self.superseded.append(self.checkpoint)
         self.checkpoint, self.checkpoint_kl, self._is_extra = folder, self.kl, is_extra
+
+    def set_limit(self, limit: float) -> None:
+        """Set the budget in the middle of a run; the last checkpoint within it, of those until now, is then kept."""
+        self.limit = limit
+        within = [(folder, kl) for folder, kl in self._before_limit if kl <= limit and Path(folder).is_dir()]
+        if within and self.checkpoint is None:
+            self.checkpoint, self.checkpoint_kl = within[-1]
 
     @property
     def ends_run(self) -> bool:
@@ -92,7 +103,8 @@ class KLBudget:
         kept = {}
         if self.checkpoint:
             kept = {"checkpoint": self.checkpoint, "checkpoint_kl": self.checkpoint_kl, "is_extra": self._is_extra}
-        return {"sum": self._sum, "weight": self._weight, "checkpointed": self._checkpointed, **kept}
+        numbers = {"sum": self._sum, "weight": self._weight, "checkpointed": self._checkpointed}
+        return {**numbers, "before_limit": [list(pair) for pair in self._before_limit], **kept}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from `state`; the limit is the recipe's.
@@ -104,6 +116,7 @@ class KLBudget:
         if not all(map(math.isfinite, numbers)):
             raise ValueError(f"budget={state!r}")
         self._sum, self._weight, self._checkpointed = numbers
+        self._before_limit = [(str(folder), float(kl)) for folder, kl in state["before_limit"]]
         if state.get("checkpoint") is not None:
             self.checkpoint, self.checkpoint_kl = str(state["checkpoint"]), float(state["checkpoint_kl"])
             self._is_extra = bool(state["is_extra"])

@@ -76,7 +76,7 @@ class KLControl:
         coef = self._args.kl_coef_start if self._args.kl_is_penalised else 0.0
         self._coefs = dict.fromkeys(self._steered, coef)
         self.controllers: dict[str, Controller] = {}
-        limit = self._args.kl_budget
+        limit = None if isinstance(self._args.kl_budget, str) else self._args.kl_budget  # auto: not known yet
         self.budget = KLBudget(limit, ends_run=self._args.kl_budget_action == "stop")
 
     @property

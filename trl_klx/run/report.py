@@ -87,7 +87,8 @@ def summary_table(history: list[dict], args: KLArguments) -> Table:
     # DPO measures the KL now and then, so that not every training batch has it.
     measured = [entry for entry in entries if f"{prefix}kl/sequence" in entry] or entries
     ends = measured[0], measured[-1]
-    target = "" if args.kl_target is None else f"{args.kl_target:g}"
+    one_target = args.kl_target is not None and not args.kl_group_column
+    target = f"{args.kl_target:g}" if one_target else ""
     for unit, name in (("sequence", "kl/sequence"), ("token", f"kl/{args.kl_reading}")):
         numbers = (_number(entry, prefix + name, f"{prefix}{name}_se") for entry in ends)
         table.add_row(f"KL, nats per {unit}", *numbers, target if unit == args.kl_target_unit else "")

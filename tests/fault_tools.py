@@ -135,7 +135,7 @@ def main(algorithm: str, output: str, options: dict) -> None:
     result = {
         "skipped": trainer.guard.skipped,
         "coef": trainer.kl.coef,
-        "controller": trainer.kl._controller.state_dict(),
+        "controller": trainer.kl.controller.state_dict(),
         "weights": [parameter.detach().double().flatten().tolist() for parameter in trainer.model.parameters()],
     }
     (Path(output) / f"result{trainer.accelerator.process_index}.json").write_text(json.dumps(result))

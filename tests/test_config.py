@@ -37,6 +37,7 @@ def test_every_combination_is_accepted_exactly_when_its_gradient_is_a_kls() -> N
     assert seen == {"accepted": 42, "refused": 34}
 
 
+GROUPS = {"kl_group_column": "task", "kl_controller": "pid"}
 BAD = [  # options, what the sentence must contain
     ({"kl_estimator": "k1"}, None),  # weighted by default: accepted
     ({"kl_estimator": "k1", "kl_importance_sampling": "none"}, "zero expected gradient"),
@@ -87,6 +88,18 @@ BAD = [  # options, what the sentence must contain
     ({"kl_controller": "pid", "kl_target": 0.1, "kl_coef_min": 0.5}, "must lie between kl_coef_min=0.5"),
     ({"kl_controller": "pid", "kl_target": 0.1, "kl_coef_max": 0.01}, "kl_coef_max=0.01"),
     ({"kl_controller": "linear"}, "set kl_coef_end"),
+    ({"kl_budget": "much"}, "kl_budget='much' must be a number of nats per sequence, or auto"),
+    ({"kl_budget": "-1"}, "kl_budget=-1.0 must be more than zero"),
+    ({"kl_budget": "2.5"}, None),  # as a command line gives it
+    ({"kl_group_column": "task", "beta": 0.0}, "kl_group_column='task' has no KL to group at beta=0"),
+    ({"kl_group_targets": {"a": 0.1}, "kl_controller": "pid"}, "set kl_group_column to the dataset's column"),
+    ({**GROUPS, "kl_group_targets": {"a": 0.1}, "kl_controller": "fixed"}, "has no effect with kl_controller='fixed'"),
+    ({**GROUPS, "kl_group_targets": {"a": -0.1}}, "kl_group_targets['a']=-0.1 must be more than zero"),
+    ({**GROUPS, "kl_group_targets": {"a": "high"}}, "kl_group_targets['a']='high' must be a finite number"),
+    ({**GROUPS, "kl_group_targets": "a: 0.1"}, "is no JSON"),
+    ({**GROUPS, "kl_group_targets": [0.1]}, "must map the groups' names"),
+    ({**GROUPS, "kl_group_targets": {}}, "must map the groups' names"),
+    (GROUPS, "set kl_target (nats per token)"),
     ({"kl_controller": "cosine", "kl_coef_end": 0.0}, "kl_coef_end=0.0 must be more than zero"),
     ({"kl_controller": "pid", "kl_target": 0.1, "beta": 0.0}, "give beta a positive start"),
     ({"kl_controller": "pid", "kl_target": 0.1, "kl_placement": "none"}, "nothing to steer"),
@@ -189,3 +202,9 @@ def test_config_survives_a_round_trip(tmp_path: Path) -> None:
     names = [name for name in KLArguments.__dataclass_fields__] + ["use_bias_correction_kl"]
     again = KLXGRPOConfig(str(tmp_path), **{**settings, "beta": 0.1, **{name: getattr(first, name) for name in names}})
     assert all(getattr(first, name) == getattr(again, name) for name in names)
+
+
+def test_group_targets_may_be_json_as_on_a_command_line() -> None:
+    arguments = Arguments(**GROUPS, kl_group_targets='{"a": 1, "2": 0.5}', kl_target=0.1)
+    assert arguments.kl_group_targets == {"a": 1.0, "2": 0.5}
+    assert [arguments.kl_target_of(name) for name in ("a", "2", "b")] == [1.0, 0.5, 0.1]

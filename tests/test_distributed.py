@@ -16,7 +16,7 @@ from tempfile import mkdtemp
 import pytest
 from tiny import save_tiny
 
-from trl_klx.trainers.trl_compat import FUSED_LM_HEAD, TRL_HAS_PPO
+from trl_klx.trainers.trl_compat import TRL_HAS_PPO
 
 TESTS = Path(__file__).parent
 SHARED = """\
@@ -64,17 +64,30 @@ STRATEGIES = {"ddp": DDP, "fsdp2": FSDP2}
 STRATEGIES |= {f"zero{n}": SHARED + ZERO.format(stage=n, third=str(n == 3).lower()) for n in (1, 2, 3)}
 
 PID = {"kl_controller": "pid", "kl_target": 0.05}
+GROUPS = {"kl_group_column": "answer", "kl_group_targets": {"0": 0.01, "1": 0.5}}  # the others: the target of all
 EXACT_BOTH = {"kl_estimator": "exact", "kl_placement": "both", **PID}
 CASES: dict[str, dict] = {
     "grpo-exact-both": EXACT_BOTH,
     "grpo-exact-both-lora": {**EXACT_BOTH, "lora": True},
     "grpo-k3-loss-adaptive-lora": {"kl_controller": "adaptive", "kl_target": 0.2, "kl_horizon": 20.0, "lora": True},
-    "grpo-k1-reward": {"kl_estimator": "k1", "kl_placement": "reward", **PID, "kl_target_unit": "sequence"},
+    "grpo-k1-reward-groups": {
+        "kl_estimator": "k1",
+        "kl_placement": "reward",
+        "kl_target_unit": "sequence",
+        **PID,
+        **GROUPS,
+    },
     "dpo-exact": {"algorithm": "dpo", "kl_controller": "pid", "kl_target": 0.01, "learning_rate": 0.05},
     "dpo-exact-lora": {"algorithm": "dpo", "kl_controller": "pid", "kl_target": 0.01, "lora": True},
 }
 if TRL_HAS_PPO:
-    CASES["ppo-k1-reward"] = {"algorithm": "ppo", **PID, "gradient_accumulation_steps": 2, "whiten_rewards": True}
+    CASES["ppo-k1-reward-groups"] = {
+        "algorithm": "ppo",
+        **PID,
+        **GROUPS,
+        "gradient_accumulation_steps": 2,
+        "whiten_rewards": True,
+    }
     CASES["ppo-exact-both"] = {
         "algorithm": "ppo",
         **EXACT_BOTH,
@@ -146,7 +159,8 @@ def assert_equal_runs(found: list[dict], expected: dict) -> None:
     assert len(steps) == 4
     assert max(entry.get("kl/sequence", 0.0) for entry in steps) > 1e-3
     for mine, theirs in zip(first["logs"], steps, strict=False):
-        for name in (name for name in COMPARED if name in theirs or name in ALWAYS):
+        of_groups = [name for name in theirs if name.startswith("kl_groups/")]
+        for name in [*of_groups, *(name for name in COMPARED if name in theirs or name in ALWAYS)]:
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-5), name
 
 
@@ -163,13 +177,7 @@ def test_ddp_equals_one_process(tmp_path: Path, case: str) -> None:
         assert (tmp_path / "run" / "checkpoint-2" / name).exists(), name
 
 
-def with_fsdp2(case: str) -> object:
-    fails = FUSED_LM_HEAD and "exact" in case and case.endswith("lora")
-    reason = "the fused head's backward reads weights that FSDP2 has sharded again"
-    return pytest.param(case, marks=[pytest.mark.xfail(reason=reason, strict=True)] if fails else [])
-
-
-@pytest.mark.parametrize("case", [with_fsdp2(case) for case in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_fsdp2_equals_one_process(tmp_path: Path, case: str) -> None:
     assert_equal_runs(run(tmp_path, STRATEGIES["fsdp2"], 2, {**CASES[case], "sharding": "FSDP"}), alone(case))
 

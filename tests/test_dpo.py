@@ -43,6 +43,7 @@ BAD = [  # options, what the sentence must contain
     ({"kl_is_mode": "mask"}, "takes no importance weight"),
     ({"kl_is_cap": 2.0}, "takes no importance weight"),
     ({"kl_aggregation": "token"}, "kl_aggregation='token' has no meaning"),
+    ({"kl_group_column": "task"}, "kl_group_column='task' has no meaning"),
     ({"allow_biased_kl": True}, "allow_biased_kl=True has no meaning"),
     ({"kl_coef": -0.1}, "kl_coef=-0.1 must be zero or more"),
     ({"kl_coef": "0.1"}, "kl_coef='0.1' must be a finite number"),
@@ -179,6 +180,31 @@ def test_kl_loss_equals_dense(tmp_path: Path, direction: str, tied: bool) -> Non
     assert not other & set(logged)
 
 
+def test_error_of_the_data_kl_counts_pairs(model_path: str, tmp_path: Path) -> None:
+    """Of two micro-batches of different pairs, the linearised error of a ratio of sums over pairs, written out."""
+    trainer = make_trainer(model_path, tmp_path, kl_coef=0.7)
+    drift(trainer.model)
+    policy = tiny_model()
+    policy.load_state_dict(trainer.model.state_dict())
+    trainer.model.train()
+    nats, tokens = [], []
+    for inputs in [batch(trainer), {name: tensor[[1, 3]] for name, tensor in batch(trainer).items()}]:
+        trainer._compute_loss(trainer.model, inputs, return_outputs=False)
+        mask = inputs["completion_mask"][:, 1:].bool()
+        with torch.no_grad():
+            per_token = exact_kl(dense(policy, inputs), dense(tiny_model(), inputs)).where(mask, 0.0)
+        half = len(mask) // 2
+        nats += (per_token[:half] + per_token[half:]).sum(1).tolist()
+        tokens += (mask[:half].sum(1) + mask[half:].sum(1)).tolist()
+    logged: dict[str, float] = {}
+    trainer.log(logged)
+    mean, count = sum(nats) / sum(tokens), len(nats)
+    residuals = sum((s - mean * t) ** 2 for s, t in zip(nats, tokens, strict=True))
+    error = (count / (count - 1) * residuals) ** 0.5 / sum(tokens)
+    assert logged["kl/data_exact"] == pytest.approx(mean, rel=1e-4)
+    assert logged["kl/data_exact_se"] == pytest.approx(error, rel=1e-3)
+
+
 def test_peft_reference_is_the_model_without_its_adapter(model_path: str, tmp_path: Path) -> None:
     trainer = make_trainer(model_path, tmp_path, peft_config=LoraConfig(**LORA), kl_coef=0.7, **PROBE)
     assert trainer.ref_model is None
@@ -220,9 +246,11 @@ def test_value_cap_bounds_the_value_and_keeps_the_gradient(model_path: str, tmp_
         trainer = make_trainer(model_path, tmp_path, kl_coef=0.7, **options)
         drift(trainer.model)
         found.append(loss_and_gradients(trainer, batch(trainer)))
-        assert trainer._data_kl["train"][0] / trainer._data_kl["train"][1] > 0.05  # measured without the cap
         if options:
             assert trainer._metrics["train"]["kl/loss"][0] <= 0.7 * 0.05 + 1e-7
+        logged: dict[str, float] = {}
+        trainer.log(logged)
+        assert logged["kl/data_exact"] > 0.05  # measured without the cap
     assert found[1][0] < found[0][0]
     for name, gradient in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-5, atol=1e-8)
@@ -528,7 +556,7 @@ def test_a_controller_moves_what_it_controls_once_per_probe(model_path: str, tmp
     trainer._run_probe = lambda mode: (probes.append(trainer.state.global_step), measure(mode))
     trainer.train()
     assert probes == [0, 2, 4]
-    assert trainer.kl._controller.readings == 3
+    assert trainer.kl.controller.readings == 3
     found = coefs(trainer)
     assert found[0] == 0.2
     assert found[1] == found[2] < 0.2  # the KL starts at 0, below its target
@@ -565,7 +593,7 @@ def test_resume_continues_controller_probe_and_metrics(model_path: str, tmp_path
     torch.manual_seed(1234)
     half = make_trainer(model_path, tmp_path / "half", **options)
     half.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-3"))
-    assert half.kl._controller.state_dict() == whole.kl._controller.state_dict()
+    assert half.kl.controller.state_dict() == whole.kl.controller.state_dict()
     for name in ("kl", "kl/coef", "kl/k1", "kl/sequence", "kl/data_exact", "loss"):
         mine = [entry[name] for entry in half.state.log_history if name in entry]
         assert mine == [entry[name] for entry in whole.state.log_history if name in entry], name

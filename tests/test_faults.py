@@ -107,7 +107,7 @@ def test_killed_twice_a_run_is_the_unbroken_one(algorithm: str, tmp_path: Path) 
     last.train(resume_from_checkpoint=True)
     assert same(weights(whole), weights(last))
     assert last.kl.coef == whole.kl.coef
-    assert last.kl._controller.state_dict() == whole.kl._controller.state_dict()
+    assert last.kl.controller.state_dict() == whole.kl.controller.state_dict()
     assert len(steps(folder)) == 7  # six steps and the summary, each once
     assert steps(folder) == steps(tmp_path / "whole")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
@@ -453,7 +453,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(
     assert [entry.get("skipped_steps") for entry in logs] == [None, None, *[skipped] * 4]
     assert all(math.isfinite(number) for entry in logs for number in entry.values() if number is not None)
     assert "grad_norm" not in logs[2]
-    assert trainer.kl._controller.readings == 6  # the KL was finite
+    assert trainer.kl.controller.readings == 6  # the KL was finite
     again = make(algorithm, tmp_path, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert again.guard.skipped == skipped
@@ -572,7 +572,7 @@ def test_a_reference_without_probability_spoils_nothing(
     trainer.train()
     assert trainer.guard.skipped > 0
     assert all(weight.isfinite().all() for weight in weights(trainer))
-    state = trainer.kl._controller.state_dict()
+    state = trainer.kl.controller.state_dict()
     assert all(math.isfinite(number) for number in state.values() if isinstance(number, float))
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all(math.isfinite(number) for entry in logs for number in entry.values() if number is not None)
@@ -592,7 +592,7 @@ def test_an_infinite_kl_does_not_hide_those_of_other_steps() -> None:
         kl.measure("train", {"k1": values, "k3": values}, mask, prompts)
         assert all(math.isfinite(number) for number in kl.step().values())
     assert kl.metrics("train")["kl/k3"] == pytest.approx((10 * 0.25 + 0.5 + 0.7) / 12)
-    assert (kl._controller.readings, kl._controller.skipped) == (2, 2)  # type: ignore[union-attr]
+    assert (kl.controller.readings, kl.controller.skipped) == (2, 2)  # type: ignore[union-attr]
 
 
 def test_a_kl_that_is_only_measured_may_be_infinite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -438,7 +438,7 @@ def test_resume_continues_beta_controller_and_metrics(model_path: str, tmp_path:
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "half" / "checkpoint-3")
     half = make_trainer(model_path, tmp_path / "half", **options)
     half.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-3"))
-    assert half.kl._controller.state_dict() == whole.kl._controller.state_dict()
+    assert half.kl.controller.state_dict() == whole.kl.controller.state_dict()
     assert half.beta == whole.beta
     for name in ("kl", "kl/coef", "kl/sequence", "loss"):
         mine = [entry[name] for entry in half.state.log_history if name in entry]
@@ -484,9 +484,9 @@ def test_resume_takes_settings_from_the_recipe(model_path: str, tmp_path: Path) 
     checkpoint = str(tmp_path / "pid" / "checkpoint-2")
     resumed = make_trainer(model_path, tmp_path / "pid", **{**pid, "kl_target": 5.0, "kl_kp": 0.1, "max_steps": 3})
     resumed.train(resume_from_checkpoint=checkpoint)
-    assert resumed.kl._controller.target == 5.0
-    assert resumed.kl._controller.kp == 0.1
-    assert resumed.kl._controller.readings == 3
+    assert resumed.kl.controller.target == 5.0
+    assert resumed.kl.controller.kp == 0.1
+    assert resumed.kl.controller.readings == 3
     assert resumed.beta < first.beta  # the KL is now far below its target
     fixed = make_trainer(model_path, tmp_path / "pid", **{**options, "beta": 0.7, "max_steps": 3})
     fixed.train(resume_from_checkpoint=checkpoint)
@@ -496,7 +496,7 @@ def test_resume_takes_settings_from_the_recipe(model_path: str, tmp_path: Path) 
     longer = make_trainer(model_path, tmp_path / "linear", **{**linear, "max_steps": 4})
     longer.train(resume_from_checkpoint=str(tmp_path / "linear" / "checkpoint-2"))
     assert longer.beta == pytest.approx(0.1)
-    assert longer.kl._controller.total == 4
+    assert longer.kl.controller.total == 4
 
 
 def test_train_again_starts_the_schedule_again(model_path: str, tmp_path: Path) -> None:
@@ -566,4 +566,4 @@ def test_budget_stops_with_a_checkpoint(model_path: str, tmp_path: Path) -> None
     warned = make_trainer(model_path, tmp_path / "warn", **{**options, "kl_budget_action": "warn", "max_steps": 8})
     warned.train()
     assert warned.state.global_step == 8
-    assert warned.kl.over_budget
+    assert warned.kl.budget.exceeded

@@ -113,6 +113,32 @@ def test_runaway_from_a_target(tmp_path: Path) -> None:
     assert logged(trainer) == {"runaway"}
 
 
+def test_runaway_from_a_groups_target(tmp_path: Path) -> None:
+    settings = {"kl_controller": "pid", "kl_group_column": "answer", "kl_target": 0.001, "learning_rate": 1e-2}
+    grpo_trainer(tmp_path, **settings, kl_group_targets={"1": 100.0}).train()
+    evidence = alarms(tmp_path)["runaway"]["evidence"]
+    assert evidence.startswith("kl_groups/")
+    assert not evidence.startswith("kl_groups/1:")
+    assert "target 0.001" in evidence
+
+
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+def test_runaway_of_one_group(unit: str) -> None:
+    """Each group has its own target; the KL of the whole says nothing about them."""
+    watch = monitor(target_unit=unit, coef_max=lambda: 9.0)
+    heard = []
+    for step in range(1, 6):
+        groups = {"a": 0.1, "b": 0.4 if step > 1 else 0.1}
+        logs = {f"kl_groups/{group}/{unit}": kl for group, kl in groups.items() if (step, group) != (3, "b")}
+        logs |= {
+            f"kl_groups/{group}/{name}": value for group in groups for name, value in (("target", 0.1), ("coef", 1))
+        }
+        heard += watch.read({"step": step, "kl/sequence": 99.0, "kl/k3": 9.0, "kl/coef": 1.0, **logs})
+    (event,) = heard  # at steps 2, 4 and 5: of step 3 there is no answer of the group
+    assert (event["alarm"], event["step"]) == ("runaway", 5)
+    assert event["evidence"].startswith("kl_groups/b: the KL is at least 4 times its target (threshold 3)")
+
+
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
@@ -468,7 +494,7 @@ def test_a_resumed_run_remembers(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 
 def monitor(**changes: Any) -> HealthMonitor:
-    fields = {"per_token": "kl/k3", "gain": "reward", "entropy": "entropy", "coef_name": "beta"}
+    fields = {"per_token": "kl/k3", "target_unit": "token", "gain": "reward", "entropy": "entropy", "coef_name": "beta"}
     fields |= {"noise": 1e-4, "precision": "float32"}
     return HealthMonitor(HealthSources(**{**fields, **changes}))
 
@@ -504,7 +530,7 @@ def test_trackers_get_the_metrics(tmp_path: Path) -> None:
     """The callback comes first, and the others see what it adds; so does the history that checkpoints keep."""
     trainer = grpo_trainer(tmp_path, max_steps=1)
     assert isinstance(trainer.callback_handler.callbacks[0], HealthCallback)
-    callback = HealthCallback(HealthSources("kl/k3", "reward", "entropy", "beta", 1e-4, "float32"))
+    callback = HealthCallback(HealthSources("kl/k3", "token", "reward", "entropy", "beta", 1e-4, "float32"))
     args, state = TrainingArguments(str(tmp_path / "run"), use_cpu=True), TrainerState()
     callback.on_train_begin(args, state, TrainerControl())
     (tmp_path / "run").mkdir()

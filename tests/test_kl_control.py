@@ -78,8 +78,8 @@ def test_state_holds_controller_and_budget(tmp_path: Path) -> None:
     again.load(tmp_path)
     assert again.coef == kl.coef > 0.2
     assert measured(again).step() == measured(kl).step()
-    assert again.over_budget is kl.over_budget is True
-    assert again._budget_sum == kl._budget_sum
+    assert again.budget.exceeded is kl.budget.exceeded is True
+    assert again.budget.kl == kl.budget.kl
     assert json.loads((tmp_path / STATE_FILE).read_text())["controller"]["kind"] == "pid"
 
 

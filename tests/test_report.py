@@ -4,10 +4,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 from tiny import Arguments
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from trl_klx.config import KLArguments
+from trl_klx.monitor import plots
 from trl_klx.monitor.plots import KL_CONTROL, REWARD_VS_KL, plot_run
 from trl_klx.monitor.progress import KLProgressCallback
 from trl_klx.run.report import summary_table
@@ -44,6 +46,15 @@ def printed(history: list[dict], args: KLArguments) -> dict[str, list[str]]:
     table = summary_table(history, args)
     rows = {label: cells for label, *cells in zip(*(column.cells for column in table.columns), strict=True)}
     return {**rows, "title": [str(table.title)], "caption": [str(table.caption)]}
+
+
+def test_groups_have_rows_and_targets_of_their_own() -> None:
+    groups = {f"eval_kl_groups/{name}/sequence": value for name, value in (("math/easy", 0.25), ("chat", 0.5))}
+    history = [{**entry, **groups} if "eval_reward" in entry else entry for entry in GRPO]
+    options = {"kl_group_column": "task", "kl_group_targets": {"chat": 0.6}, "kl_target_unit": "sequence"}
+    rows = printed(history, Arguments(kl_controller="pid", kl_target=0.4, **options))
+    assert rows["  of chat, nats per sequence"] == ["0.500", "0.500", "0.6"]
+    assert rows["  of math/easy, nats per sequence"] == ["0.250", "0.250", "0.4"]
 
 
 def test_rewards_and_kl_on_held_out_prompts() -> None:
@@ -88,6 +99,19 @@ def test_pictures_that_the_metrics_allow(history: list[dict], pictures: list[str
     written = plot_run(history, tmp_path)
     assert written == [tmp_path / name for name in pictures]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(pictures)
+
+
+def test_pictures_show_each_group_with_its_target_and_beta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"sequence": 0.25, "token": 0.05, "target": 0.5, "coef": 0.7}
+    own = {f"kl_groups/math/easy/{name}": value for name, value in values.items()}
+    figures: dict[str, Figure] = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.setdefault(path.name, figure))
+    plot_run([{**entry, **own} for entry in GRPO if "reward" in entry], tmp_path, target_unit="sequence")
+    upper, lower = figures[KL_CONTROL].axes
+    drawn = {(line.get_label(), line.get_linestyle()): set(line.get_ydata()) for line in (*upper.lines, *lower.lines)}
+    assert drawn["math/easy", "-"] == {0.25}
+    assert [set(line.get_ydata()) for line in upper.lines[-2:]] == [{0.25}, {0.5}]
+    assert set(lower.lines[-1].get_ydata()) == {0.7}
 
 
 def test_progress_shows_margin_kl_and_coefficient(tmp_path: Path) -> None:

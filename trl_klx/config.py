@@ -63,8 +63,18 @@ class KLArguments:
     kl_coef_min: float | None = _option(None, "Smallest beta of the adaptive and pid controllers. Default beta/100.")
     kl_coef_max: float | None = _option(None, "Largest beta of the adaptive and pid controllers. Default 100*beta.")
     kl_coef_end: float | None = _option(None, "Beta at the end of training, for the linear and cosine controllers.")
-    kl_budget: float | None = _option(
-        None, "Largest KL in nats per sequence; what happens beyond it is kl_budget_action."
+    kl_group_column: str | None = _option(
+        None,
+        "Column of the dataset that names a prompt's group (task, domain): the KL is logged by group, and an adaptive "
+        "or pid controller holds each group at its own target by its own beta. GRPO and PPO.",
+    )
+    kl_group_targets: dict | str | None = _option(
+        None, "KL target by group, in kl_target_unit; groups without one take kl_target. A mapping, or JSON."
+    )
+    kl_budget: float | str | None = _option(
+        None,
+        "Largest KL in nats per sequence; what happens beyond it is kl_budget_action. auto: half the KL at which "
+        "the gold reward is estimated to peak, as soon as that is known well enough (needs a gold reward).",
     )
     kl_budget_action: str = _option("stop", "Beyond kl_budget: stop (checkpoint saved) or warn.")
     kl_monitor: list[str] | None = _option(
@@ -127,6 +137,11 @@ class KLArguments:
         """The settings given for the controller, under the names that `make_controller` takes."""
         names = [name for name in CONTROLLER_SETTINGS if getattr(self, name) is not None]
         return {name.removeprefix("kl_"): getattr(self, name) for name in names}
+
+    def kl_target_of(self, group: str) -> float | None:
+        """The KL target of a group of `kl_group_column`."""
+        targets = self.kl_group_targets
+        return targets.get(group, self.kl_target) if isinstance(targets, dict) else self.kl_target
 
     def kl_term(self) -> KLTerm:
         """The estimator, placement, credit and weight as the pure function that trainers use."""

@@ -7,6 +7,7 @@ values, so nothing else would.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import warnings
 from typing import TYPE_CHECKING
@@ -64,6 +65,7 @@ def check(args: KLArguments) -> None:
     _check_numbers(args)
     _check_dead_options(args)
     _check_exact_only_options(args)
+    _check_groups(args)
     _check_controller(args)
     _check_gradient(args)
     _check_kl_is_on(args)
@@ -89,9 +91,11 @@ def check_names(args: KLArguments) -> None:
 
 
 def _check_numbers(args: KLArguments) -> None:
+    if isinstance(args.kl_budget, str) and args.kl_budget != "auto":
+        args.kl_budget = _budget(args.kl_budget)
     for name in (*_POSITIVE, *_NOT_NEGATIVE, "kl_budget"):
         value = getattr(args, name)
-        if value is None:
+        if value is None or (name == "kl_budget" and value == "auto"):
             continue
         check_number(name, value)
         if value < 0 or (value == 0 and name not in _NOT_NEGATIVE):
@@ -163,6 +167,38 @@ def _check_exact_only_options(args: KLArguments) -> None:
         )
 
 
+def _check_groups(args: KLArguments) -> None:
+    column, targets = args.kl_group_column, args.kl_group_targets
+    if isinstance(targets, str):
+        try:
+            targets = args.kl_group_targets = json.loads(targets)
+        except ValueError as error:
+            raise ValueError(f'kl_group_targets={targets!r} is no JSON: write {{"group": 0.1}}.') from error
+    if column is not None and not args.kl_is_measured:
+        raise ValueError(
+            f"kl_group_column={column!r} has no KL to group at {args.kl_coef_name}=0: give {args.kl_coef_name} a "
+            "positive value, or measure without a penalty by kl_placement='none'."
+        )
+    if targets is None:
+        return
+    if not isinstance(targets, dict) or not targets:
+        raise ValueError(f"kl_group_targets={targets!r} must map the groups' names to their targets in nats.")
+    if column is None:
+        raise ValueError(
+            "kl_group_targets needs to know which group a prompt is of: set kl_group_column to the dataset's column."
+        )
+    if args.kl_controller not in CONTROLLER_SETTINGS["kl_target"]:
+        raise ValueError(
+            f"kl_group_targets has no effect with kl_controller={args.kl_controller!r}: remove it, or set "
+            "kl_controller to 'adaptive' or 'pid'."
+        )
+    for group, target in targets.items():
+        check_number(f"kl_group_targets[{group!r}]", target)
+        if target <= 0:
+            raise ValueError(f"kl_group_targets[{group!r}]={target} must be more than zero.")
+    args.kl_group_targets = {str(group): float(target) for group, target in targets.items()}
+
+
 def _check_controller(args: KLArguments) -> None:
     kind = args.kl_controller
     for name, kinds in CONTROLLER_SETTINGS.items():
@@ -179,7 +215,7 @@ def _check_controller(args: KLArguments) -> None:
             f"{args.kl_coef_name}={args.kl_coef_start}: give {args.kl_coef_name} a positive start and the KL a "
             "placement, or set kl_controller='fixed'."
         )
-    if kind in CONTROLLER_SETTINGS["kl_target"] and args.kl_target is None:
+    if kind in CONTROLLER_SETTINGS["kl_target"] and args.kl_target is None and not args.kl_group_targets:
         raise ValueError(f"kl_controller={kind!r} needs a target: set kl_target (nats per {args.kl_target_unit}).")
     if kind in CONTROLLER_SETTINGS["kl_coef_end"] and args.kl_coef_end is None:
         raise ValueError(f"kl_controller={kind!r} needs a value to end at: set kl_coef_end.")
@@ -220,6 +256,14 @@ def _check_gradient(args: KLArguments) -> None:
     if not args.allow_biased_kl:
         raise ValueError(f"{verdict}; use {remedy}, or set allow_biased_kl=true to run it all the same.")
     warnings.warn(f"{verdict} (expected gradient: {gradient.name}).", UserWarning, stacklevel=5)
+
+
+def _budget(text: str) -> float:
+    """The number that a command line gives as text."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"kl_budget={text!r} must be a number of nats per sequence, or auto.") from error
 
 
 def check_number(name: str, value: object) -> None:

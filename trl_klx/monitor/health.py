@@ -32,6 +32,7 @@ class HealthSources:
         per_token: metric of the KL per token.
         gain: metric of what the run is to raise.
         entropy: metric of the entropy per token of the policy's own answers.
+        target_unit: of KL targets, "token" or "sequence".
         coef_name: what the config calls beta.
         noise: the largest KL per token before the first update that scoring noise explains, nats.
         precision: whose noise that is.
@@ -41,6 +42,7 @@ class HealthSources:
     """
 
     per_token: str
+    target_unit: str
     gain: str
     entropy: str
     coef_name: str
@@ -65,7 +67,7 @@ class HealthMonitor:
         self._first: dict[str, Reading] = {}
         self._first_gain: list[Reading] = []
         self._paid: deque[Reading] = deque(maxlen=SEVERAL)
-        self._targets: deque[detect_course.Target] = deque(maxlen=SEVERAL)
+        self._targets: dict[str, deque[detect_course.Target]] = {}  # by group; "" is the run as a whole
         self._quiet: dict[str, int] = {}  # by alarm that has begun and not ended: entries since it was last found
         self._raised: list[str] = []  # all alarms of the run so far, in order
 
@@ -119,8 +121,16 @@ class HealthMonitor:
         if {"kl/coef", "kl/sequence"} <= set(numbers):
             self._paid.append(Reading(step, numbers["kl/coef"] * numbers["kl/sequence"]))
         if {"kl/target", "kl/error", "kl/coef"} <= set(numbers):
-            target = numbers["kl/target"]
-            self._targets.append(detect_course.Target(step, target + numbers["kl/error"], target, numbers["kl/coef"]))
+            self._take_target(step, "", numbers["kl/target"], numbers["kl/error"], numbers["kl/coef"])
+        for name in [name for name in numbers if name.startswith("kl_groups/") and name.endswith("/target")]:
+            group = name.removesuffix("/target")
+            kl, coef = numbers.get(f"{group}/{self._sources.target_unit}"), numbers.get(f"{group}/coef")
+            if kl is not None and coef is not None:
+                self._take_target(step, group, numbers[name], kl - numbers[name], coef)
+
+    def _take_target(self, step: int, group: str, target: float, error: float, coef: float) -> None:
+        entry = detect_course.Target(step, target + error, target, coef)
+        self._targets.setdefault(group, deque(maxlen=SEVERAL)).append(entry)
 
     def _readings(self, name: str) -> list[Reading]:
         return list(self._series.get(name, ()))
@@ -130,14 +140,19 @@ class HealthMonitor:
         return readings[-1].value if readings else None
 
     def _runaway(self) -> Finding | None:
-        return detect_course.runaway(
-            list(self._targets),
-            self._readings(self._sources.per_token),
-            self._readings("kl/sequence"),
-            coef_max=self._sources.coef_max(),
-            coef_name=self._sources.coef_name,
-            ongoing="runaway" in self._quiet,
-        )
+        per_token, per_sequence = self._readings(self._sources.per_token), self._readings("kl/sequence")
+        for group, targets in (self._targets or {"": deque()}).items():
+            found = detect_course.runaway(
+                list(targets),
+                per_token,
+                per_sequence,
+                coef_max=self._sources.coef_max(),
+                coef_name=self._sources.coef_name,
+                ongoing="runaway" in self._quiet,
+            )
+            if found is not None:
+                return found if not group else found._replace(evidence=f"{group}: {found.evidence}")
+        return None
 
     def _collapse(self) -> Finding | None:
         kl = [reading for reading in self._readings("kl/sequence") if reading.step > self._warmup_steps]

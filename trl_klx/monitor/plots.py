@@ -1,6 +1,7 @@
 """The two pictures of a run: what reward was bought at which KL, and how the KL was held."""
 
 import math
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # a training machine has no screen
 from matplotlib import pyplot as plt
 
+_GROUP_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 REWARD_VS_KL, KL_CONTROL = "reward_vs_kl.png", "kl_control.png"
 
 
@@ -50,10 +52,30 @@ def plot_run(
     if any(_finite(entry, gain.metric) for entry in train):
         written.append(_reward_vs_kl(history, folder / REWARD_VS_KL, gain))
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(6, 5), sharex=True, layout="constrained", height_ratios=(2, 1))
-    _draw_kl(upper, history, "kl/sequence" if target_unit == "sequence" else f"kl/{reading}", gain.source)
+    name = "kl/sequence" if target_unit == "sequence" else f"kl/{reading}"
+    _draw_kl(upper, history, name, gain.source)
     upper.set_ylabel(f"KL to the reference (nats per {target_unit})")
     _draw_coef(lower, history, coef_name)
+    for group, color in zip(group_names(history), cycle(_GROUP_COLORS), strict=False):
+        _draw_group(upper, lower, history, group, target_unit, color)
+    upper.set_ylim(bottom=min(0.0, *_column(train, name)))
     return [*written, _save(figure, folder / KL_CONTROL)]
+
+
+def group_names(history: list[dict]) -> list[str]:
+    """The groups of prompts whose KL was logged, of training or of evaluation; a name may have slashes of its own."""
+    names = {name.partition("kl_groups/")[2] for entry in history for name in entry if "kl_groups/" in name}
+    return sorted({name.rpartition("/")[0] for name in names})
+
+
+def _draw_group(upper: plt.Axes, lower: plt.Axes, history: list[dict], group: str, unit: str, color: str) -> None:
+    """A group's KL with its target, and its own beta where it has one."""
+    name = f"kl_groups/{group}"
+    train = [entry for entry in history if _finite(entry, f"{name}/{unit}")]
+    upper.plot(_column(train, "step"), _column(train, f"{name}/{unit}"), color=color, linewidth=1, label=group)
+    upper.plot(_column(train, "step"), _column(train, f"{name}/target"), "--", color=color, linewidth=1)
+    upper.legend(fontsize="small")
+    lower.plot(_column(train, "step"), _column(train, f"{name}/coef"), color=color, linewidth=1)
 
 
 def _finite(entry: dict, name: str) -> bool:
@@ -102,7 +124,6 @@ def _draw_kl(axes: plt.Axes, history: list[dict], name: str, source: str) -> Non
     targets = [entry for entry in history if _finite(entry, "kl/target")]
     if targets:
         axes.step(_column(targets, "step"), _column(targets, "kl/target"), "--", color="black", label="target")
-    axes.set_ylim(bottom=min([0.0, *kl]))
     axes.legend()
     axes.grid(alpha=0.3)
 

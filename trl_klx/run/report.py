@@ -14,7 +14,7 @@ from rich.table import Table
 from ..config import KLArguments
 from ..monitor.health import HEALTH_FILE
 from ..monitor.history import HISTORY_FILE, read_history
-from ..monitor.plots import plot_run
+from ..monitor.plots import group_names, plot_run
 from .arguments import Recipe
 
 # Computed by TRL from other fields and the number of processes: refused beside them, or wrong, when run again.
@@ -108,10 +108,15 @@ def summary_table(history: list[dict], args: KLArguments) -> Table:
     # DPO measures the KL now and then, so that not every training batch has it.
     measured = [entry for entry in entries if f"{prefix}kl/sequence" in entry] or entries
     ends = measured[0], measured[-1]
-    target = "" if args.kl_target is None else f"{args.kl_target:g}"
+    one_target = args.kl_target is not None and not args.kl_group_column
+    target = f"{args.kl_target:g}" if one_target else ""
     for unit, name in (("sequence", "kl/sequence"), ("token", f"kl/{args.kl_reading}")):
         numbers = (_number(entry, prefix + name, f"{prefix}{name}_se") for entry in ends)
         table.add_row(f"KL, nats per {unit}", *numbers, target if unit == args.kl_target_unit else "")
+    for group in group_names([ends[-1]]):
+        name, own = f"{prefix}kl_groups/{group}/{args.kl_target_unit}", args.kl_target_of(group)
+        numbers = (_number(entry, name, f"{name}_se") for entry in ends)
+        table.add_row(f"  of {group}, nats per {args.kl_target_unit}", *numbers, "" if own is None else f"{own:g}")
     coefs = [entry["kl/coef"] for entry in history if "kl/coef" in entry]
     if coefs:
         table.add_row(args.kl_coef_name, f"{args.kl_coef_start:.3g}", f"{coefs[-1]:.3g}", "")

@@ -208,9 +208,17 @@ class WholeCheckpoints(_HooksBase):
             finally:
                 self.args.save_total_limit = limit
             self._complete(folder)
+            self._wrote_checkpoint(folder)
             if self.args.should_save:
-                best = self.state.best_model_checkpoint
-                rotate(run, limit, {folder} if best is None else {folder, Path(best)})
+                rotate(run, limit, {folder} | self._kept_checkpoints())
+
+    def _wrote_checkpoint(self, folder: Path) -> None:
+        """Take note of a whole checkpoint."""
+
+    def _kept_checkpoints(self) -> set[Path]:
+        """Which checkpoints rotation must not delete, besides the one just written."""
+        best = self.state.best_model_checkpoint
+        return set() if best is None else {Path(best)}
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._complete(Path(checkpoint_folder))  # what goes to the Hub is whole, too

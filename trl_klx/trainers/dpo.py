@@ -18,6 +18,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import use_adapter
 
+from ..monitor.moments import prompt_moments, sequence_rows, summarise
 from .dpo_config import KLXDPOConfig
 from .dpo_pairs import PairStatistics
 from .exact_forward import ExactKLForward, check_sharding
@@ -89,7 +90,7 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         self.guard = StepGuard(self.accelerator)
         self.kl_term = args.kl_term()
         self.kl_coef = args.kl_coef
-        self._data_kl = {mode: torch.zeros(2, dtype=torch.float64) for mode in ("train", "eval")}  # nats and tokens
+        self._data_kl: dict[str, list[Tensor]] = {"train": [], "eval": []}  # moments of each micro-batch, by pair
         self._exact = self._exact_forward() if args.kl_needs_exact else None
         self._probed_at: int | None = None
         self._probe = self._make_probe() if args.kl_probe_steps is not None else None
@@ -193,29 +194,34 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
             self.precompute_ref_logps = False
 
     def _kl_loss(self, exact_kl: Tensor, mask: Tensor) -> Tensor:
-        """`kl_coef` times the mean of the (2B, L-1) exact KL over the tokens of all processes; logs both."""
+        """`kl_coef` times the mean of the (2B, L-1) exact KL over the tokens of all processes; logs both,
+        the KL with a standard error that counts pairs as independent."""
         # The exact KL reads no log-probs: it takes no importance weight.
         per_token = self.kl_term.loss(exact_kl, exact_kl, mask, exact=exact_kl)
         tokens = self.accelerator.reduce(mask.sum(), reduction="sum").clamp(min=1) / self.accelerator.num_processes
         loss = self.kl_coef * per_token.sum() / tokens
-        nats = torch.where(mask, exact_kl, 0.0).sum()
-        numbers = torch.stack([nats, mask.sum().to(nats), loss]).detach().unsqueeze(0)
-        gathered = self.accelerator.gather(numbers).cpu().double()
+        pairs = mask.size(0) // 2
+        numbers = self.accelerator.process_index * pairs + torch.arange(pairs, device=mask.device).repeat(2)
+        rows = sequence_rows({"exact": exact_kl}, mask, numbers)
+        rows = torch.cat([rows, loss.detach().to(rows).expand(len(rows), 1)], dim=1)
+        gathered = self.accelerator.gather(rows).cpu()
         if self.model.training:
             self.guard.watch(KL, exact_kl, mask)
-        if gathered.isfinite().all():
-            self._data_kl[self._mode] += gathered[:, :2].sum(0)
+        moments = prompt_moments(gathered[:, :-1])
+        if moments.isfinite().all():  # one infinite KL would hide all others until the next log
+            self._data_kl[self._mode].append(moments)
         if self.args.kl_in_loss:
-            self._metrics[self._mode]["kl/loss"].append(gathered[:, 2].mean().item())
+            self._metrics[self._mode]["kl/loss"].append(gathered[:, -1].mean().item())
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        nats, tokens = self._data_kl[self._mode].tolist()
-        self._data_kl[self._mode] = torch.zeros(2, dtype=torch.float64)
-        if tokens > 0:
+        moments, self._data_kl[self._mode] = self._data_kl[self._mode], []
+        if moments:
             prefix = "" if self._mode == "train" else "eval_"
             name = "data_exact" if self.kl_term.direction == "reverse" else "data_exact_forward"
-            logs[f"{prefix}kl/{name}"] = nats / tokens
+            summary = summarise(torch.stack(moments).sum(0), ("exact",))["exact"]
+            numbers = {f"kl/{name}": summary.per_token, f"kl/{name}_se": summary.per_token_se}
+            logs.update({f"{prefix}{key}": value for key, value in numbers.items() if math.isfinite(value)})
         super().log(logs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,8 @@ _NO_MEANING = {
     "kl_is_mode": "its KL takes no importance weight",
     "kl_is_cap": "its KL takes no importance weight",
     "kl_aggregation": "its KL is the mean over the completion tokens of a batch",
+    "kl_group_column": "its KL is of the probe's prompts, which have no groups",
+    "kl_group_targets": "its KL is of the probe's prompts, which have no groups",
     "allow_biased_kl": "it takes one estimator, whose gradient is right",
 }
 # What only the probe gives a meaning to.

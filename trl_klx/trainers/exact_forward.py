@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, Trainer
 
 from ..kl import chunked_exact_kl, chunked_exact_kl_from_logits
 from ..kl.exact import Direction
-from .output_head import call_as_forward, check_heads, logit_transform, whole
+from .output_head import call_as_forward, check_heads, logit_transform, reshard, whole
 
 
 @dataclass
@@ -77,9 +77,10 @@ class ExactKLForward:
         # Same signature: `generate` validates its model arguments against it.
         @functools.wraps(type(self._policy).forward)
         def forward(model, *args, **kwargs):
-            output = original(model, *args, **kwargs)
             if self._request is None or self._request.is_served or model is not self._policy:
-                return output
+                return original(model, *args, **kwargs)
+            reshard(model.get_output_embeddings())
+            output = original(model, *args, **kwargs)
             return _with_exact_kl(output, self._exact_kl(output))
 
         self._policy.forward = types.MethodType(forward, self._policy)

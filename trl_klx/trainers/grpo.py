@@ -30,6 +30,7 @@ from .grpo_scoring import (
 )
 from .health import PooledSums
 from .kl_control import KLControl, KLControlledTrainer
+from .kl_groups import group_names
 from .reference import causal_lm, reference_is_a_copy, reference_is_built
 from .reward_functions import finite_rewards
 from .step_guard import KL, POLICY, REFERENCE, REWARDS, StepGuard
@@ -59,6 +60,8 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         model: Any,
         reward_funcs: Any = None,
         args: KLXGRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         *positional: Any,
         **kwargs: Any,
     ) -> None:
@@ -67,15 +70,16 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
             args = KLXGRPOConfig(f"{name.split('/')[-1] or 'model'}-GRPO")
         if not isinstance(args, KLXGRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}: KLXGRPOTrainer takes a KLXGRPOConfig.")
+        kl_groups = group_names(args, train_dataset, eval_dataset)
         self._scorings: list[Scoring] | None = None
         self._prompts_seen = 0
         self._keep_ref_hidden = False
         self._exact_request: tuple[Tensor, Tensor, bool] | None = None  # reference hidden states, mask, with gradient
         without_adapter = kwargs.get("peft_config") is None
         with reference_is_built(args), reference_is_a_copy(model, wanted=without_adapter and args.kl_is_measured):
-            super().__init__(model, reward_funcs, args, *positional, **kwargs)
+            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *positional, **kwargs)
         self.beta = args.beta
-        self.kl = KLControl(args, self.accelerator)
+        self.kl = KLControl(args, self.accelerator, kl_groups)
         self.guard = StepGuard(self.accelerator)
         self._is_unscored = False  # whether no answer of the rollout has a reward
         self.kl_term = args.kl_term()
@@ -156,6 +160,9 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         with self._trl_sees_beta(1.0), self._recording(ref_hidden=self._exact is not None) as scorings:
             output = super()._generate_and_score_completions(inputs)
         output["kl_prompts"] = self._prompt_numbers(len(inputs))
+        groups = self.kl.group_numbers(inputs)
+        if groups is not None:
+            output["kl_groups"] = groups
         if self._exact is not None:
             (ref_scoring,) = (s for s in scorings if s.logps is output["ref_per_token_logps"])
             output["ref_hidden_states"] = ref_scoring.hidden
@@ -263,10 +270,14 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
             weights=weights,
             exact=policy.exact,
         )
-        kl_loss = self._aggregate(per_token_kl, mask, inputs)
-        shown = self.beta * kl_loss.detach() * self._accumulation
+        kl_loss = self._aggregate(self._beta_of(inputs) * per_token_kl, mask, inputs)
+        shown = kl_loss.detach() * self._accumulation
         self._metrics[self._mode]["kl/loss"].append(self.accelerator.gather(shown).mean().item())
-        return loss + self.beta * kl_loss
+        return loss + kl_loss
+
+    def _beta_of(self, inputs: dict) -> Tensor | float:
+        """Beta, (B, 1) where it differs by group."""
+        return self.kl.coef_of(inputs["kl_groups"]) if "kl_groups" in inputs else self.beta
 
     @property
     def _mode(self) -> str:
@@ -283,7 +294,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
             return inputs
         advantages = inputs["advantages"]
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-        return {**inputs, "advantages": advantages - self.beta * inputs["kl_credit"]}
+        return {**inputs, "advantages": advantages - self._beta_of(inputs) * inputs["kl_credit"]}
 
     def _importance_weights(self, logps: Tensor, inputs: dict, mask: Tensor) -> Tensor | None:
         """(B, C) untruncated weights of policy over sampler; None where none are taken or both are the same."""
@@ -296,7 +307,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         logps, ref_logps = policy.logps.detach(), inputs["ref_per_token_logps"]
         sampled = {name: kl_estimate(logps, ref_logps, name) for name in SAMPLED_ESTIMATORS if name in self.kl.names}
         exact = {} if policy.exact is None else {"exact": policy.exact.detach()}
-        self.kl.measure(self._mode, sampled | exact, mask, inputs["kl_prompts"])
+        self.kl.measure(self._mode, sampled | exact, mask, inputs["kl_prompts"], inputs.get("kl_groups"))
         if self.model.training:
             if self.args.kl_health:
                 self._health_sums.add(**health_sums(logps, inputs, self._tokenizer.pad_token_id))

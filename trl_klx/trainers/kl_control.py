@@ -3,30 +3,37 @@
 import math
 import os
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.trainer_utils import SaveStrategy
 
 from ..config import KLArguments
+from ..config_rules import CONTROLLER_SETTINGS
 from ..control import KINDS, Controller, make_controller
 from ..kl import effective_sample_size
-from ..monitor.moments import KLSummary, prompt_moments, sequence_count, sequence_rows, summarise
+from ..monitor.moments import prompt_moments, sequence_count, sequence_rows, summarise
 from .checkpoints import (
     STATE_FILE,
     WholeCheckpoints,
+    discard,
     read_state,
     unreadable,
     write_state,
 )
-from .health import health_callback
+from .health import HealthAlarms, start_metrics
+from .kl_budget import KLBudget
+from .kl_groups import group_numbers
 from .step_guard import LOSS, GuardedSteps, drop_non_finite
 
 logger = get_logger(__name__)
 
-_BUDGET_DECAY = 0.8  # the budget is compared with a mean over about five batches
+_ALL = ""  # the name of the one group where there are none
 
 
 class KLControl:
@@ -38,47 +45,81 @@ class KLControl:
     Args:
         args: the KL arguments of the trainer's config, already checked.
         accelerator: for gathering.
+        groups: the groups of `kl_group_column`; with an adaptive or pid controller each has its own target and beta.
     """
 
-    def __init__(self, args: KLArguments, accelerator: Accelerator) -> None:
+    def __init__(self, args: KLArguments, accelerator: Accelerator, groups: tuple[str, ...] = ()) -> None:
         self._args, self._accelerator = args, accelerator
-        self.names = args.kl_logged_estimators
+        self.names, self.groups = args.kl_logged_estimators, groups
+        has_target = args.kl_controller in CONTROLLER_SETTINGS["kl_target"]
+        self._steered = groups if groups and has_target else (_ALL,)
         # Rows of this process: of this optimizer step, or of this evaluation.
         self._window: dict[str, list[Tensor]] = {"train": [], "eval": []}
-        self._pool: Tensor | None = None  # all processes, since the last log
-        self._controller: Controller | None = None
+        self._pools: dict[str, Tensor] = {}  # all processes, since the last log, by group
         self.restart()
 
     def start(self, total_steps: int) -> None:
-        """Build the controller, once the length of the run is known: `total_steps`, the optimizer steps of a schedule.
+        """Build the controllers, once the length of the run is known: `total_steps`, the optimizer steps of a schedule.
 
-        Does nothing when it was built before, by a resumed checkpoint say.
+        Does nothing when they were built before, by a resumed checkpoint say.
         """
-        if self._controller is not None:
+        if self.controllers:
             return
         settings = dict(self._args.kl_controller_settings)
         if self._args.kl_controller in ("linear", "cosine"):
             settings["total"] = total_steps
-        self._controller = make_controller(self._args.kl_controller, self.coef, **settings)
+        for name in self._steered:
+            own = settings if name == _ALL else {**settings, "target": self._args.kl_target_of(name)}
+            self.controllers[name] = make_controller(self._args.kl_controller, self._coefs[name], **own)
 
     def restart(self) -> None:
         """Begin a run: whatever an earlier call of `train` left, learning rate and beta start anew."""
-        self.coef = self._args.kl_coef_start if self._args.kl_is_penalised else 0.0
-        self.over_budget, self._controller = False, None
-        self._budget_sum, self._budget_weight = 0.0, 0.0
+        coef = self._args.kl_coef_start if self._args.kl_is_penalised else 0.0
+        self._coefs = dict.fromkeys(self._steered, coef)
+        self.controllers: dict[str, Controller] = {}
+        limit = None if isinstance(self._args.kl_budget, str) else self._args.kl_budget  # auto: not known yet
+        self.budget = KLBudget(limit, ends_run=self._args.kl_budget_action == "stop")
         self._is_first = True  # whether the next reading is of the policy before its first update
 
     @property
-    def coef_max(self) -> float | None:
-        """The largest beta that the controller may set; None without a bound."""
-        return None if self._controller is None else self._controller.state_dict().get("coef_max")
+    def coef(self) -> float:
+        """Beta; the mean over the groups where each has its own."""
+        return sum(self._coefs.values()) / len(self._coefs)
 
-    def measure(self, mode: str, values: dict[str, Tensor], mask: Tensor, prompts: Tensor) -> None:
+    def coef_of(self, groups: Tensor | None) -> Tensor | float:
+        """Beta of rows whose group has these numbers, (B,) -> (B, 1); one number where all groups have one beta."""
+        if groups is None or len(self._coefs) == 1:
+            return self.coef
+        coefs = torch.tensor([self._coefs[name] for name in self.groups], device=groups.device)
+        return coefs[groups].unsqueeze(1)
+
+    @property
+    def coef_max(self) -> float | None:
+        """The largest beta that a controller may set; None without a bound."""
+        return max((c.state_dict().get("coef_max", math.inf) for c in self.controllers.values()), default=None)
+
+    @property
+    def controller(self) -> Controller | None:
+        """The controller of a run whose groups have none of their own; None before the first step."""
+        return self.controllers.get(_ALL)
+
+    def group_numbers(self, rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
+        """(B,) places of the rows' groups in `self.groups`, for `measure` and `coef_of`; None without groups."""
+        if not self.groups:
+            return None
+        return group_numbers(rows, str(self._args.kl_group_column), self.groups, self._accelerator.device)
+
+    def measure(
+        self, mode: str, values: dict[str, Tensor], mask: Tensor, prompts: Tensor, groups: Tensor | None = None
+    ) -> None:
         """Add a batch of per-token KL values, (B, T) by estimator name, to the statistics of `mode` (train or eval).
 
-        `prompts`, (B,), are integers, equal for the answers to one prompt, on whatever process they are.
+        `prompts`, (B,), are integers, equal for the answers to one prompt, on whatever process they are; `groups`,
+        (B,), are the places of the rows' groups in `self.groups`.
         """
-        self._window[mode].append(sequence_rows({name: values[name] for name in self.names}, mask, prompts))
+        rows = sequence_rows({name: values[name] for name in self.names}, mask, prompts)
+        group = torch.zeros_like(prompts) if groups is None else groups
+        self._window[mode].append(torch.cat([group.to(rows).unsqueeze(1), rows], dim=1))
 
     def step(self) -> dict[str, float]:
         """End an optimizer step: gather its KL, move beta. Returns the step's metrics; call on every process.
@@ -86,64 +127,73 @@ class KLControl:
         Without a measurement (DPO measures now and then) only a schedule moves: it counts steps, not readings.
         """
         moments = self._gather("train")
-        if moments is None:
+        if not moments:
             return self._step_unmeasured()
-        if moments.isfinite().all():  # one infinite KL would hide all others until the next log
-            self._pool = moments if self._pool is None else self._pool + moments
-        summary = summarise(moments, self.names)
-        reading = summary[self._args.kl_reading]
-        metrics = {"kl/coef": self.coef, **self._first_metrics(summary)}
-        kl = reading.per_token if self._args.kl_target_unit == "token" else reading.per_sequence
-        if self._args.kl_target is not None:
-            metrics |= {"kl/target": self._args.kl_target, "kl/error": kl - self._args.kl_target}
-        metrics = _numbers(metrics)
-        if self._controller is not None:
-            self.coef = self._controller.update(kl, n=sequence_count(moments))
-        self._watch_budget(reading)
-        return metrics
-
-    def _first_metrics(self, summary: dict[str, KLSummary]) -> dict[str, float]:
-        """The KL before the first update, once in a run: what the reference differs from the policy by.
-
-        By the estimator with the least noise there; k1 may have any sign.
-        """
-        if not (self._is_first and self._args.kl_health):
-            return {}
+        for name, part in moments.items():
+            if part.isfinite().all():  # one infinite KL would hide all others until the next log
+                self._pools[name] = self._pools[name] + part if name in self._pools else part
+        summary = summarise(moments[_ALL], self.names)
+        metrics = {"kl/coef": self.coef}
+        if self._is_first and self._args.kl_health:
+            metrics |= start_metrics(summary)
         self._is_first = False
-        first = summary[next(name for name in ("k3", "exact", "k2", "k1") if name in summary)]
-        return {"kl/start": abs(first.per_token), "kl/start_sequence": abs(first.per_sequence)}
+        if not self.groups and self._args.kl_target is not None:
+            error = self._reading(moments[_ALL]) - self._args.kl_target
+            metrics |= {"kl/target": self._args.kl_target, "kl/error": error}
+        for name in self.groups:
+            steered = name if name in self._coefs else _ALL
+            metrics[f"kl_groups/{name}/coef"] = self._coefs[steered]
+            target = self._args.kl_target_of(name)
+            if target is not None:
+                metrics[f"kl_groups/{name}/target"] = target
+        for name, controller in self.controllers.items():
+            if name in moments:  # a group that no answer of the step belongs to waits
+                self._coefs[name] = controller.update(self._reading(moments[name]), n=sequence_count(moments[name]))
+        if self.budget.read(summary[self._args.kl_reading].per_sequence):
+            logger.warning(self.budget.message())
+        return _numbers(metrics)
+
+    def _reading(self, moments: Tensor) -> float:
+        """The KL in the target's unit."""
+        summary = summarise(moments, self.names)[self._args.kl_reading]
+        return summary.per_token if self._args.kl_target_unit == "token" else summary.per_sequence
 
     def _step_unmeasured(self) -> dict[str, float]:
         if not self._args.kl_is_penalised:
             return {}
         metrics = {"kl/coef": self.coef}
-        if self._controller is not None:
-            self.coef = self._controller.update(math.nan)  # counts in a schedule; the others skip it
+        for name, controller in self.controllers.items():
+            self._coefs[name] = controller.update(math.nan)  # counts in a schedule; the others skip it
         return metrics
 
     def metrics(self, mode: str) -> dict[str, float]:
         """KL statistics since the last call, pooled over processes, steps and micro-batches; then start afresh.
 
         Call on every process. Keys: `kl` (the configured estimator, per token; the one of `kl/sequence` where that is
-        not measured), `kl/<name>`, `kl/<name>_se` (`kl/exact`
-        becomes `kl/exact_forward` where the direction is forward),
-        `kl/sequence`, `kl/sequence_se`; a number that there is too little data for is left out.
+        not measured), `kl/<name>` (`kl/exact` becomes `kl/exact_forward` where the direction is forward), `kl/sequence`
+        and, of each group, `kl_groups/<group>/token` and `/sequence`; each has its standard error beside it, under its
+        name with `_se`. A number that there is too little data for is left out.
         """
         if mode == "train":
-            moments, self._pool = self._pool, None
+            moments, self._pools = self._pools, {}
         else:
             moments = self._gather(mode)
-        if moments is None:
+        if not moments:
             return {}
-        summary = summarise(moments, self.names)
+        summary = summarise(moments[_ALL], self.names)
         headline = self._args.kl_estimator if self._args.kl_estimator in summary else self._args.kl_reading
-        out = {"kl": summary[headline].per_token}
+        out = {"kl": summary[headline].per_token, "kl_se": summary[headline].per_token_se}
         for estimator, numbers in summary.items():
             forward = estimator == "exact" and self._args.kl_direction == "forward"
             name = "exact_forward" if forward else estimator
             out |= {f"kl/{name}": numbers.per_token, f"kl/{name}_se": numbers.per_token_se}
-        reading = summary[self._args.kl_reading]
-        return _numbers(out | {"kl/sequence": reading.per_sequence, "kl/sequence_se": reading.per_sequence_se})
+        for group, part in moments.items():
+            reading = summarise(part, self.names)[self._args.kl_reading]
+            place = "kl" if group == _ALL else f"kl_groups/{group}"
+            out |= {f"{place}/sequence": reading.per_sequence, f"{place}/sequence_se": reading.per_sequence_se}
+            if group != _ALL:
+                out |= {f"{place}/token": reading.per_token, f"{place}/token_se": reading.per_token_se}
+        return _numbers(out)
 
     def weight_metrics(self, weights: Tensor, mask: Tensor) -> dict[str, float]:
         """`kl/ess` (mean over processes) and `kl/weight_max` (largest anywhere) of untruncated importance weights."""
@@ -152,30 +202,19 @@ class KLControl:
         gathered = self._accelerator.gather(both.unsqueeze(0))
         return {"kl/ess": gathered[:, 0].mean().item(), "kl/weight_max": gathered[:, 1].max().item()}
 
-    def _gather(self, mode: str) -> Tensor | None:
-        rows, self._window[mode] = self._window[mode], []
-        if not rows:
-            return None
-        return prompt_moments(self._accelerator.gather(torch.cat(rows)).cpu())
-
-    def _watch_budget(self, reading: KLSummary) -> None:
-        if self._args.kl_budget is None or not math.isfinite(reading.per_sequence):
-            return
-        self._budget_sum = _BUDGET_DECAY * self._budget_sum + (1 - _BUDGET_DECAY) * reading.per_sequence
-        self._budget_weight = _BUDGET_DECAY * self._budget_weight + (1 - _BUDGET_DECAY)
-        smoothed = self._budget_sum / self._budget_weight
-        if smoothed > self._args.kl_budget and not self.over_budget:
-            consequence = "training stops here" if self._args.kl_budget_action == "stop" else "training goes on"
-            logger.warning(
-                f"The KL to the reference has reached {smoothed:.3g} nats per sequence (smoothed), beyond "
-                f"kl_budget={self._args.kl_budget:g}; {consequence}."
-            )
-        self.over_budget = smoothed > self._args.kl_budget
+    def _gather(self, mode: str) -> dict[str, Tensor]:
+        """Moments of all rows of all processes, and of the groups among them; empty where nothing was measured."""
+        window, self._window[mode] = self._window[mode], []
+        if not window:
+            return {}
+        rows = self._accelerator.gather(torch.cat(window)).cpu()
+        parts = {name: rows[rows[:, 0] == place] for place, name in enumerate(self.groups)}
+        return {name: prompt_moments(part[:, 1:]) for name, part in {_ALL: rows, **parts}.items() if len(part)}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-serialisable."""
-        controller = None if self._controller is None else self._controller.state_dict()
-        return {"controller": controller, "budget": [self._budget_sum, self._budget_weight]}
+        states = {name: controller.state_dict() for name, controller in self.controllers.items()}
+        return {"controller": states.pop(_ALL, None), "groups": states, "budget": self.budget.state()}
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the state into a checkpoint folder, whole or not at all."""
@@ -193,30 +232,32 @@ class KLControl:
             logger.warning(f"{STATE_FILE} in {folder} is empty: beta starts at {self.coef:g}.")
             return
         try:
-            budget = [float(number) for number in state["budget"]]
-            if len(budget) != 2 or not all(map(math.isfinite, budget)):
-                raise ValueError(f"budget={state['budget']!r}")
-            self._load_controller(state["controller"])
+            self.budget.load(state["budget"])
+            saved = {_ALL: state["controller"], **state.get("groups", {})}
+            for name, controller in self.controllers.items():
+                self._load_controller(name, controller, saved.get(name))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise unreadable(folder, str(error)) from error
-        self._budget_sum, self._budget_weight = budget
+        self.budget.wrote(Path(folder), extra=False)
 
-    def _load_controller(self, saved: dict[str, Any] | None) -> None:
+    def _load_controller(self, name: str, controller: Controller, saved: dict[str, Any] | None) -> None:
         """Take what the controller had learnt, and the settings (gains, target, start, length) from today's recipe."""
         if saved is not None and saved["kind"] not in KINDS:
             raise ValueError(f"kind={saved['kind']!r}")
-        if saved is None or self._controller is None or self._controller.kind == "fixed":
+        if controller.kind == "fixed":
             return  # a fixed beta is whatever the recipe says now
-        if saved["kind"] != self._controller.kind:
+        of_group = f" of group {name!r}" if name != _ALL else ""
+        if saved is None or saved["kind"] != controller.kind:
+            earlier = "not steered" if saved is None else saved["kind"]
             logger.warning(
-                f"The checkpoint's beta was {saved['kind']} and the recipe's is {self._controller.kind}: it starts "
-                f"afresh at {self.coef:g}."
+                f"The checkpoint's beta{of_group} was {earlier} and the recipe's is {controller.kind}: it starts "
+                f"afresh at {self._coefs[name]:g}."
             )
             return
-        own = self._controller.state_dict()
-        settings = {name: own[name] for name in ("coef", *self._controller.takes)}
-        self._controller.load_state_dict({**saved, **settings})
-        self.coef = self._controller.value
+        own = controller.state_dict()
+        settings = {setting: own[setting] for setting in ("coef", *controller.takes)}
+        controller.load_state_dict({**saved, **settings})
+        self._coefs[name] = controller.value
 
 
 def _numbers(metrics: dict[str, float]) -> dict[str, float]:
@@ -225,7 +266,7 @@ def _numbers(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-class KLControlledTrainer(GuardedSteps, WholeCheckpoints):
+class KLControlledTrainer(HealthAlarms, GuardedSteps, WholeCheckpoints):
     """The hooks of `transformers.Trainer` that carry a `KLControl`. Mix in before the trainer class.
 
     The trainer sets `self.kl` and `self.guard`, and implements `_apply_kl_coef` to put beta where its loss reads it.
@@ -234,6 +275,7 @@ class KLControlledTrainer(GuardedSteps, WholeCheckpoints):
     kl: KLControl
     args: Any
     _eval_prefix = "eval"  # of the evaluation that runs
+    _saves_for_budget = False  # whether the budget asks for a checkpoint of this step
     _metrics: dict[str, defaultdict[str, list[float]]]
 
     def _apply_kl_coef(self, coef: float) -> None:
@@ -259,27 +301,29 @@ class KLControlledTrainer(GuardedSteps, WholeCheckpoints):
             self._metrics["train"][name].append(value)
         drop_non_finite(self._metrics["train"])
         self._apply_kl_coef(self.kl.coef)
-        if self.kl.over_budget and self.args.kl_budget_action == "stop":
-            self.control.should_save = True
-            self.control.should_training_stop = True
+        for folder in self.kl.budget.superseded:
+            if self.args.should_save:
+                discard(Path(folder))
+        self.kl.budget.superseded.clear()
+        self._saves_for_budget = self.kl.budget.ends_run or self.kl.budget.checkpoint_is_due()
+        self.control.should_save |= self._saves_for_budget
+        self.control.should_training_stop |= self.kl.budget.ends_run
+
+    def _wrote_checkpoint(self, folder: Path) -> None:
+        super()._wrote_checkpoint(folder)
+        every = self.state.save_steps if self.args.save_strategy == SaveStrategy.STEPS else 0
+        is_regular = every > 0 and self.state.global_step % every == 0
+        self.kl.budget.wrote(folder, extra=self._saves_for_budget and not is_regular)
+
+    def _kept_checkpoints(self) -> set[Path]:
+        kept = self.kl.budget.checkpoint
+        return super()._kept_checkpoints() | ({Path(kept)} if kept else set())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
         prefix = "" if mode == "train" else f"{self._eval_prefix}_"
         logs.update({f"{prefix}{name}": value for name, value in self.kl.metrics(mode).items()})
-        if mode == "train" and self.args.kl_health:
-            logs.update(self._health_metrics())
         super().log(logs, *args, **kwargs)
-
-    def _health_metrics(self) -> dict[str, float]:
-        """What health alarms need and nothing else logs, since the last call. Called on every process."""
-        return {}
-
-    def _watch_health(self, policy: nn.Module, **sources: Any) -> None:
-        """Add the health alarms, once the trainer is set up; see `health_callback`."""
-        if self.args.kl_health:
-            # The first of the callbacks, so that those that write metrics get its own.
-            self.callback_handler.callbacks.insert(0, health_callback(self, self.args, policy, **sources))
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {**super()._checkpoint_state(), **self.kl.state(), "skipped_steps": self.guard.skipped}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -24,6 +25,16 @@ def call_as_forward(head: nn.Module, function: Callable[[Tensor], Tensor], hidde
             del head.forward
         else:
             head.forward = own
+
+
+def reshard(head: nn.Module) -> None:
+    """Free what FSDP2 has left gathered of the head's weights after an earlier forward.
+
+    TRL's fused head (1.16) does not call the head; it reads its weights and keeps them for its backward. Of sharded
+    ones it makes a copy; gathered ones are freed under it when the head's own backward is done.
+    """
+    if isinstance(head, FSDPModule):
+        head.reshard()
 
 
 def whole(head: nn.Linear) -> tuple[Tensor, Tensor | None]:

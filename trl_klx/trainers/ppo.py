@@ -21,6 +21,7 @@ from trl.trainer.utils import entropy_from_logits
 
 from ..kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
 from .kl_control import KLControlledTrainer
+from .kl_groups import group_names
 from .ppo_config import KLXPPOConfig
 from .ppo_loop import check_arguments, load_tokenizer
 from .ppo_loss import (
@@ -123,6 +124,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         quantization_config: Any = None,
     ) -> None:
         check_arguments(args, model, ref_model, train_dataset, reward_model, value_model, data_collator)
+        kl_groups = group_names(args, train_dataset, eval_dataset)
         loading = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         quantized = {**loading, **({} if quantization_config is None else {"quantization_config": quantization_config})}
         base = load_policy(model, quantized)  # type: ignore[arg-type]
@@ -151,6 +153,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         super().__init__(
             rewards,
             rollout_func,
+            kl_groups,
             args,
             PolicyAndValue(policy, check_value_model(value)),
             reference,
@@ -239,16 +242,21 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         rewards[answered, last[answered]] = rollout.scores[answered]
         charged, direct = torch.zeros_like(rewards), torch.zeros_like(rewards)
         if term.in_reward and self.args.kl_is_penalised:
+            coef = self._coef_of(rollout)
             penalty = term.penalty(rollout.sampler_logps, rollout.ref_logps, mask, exact=rollout.exact)  # type: ignore[arg-type]
             if term.credit_kind == "return_to_go":
-                charged = -self.kl_coef * penalty
+                charged = -coef * penalty
             elif term.credit_kind == "future":
                 # Paid a token early, so discounted here: the KL of token s weighs gamma^(s-t) in every credit.
-                charged = -self.kl_coef * self.args.gamma * next_token_values(penalty, mask)
+                charged = -coef * self.args.gamma * next_token_values(penalty, mask)
             else:
                 credit = kl_credit(penalty, mask, credit=term.credit_kind)  # type: ignore[arg-type]
-                direct = -self.kl_coef * (credit - leave_one_out_baseline(credit, mask, len(credit)))
+                direct = -coef * (credit - leave_one_out_baseline(credit, mask, len(credit)))
         return rewards + charged, direct
+
+    def _coef_of(self, rollout: Rollout) -> Tensor | float:
+        """`kl_coef`, (B, 1) where it differs by group."""
+        return self.kl_coef if rollout.groups is None else self.kl.coef_of(rollout.groups)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
@@ -309,8 +317,9 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         metrics = policy_metrics | value_metrics | {"policy/entropy_avg": entropy.detach()}
         if self.kl_term.in_loss and self.args.kl_is_penalised:
             kl_loss = experience.scale * self._kl_loss(policy_logps, part, exact[0] if exact else None)
-            per_token = per_token + self.kl_coef * kl_loss
-            metrics["kl/loss"] = self.kl_coef * kl_loss.detach()
+            kl_loss = self._coef_of(part) * kl_loss
+            per_token = per_token + kl_loss
+            metrics["kl/loss"] = kl_loss.detach()
         for name, values in metrics.items():
             self._token_sums[name].append(masked_sum(values, part.mask))
         self._token_sums["tokens"].append(part.mask.sum())

@@ -46,6 +46,7 @@ class Rollout:
     ref_logps: Tensor | None = None  # (B, T)
     ref_hidden: Tensor | None = None  # (B, T, H), for an exact KL in the loss
     exact: Tensor | None = None  # (B, T) exact KL at the rollout
+    groups: Tensor | None = None  # (B,) place of the prompt's group in `KLControl.groups`
 
     @property
     def length(self) -> int:

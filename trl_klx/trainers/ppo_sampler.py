@@ -46,11 +46,17 @@ class PPOSampler(PPOLoop):
     Args:
         rewards: the reward functions and models.
         rollout_func: samples the answers in place of `generate`, or None.
+        kl_groups: the groups of `kl_group_column`.
         *args, **kwargs: see `PPOLoop`.
     """
 
     def __init__(
-        self, rewards: RewardFunctions, rollout_func: RolloutFunction | None, *args: Any, **kwargs: Any
+        self,
+        rewards: RewardFunctions,
+        rollout_func: RolloutFunction | None,
+        kl_groups: tuple[str, ...],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         config, tokenizer = self.args, self.processing_class
@@ -76,7 +82,7 @@ class PPOSampler(PPOLoop):
         self._pooled: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
         self._answers_seen = 0
         self._backend = DistributedBackend(self.accelerator)
-        self.kl = KLControl(config, self.accelerator)
+        self.kl = KLControl(config, self.accelerator, kl_groups)
         self.guard = StepGuard(self.accelerator)
         self.kl_coef = config.kl_coef
         self.kl_term = config.kl_term()
@@ -111,6 +117,7 @@ class PPOSampler(PPOLoop):
         """Sample, reward and score an answer to each prompt."""
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):  # type: ignore[arg-type]
             rollout = self._reward(self._answer(rows))
+            rollout.groups = self.kl.group_numbers(rows)
             size = self.args.local_rollout_forward_batch_size
             parts = [self._score(rollout.rows(slice(i, i + size))) for i in range(0, len(rows), size)]
         rollout = Rollout.joined(parts)
@@ -299,12 +306,14 @@ class PPOSampler(PPOLoop):
             values: dict[str, Tensor] = {name: kl_estimate(logps, rollout.ref_logps, name) for name in names}  # type: ignore[arg-type]
             if rollout.exact is not None:
                 values["exact"] = rollout.exact
-            self.kl.measure(self._mode, values, mask, rollout.answer_numbers)
+            self.kl.measure(self._mode, values, mask, rollout.answer_numbers, rollout.groups)
             kl = masked_sum(values[self.kl_term.estimator], mask)
             sums["objective/kl"] = (kl, rows)
             if self.args.kl_is_penalised:  # what every placement maximises
-                sums["objective/non_score_reward"] = (-self.kl_coef * kl, rows)
-                sums["objective/rlhf_reward"] = (rollout.scores.sum() - self.kl_coef * kl, rows)
+                coef = self.kl_coef if rollout.groups is None else self.kl.coef_of(rollout.groups)
+                charged = masked_sum(coef * values[self.kl_term.estimator], mask)
+                sums["objective/non_score_reward"] = (-charged, rows)
+                sums["objective/rlhf_reward"] = (rollout.scores.sum() - charged, rows)
         self._record_means(sums)
 
     def _print(self, answers: Answers, rewards: Tensor, extra: dict[str, list]) -> None:

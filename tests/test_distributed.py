@@ -100,6 +100,8 @@ SAVED = {"save_strategy": "steps", "save_steps": 2}
 ALWAYS = ("loss", "grad_norm", "kl/coef")
 COMPARED = (*ALWAYS, "reward", "kl", "kl/sequence", "kl/sequence_se", "kl/error", "kl/loss", "policy/approxkl_avg")
 COMPARED += ("loss/value_avg", "policy/entropy_avg", "reward_std", "episode", "kl/data_exact", "log_ratio/margin")
+COMPARED += ("kl/start", "kl/masked", "kl/masked_share", "length/chosen", "length/margin_slope", "log_ratio/start")
+COMPARED += ("length/margin_correlation", "probe/mean_length", "probe/entropy")
 
 
 # DeepSpeed compiles its communication for the CPU, once: in a folder of its own, because a build that was interrupted
@@ -149,6 +151,8 @@ def alone(case: str) -> dict:
 def assert_equal_runs(found: list[dict], expected: dict) -> None:
     first, second = found
     assert first["betas"] == second["betas"]  # to the last bit
+    alarms = [[{k: v for k, v in entry.items() if k.startswith("health/")} for entry in run["logs"]] for run in found]
+    assert alarms[0] == alarms[1]
     assert len(set(first["betas"])) > 2  # the controller did move
     assert first["betas"] == pytest.approx(expected["betas"], rel=1e-4)
     steps = [entry for entry in expected["logs"] if "kl/coef" in entry]

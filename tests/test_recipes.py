@@ -151,5 +151,5 @@ def test_starter_recipes_run(
     assert again.run == first.run
     assert again.model == first.model
     printed = capfd.readouterr().out
-    for text in ("held-out prompts", row, "KL, nats per sequence", first.args.kl_coef_name):
+    for text in ("held-out prompts", row, "KL, nats per sequence", first.args.kl_coef_name, "no health alarms"):
         assert text in printed, text

@@ -85,6 +85,7 @@ class KLArguments:
     max_skipped_steps: int = _option(
         10, "Steps in a row that may be skipped because they are not finite (loss, KL, gradient); one more is an error."
     )
+    kl_health: bool = _option(True, "Health alarms: warnings about what goes wrong in the run, see docs/health.md.")
     allow_biased_kl: bool = _option(
         False, "Run a combination that is refused for its gradient, with a warning that names it."
     )

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import KLArguments
+from ..monitor.health import HEALTH_FILE
 from ..monitor.history import HISTORY_FILE, read_history
 from ..monitor.plots import group_names, plot_run
 from .arguments import Recipe
@@ -63,8 +64,28 @@ def report(folder: Path, args: KLArguments) -> None:
     )
     console = Console()
     console.print(summary_table(history, args))
+    for line in health_lines(folder, args):
+        console.print(line, markup=False, highlight=False)
     for path in pictures:
         console.print(f"picture: {path}")
+
+
+def health_lines(folder: Path, args: KLArguments) -> list[str]:
+    """The health alarms of a run, one line each: when they began and ended, what was seen, and what to change."""
+    if not args.kl_health:
+        return ["health alarms are switched off (kl_health)"]
+    lines: list[str] = []
+    began: dict[str, int] = {}
+    for event in read_history(folder / HEALTH_FILE):
+        if "ends" in event:
+            lines[began[event["alarm"]]] += f" (until step {event['step']})"
+            continue
+        began[event["alarm"]] = len(lines)
+        lines.append(
+            f"health alarm {event['alarm']} at step {event['step']}: {event['evidence']}. Likely cause: "
+            f"{event['cause']}. What to change: {event['remedy']}."
+        )
+    return lines or ["no health alarms"]
 
 
 def summary_table(history: list[dict], args: KLArguments) -> Table:

@@ -6,7 +6,7 @@ TRL computes DPO's loss; the exact KL at the data's prefixes is added to it. The
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from trl.trainer.utils import use_adapter
 
 from ..monitor.moments import prompt_moments, sequence_rows, summarise
 from .dpo_config import KLXDPOConfig
+from .dpo_pairs import PairStatistics
 from .exact_forward import ExactKLForward, check_sharding
 from .kl_control import KLControl, KLControlledTrainer
 from .kl_probe import KLProbe, distinct_prompts
@@ -93,6 +94,8 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         self._exact = self._exact_forward() if args.kl_needs_exact else None
         self._probed_at: int | None = None
         self._probe = self._make_probe() if args.kl_probe_steps is not None else None
+        self._pairs = PairStatistics(self.accelerator)
+        self._watch_health(self.model, self._tokenizer, gain="log_ratio/margin", entropy="probe/entropy")
 
     def _exact_forward(self) -> ExactKLForward:
         check_sharding(self)
@@ -142,9 +145,14 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(*args, **kwargs)
+    def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        watched = self.model.training and self.args.kl_health
+        with self._pairs.watching() if watched else nullcontext():
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
         metrics = self._metrics[self._mode]
+        if watched:
+            means = metrics["rewards/chosen"][-1], metrics["rewards/rejected"][-1]
+            self._pairs.add(inputs["completion_mask"].sum(-1), means, self.beta)
         # TRL's rewards are beta times the log-ratios, gathered from all processes, and beta is never 0.
         for name, reward in (("chosen", "chosen"), ("rejected", "rejected"), ("margin", "margins")):
             metrics[f"log_ratio/{name}"].append(metrics[f"rewards/{reward}"][-1] / self.beta)
@@ -220,6 +228,14 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         self._probed_at = None
         return super().train(*args, **kwargs)
 
+    def _end_kl_step(self) -> None:
+        if self.args.kl_health and self.state.global_step == 0:
+            self._metrics["train"]["log_ratio/start"].append(self._pairs.distance())
+        super()._end_kl_step()
+
+    def _health_metrics(self) -> dict[str, float]:
+        return self._pairs.metrics()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         step, every = self.state.global_step, self.args.kl_probe_steps
         if every is not None and step % every == 0 and step != self._probed_at:
@@ -245,6 +261,8 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
             for batch in batches:
                 values = self._probe.values(self.model, self._reference(), batch)
                 self.kl.measure(mode, values, batch.target_mask, batch.prompts)
+            for name, value in self._probe.answer_metrics().items():
+                self._metrics[mode][name].append(value)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

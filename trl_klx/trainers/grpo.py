@@ -18,7 +18,17 @@ from ..kl import importance_weights, kl_estimate, leave_one_out_baseline
 from ..kl.estimators import SAMPLED_ESTIMATORS
 from .exact_forward import ExactKLForward, check_sharding
 from .grpo_config import KLXGRPOConfig
-from .grpo_scoring import VISION_INPUTS, Scoring, joined, loss_mask, sampler_logps_of
+from .grpo_scoring import (
+    VISION_INPUTS,
+    Scoring,
+    health_metrics,
+    health_sums,
+    joined,
+    loss_mask,
+    sampler_logps_of,
+    with_cut_answers,
+)
+from .health import PooledSums
 from .kl_control import KLControl, KLControlledTrainer
 from .kl_groups import group_names
 from .reference import causal_lm, reference_is_a_copy, reference_is_built
@@ -74,6 +84,10 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         self._is_unscored = False  # whether no answer of the rollout has a reward
         self.kl_term = args.kl_term()
         self._exact = self._exact_forward() if args.kl_needs_exact else None
+        self._health_sums = PooledSums(self.accelerator, ("seen", "hidden", "answers", "sampler_kl", "sampled"))
+        # A router's loss counts every token that is not masked: there, cut-off answers have to stay as TRL masks them.
+        self._looks_behind_mask = args.kl_health and args.kl_is_measured and not self.aux_loss_enabled
+        self._watch_health(self.model, self._tokenizer, gain="reward", entropy="entropy")
 
     def _exact_forward(self) -> ExactKLForward:
         check_sharding(self)
@@ -114,6 +128,12 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
             self._scorings, self._keep_ref_hidden, self._exact_request = None, False, None
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        if (
+            self._looks_behind_mask and self.mask_truncated_completions
+        ):  # they count nowhere, and their KL is looked at: score them as they are
+            answers = attention_mask[:, -logits_to_keep:], input_ids[:, -logits_to_keep:]
+            answers_mask = with_cut_answers(*answers, self._tokenizer.pad_token_id)
+            attention_mask = torch.cat([attention_mask[:, :-logits_to_keep], answers_mask], dim=1)
         hidden: AbstractContextManager[list[Tensor]] = nullcontext([])
         exact: AbstractContextManager[list[Tensor]] = nullcontext([])
         if self._exact is not None and self._keep_ref_hidden:
@@ -288,11 +308,17 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         exact = {} if policy.exact is None else {"exact": policy.exact.detach()}
         self.kl.measure(self._mode, sampled | exact, mask, inputs["kl_prompts"], inputs.get("kl_groups"))
         if self.model.training:
+            if self.args.kl_health:
+                self._health_sums.add(**health_sums(logps, inputs, self._tokenizer.pad_token_id))
             for what, measured in ((POLICY, logps), (REFERENCE, ref_logps), *((KL, value) for value in exact.values())):
                 self.guard.watch(what, measured, mask)
         if weights is not None:
             for name, value in self.kl.weight_metrics(weights, mask).items():
                 self._metrics[self._mode][name].append(value)
+
+    def _health_metrics(self) -> dict[str, float]:
+        has_mask = self.mask_truncated_completions or bool(self.tools) or self.rollout_func is not None
+        return health_metrics(self._health_sums.take(), behind_mask=has_mask and self._looks_behind_mask)
 
     def _aggregate(self, per_token: Tensor, mask: Tensor, inputs: dict) -> Tensor:
         """Reduce (B, C) to the scalar that TRL's loss_type would make of it (or the token mean: kl_aggregation)."""

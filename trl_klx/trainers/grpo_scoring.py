@@ -1,9 +1,12 @@
 """What one scoring pass of TRL gives, and which tensors of a GRPO batch mean what. Shapes as in `grpo`."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..kl import kl_estimate, last_token_index, masked_sum
 
 # Model inputs of vision-language models that TRL carries from the rollout to the loss.
 VISION_INPUTS = (
@@ -33,6 +36,61 @@ def loss_mask(inputs: dict) -> Tensor:
     """(B, C) tokens that the policy produced: no padding, and no tool output."""
     mask = inputs["completion_mask"]
     return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
+
+
+def with_cut_answers(mask: Tensor, ids: Tensor, pad_token_id: int) -> Tensor:
+    """(B, C) all tokens of the answers: TRL masks one that is cut off as a whole (`mask_truncated_completions`).
+
+    Such an answer does not end in padding: its last other token is its last.
+    """
+    positions = torch.arange(ids.size(1), device=ids.device)
+    length = last_token_index(ids != pad_token_id).unsqueeze(1) + 1
+    return torch.where(mask.bool().any(1, keepdim=True), mask, (positions < length).to(mask.dtype))
+
+
+def hidden_mask(inputs: dict, pad_token_id: int) -> Tensor:
+    """(B, C) bool: tokens that the policy made and the loss leaves out.
+
+    The inference engine gives a log-prob to what it sampled, and 0 stands for the rest. Without its log-probs all of an
+    answer is the policy's, or, where there are tools, what TRL says is.
+    """
+    answers = with_cut_answers(inputs["completion_mask"], inputs["completion_ids"], pad_token_id).bool()
+    outside = answers & ~loss_mask(inputs).bool()
+    engine_logps = inputs.get("sampling_per_token_logps")
+    if engine_logps is not None:
+        return outside & (engine_logps != 0)
+    return outside if "tool_mask" not in inputs else torch.zeros_like(outside)
+
+
+def health_sums(logps: Tensor, inputs: dict, pad_token_id: int) -> dict[str, Tensor]:
+    """Sums over a micro-batch: the k3 of the KL inside and outside the loss mask, and that of sampler to trainer."""
+    mask, hidden = loss_mask(inputs), hidden_mask(inputs, pad_token_id)
+    k3 = kl_estimate(logps, inputs["ref_per_token_logps"], "k3")
+    sums = {"seen": masked_sum(k3, mask), "hidden": masked_sum(k3, hidden), "answers": mask.new_tensor(len(mask))}
+    engine_logps = inputs.get("sampling_per_token_logps")
+    if engine_logps is None:
+        return {**sums, "sampler_kl": logps.new_zeros(()), "sampled": logps.new_zeros(())}
+    scored = mask.bool() & ~engine_logps.isnan()
+    # The trainer's scores of the rollout: TRL makes them where it needs them, else the policy has not moved since.
+    trainer_logps = inputs.get("old_per_token_logps", logps)
+    sampler_kl = kl_estimate(engine_logps, trainer_logps, "k3")
+    return {**sums, "sampler_kl": masked_sum(sampler_kl, scored), "sampled": scored.sum()}
+
+
+def health_metrics(sums: dict[str, float], *, behind_mask: bool) -> dict[str, float]:
+    """`kl/masked` (nats per answer outside the loss mask), its share of the KL, and `kl/sampler` (nats per token).
+
+    Args:
+        sums: of `health_sums`, over all processes.
+        behind_mask: whether the loss mask may leave out what the policy made, and that was scored.
+    """
+    out = {}
+    if behind_mask and sums["answers"] > 0:
+        out["kl/masked"] = sums["hidden"] / sums["answers"]
+        out["kl/masked_share"] = sums["hidden"] / max(sums["hidden"] + sums["seen"], 1e-30)
+    if sums["sampled"] > 0:
+        out["kl/sampler"] = sums["sampler_kl"] / sums["sampled"]
+    return {name: value for name, value in out.items() if math.isfinite(value)}
 
 
 def sampler_logps_of(policy_logps: Tensor, inputs: dict) -> Tensor:

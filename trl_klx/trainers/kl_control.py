@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.trainer_utils import SaveStrategy
 
 from ..config import KLArguments
 from ..config_rules import CONTROLLER_SETTINGS
 from ..control import KINDS, Controller, make_controller
 from ..kl import effective_sample_size
-from ..monitor.moments import prompt_moments, sequence_count, sequence_rows, summarise
+from ..monitor.moments import KLSummary, prompt_moments, sequence_count, sequence_rows, summarise
 from .checkpoints import (
     STATE_FILE,
     WholeCheckpoints,
@@ -26,6 +26,7 @@ from .checkpoints import (
     unreadable,
     write_state,
 )
+from .health import health_callback
 from .kl_budget import KLBudget
 from .kl_groups import group_numbers
 from .step_guard import LOSS, GuardedSteps, drop_non_finite
@@ -78,6 +79,12 @@ class KLControl:
         self.controllers: dict[str, Controller] = {}
         limit = None if isinstance(self._args.kl_budget, str) else self._args.kl_budget  # auto: not known yet
         self.budget = KLBudget(limit, ends_run=self._args.kl_budget_action == "stop")
+        self._is_first = True  # whether the next reading is of the policy before its first update
+
+    @property
+    def coef_max(self) -> float | None:
+        """The largest beta that the controller may set; None without a bound, and where groups have their own."""
+        return None if self.controller is None else self.controller.state_dict().get("coef_max")
 
     @property
     def coef(self) -> float:
@@ -125,7 +132,8 @@ class KLControl:
         for name, part in moments.items():
             if part.isfinite().all():  # one infinite KL would hide all others until the next log
                 self._pools[name] = self._pools[name] + part if name in self._pools else part
-        metrics = {"kl/coef": self.coef}
+        whole = summarise(moments[_ALL], self.names)
+        metrics = {"kl/coef": self.coef, **self._first_metrics(whole)}
         if not self.groups and self._args.kl_target is not None:
             error = self._reading(moments[_ALL]) - self._args.kl_target
             metrics |= {"kl/target": self._args.kl_target, "kl/error": error}
@@ -138,7 +146,7 @@ class KLControl:
         for name, controller in self.controllers.items():
             if name in moments:  # a group that no answer of the step belongs to waits
                 self._coefs[name] = controller.update(self._reading(moments[name]), n=sequence_count(moments[name]))
-        if self.budget.read(summarise(moments[_ALL], self.names)[self._args.kl_reading].per_sequence):
+        if self.budget.read(whole[self._args.kl_reading].per_sequence):
             logger.warning(self.budget.message())
         return _numbers(metrics)
 
@@ -146,6 +154,17 @@ class KLControl:
         """The KL in the target's unit."""
         summary = summarise(moments, self.names)[self._args.kl_reading]
         return summary.per_token if self._args.kl_target_unit == "token" else summary.per_sequence
+
+    def _first_metrics(self, summary: dict[str, KLSummary]) -> dict[str, float]:
+        """The KL before the first update, once in a run: what the reference differs from the policy by.
+
+        By the estimator with the least noise there; k1 may have any sign.
+        """
+        if not (self._is_first and self._args.kl_health):
+            return {}
+        self._is_first = False
+        first = summary[next(name for name in ("k3", "exact", "k2", "k1") if name in summary)]
+        return {"kl/start": abs(first.per_token), "kl/start_sequence": abs(first.per_sequence)}
 
     def _step_unmeasured(self) -> dict[str, float]:
         if not self._args.kl_is_penalised:
@@ -215,6 +234,7 @@ class KLControl:
         Raises:
             CheckpointError: the file is unreadable.
         """
+        self._is_first = False
         state = read_state(folder)
         if not state:
             logger.warning(f"{STATE_FILE} in {folder} is empty: beta starts at {self.coef:g}.")
@@ -311,7 +331,20 @@ class KLControlledTrainer(GuardedSteps, WholeCheckpoints):
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
         prefix = "" if mode == "train" else f"{self._eval_prefix}_"
         logs.update({f"{prefix}{name}": value for name, value in self.kl.metrics(mode).items()})
+        if mode == "train" and self.args.kl_health:
+            logs.update(self._health_metrics())
         super().log(logs, *args, **kwargs)
+
+    def _health_metrics(self) -> dict[str, float]:
+        """What health alarms need and nothing else logs, since the last call. Called on every process."""
+        return {}
+
+    def _watch_health(self, policy: nn.Module, tokenizer: Any, *, gain: str, entropy: str) -> None:
+        """Add the health alarms, once the trainer is set up; see `health_callback`."""
+        if self.args.kl_health:
+            # The first of the callbacks, so that those that write metrics get its own.
+            alarms = health_callback(self, self.args, policy, gain=gain, entropy=entropy, tokenizer=tokenizer)
+            self.callback_handler.callbacks.insert(0, alarms)
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {**super()._checkpoint_state(), **self.kl.state(), "skipped_steps": self.guard.skipped}

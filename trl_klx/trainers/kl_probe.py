@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from ..kl import kl_estimate
+from ..kl import kl_estimate, masked_sum
 from ..kl.estimators import SAMPLED_ESTIMATORS
 from .exact_forward import ExactKLForward
 from .generation import generating_with
+from .health import PooledSums
 from .reference import causal_lm
 from .trl_compat import FUSED_LM_HEAD
 
@@ -89,6 +90,7 @@ class KLProbe:
         self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
         self._estimators, self._exact = estimators, exact if "exact" in estimators else None
         self._accelerator = accelerator
+        self._sums = PooledSums(accelerator, ("answers", "tokens", "surprise"))
 
     def sample(self, model: nn.Module, step: int) -> list[ProbeBatch]:
         """This process's share of the answers that `model` (unwrapped, in eval mode) gives at `step`.
@@ -166,8 +168,21 @@ class KLProbe:
             exact = self._exact.exact_kl(policy, ref_hidden[0], mask, with_grad=False)
         with exact as exact_kl:
             logps = token_logps(policy, batch)
+        self._sums.add(answers=mask.any(-1).sum(), tokens=mask.sum(), surprise=-masked_sum(logps, mask))
         sampled = {name: kl_estimate(logps, ref_logps, name) for name in SAMPLED_ESTIMATORS if name in self._estimators}
         return sampled | ({"exact": exact_kl[0]} if exact_kl else {})
+
+    def answer_metrics(self) -> dict[str, float]:
+        """Of the answers scored since the last call, on all processes: `probe/mean_length` in tokens, and
+        `probe/entropy`, the policy's entropy per token in nats, estimated by -log pi. Call on every process.
+        """
+        sums = self._sums.take()
+        if not sums["tokens"]:
+            return {}
+        return {
+            "probe/mean_length": sums["tokens"] / sums["answers"],
+            "probe/entropy": sums["surprise"] / sums["tokens"],
+        }
 
 
 def token_logps(model: nn.Module, batch: ProbeBatch) -> Tensor:

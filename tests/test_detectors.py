@@ -1,0 +1,170 @@
+"""Each alarm as a function of numbers: just beyond its thresholds, and just within each of them."""
+
+from trl_klx.monitor.detectors import (
+    Finding,
+    Reading,
+    Target,
+    collapse,
+    hidden_kl,
+    is_flat,
+    length_bias,
+    mode_collapse,
+    runaway,
+    stale_sampler,
+    wrong_reference,
+)
+
+
+def readings(*values: float, every: int = 10) -> list[Reading]:
+    return [Reading(every * (place + 1), value) for place, value in enumerate(values)]
+
+
+def targets(*kl: float, target: float = 0.1, coef: float = 0.5) -> list[Target]:
+    return [Target(10 * (place + 1), value, target, coef) for place, value in enumerate(kl)]
+
+
+def alarm(finding: Finding | None, *words: str) -> None:
+    """Three sentences without a full stop, in which all of the words are."""
+    assert finding is not None
+    assert all(part and not part.endswith(".") for part in finding)
+    assert all(word in " | ".join(finding) for word in words), finding
+
+
+def of_targets(entries: list[Target], coef_max: float | None = None) -> Finding | None:
+    return runaway(entries, readings(9, 9, 9), readings(99, 99, 99), coef_max=coef_max, coef_name="beta")
+
+
+def of_size(per_token: list[Reading], per_sequence: list[Reading]) -> Finding | None:
+    return runaway([], per_token, per_sequence, coef_max=None, coef_name="kl_coef")
+
+
+def test_far_from_the_target() -> None:
+    alarm(of_targets(targets(0.05, 0.4, 0.31, 0.5)), "3.1 times", "threshold 3", "steps 20 to 40", "target 0.1")
+    assert of_targets(targets(0.4, 0.29, 0.5)) is None  # one reading is back
+    assert of_targets(targets(0.4, 0.5)) is None  # too few
+    assert of_targets(targets(0.1, 0.1, 0.1)) is None  # held, however large the KL is by itself
+
+
+def test_at_the_largest_beta_a_smaller_excess_counts() -> None:
+    alarm(of_targets(targets(0.2, 0.13, 0.14), 0.5), "1.3 times", "threshold 1.25", "largest beta", "kl_coef_max")
+    assert of_targets(targets(0.2, 0.12, 0.14), 0.5) is None
+    assert of_targets(targets(0.2, 0.13, 0.14), 0.6) is None  # there is room
+    assert of_targets(targets(0.2, 0.13, 0.14)) is None  # no bound
+    late = [*targets(0.4, 0.4, coef=0.1), Target(30, 0.4, 0.1, 0.5)]  # beta has risen to its largest only now
+    alarm(of_targets(late, 0.5), "4 times", "threshold 3)", "kl_coef_max")
+
+
+def test_a_kl_beyond_any_useful_size() -> None:
+    alarm(of_size(readings(1.1, 1.2, 1.3), readings(21, 25, 30)), "1.1 nats", "threshold 1", "threshold 20", "kl_coef")
+    assert of_size(readings(0.1, 0.1, 0.1), readings(100, 100, 100)) is None  # long answers, a little at every token
+    assert of_size(readings(5, 5, 5), readings(10, 10, 10)) is None  # short answers, a rare one picked
+    assert of_size(readings(1.1, 0.9, 1.3), readings(21, 25, 30)) is None
+
+
+def test_an_explosion() -> None:
+    alarm(of_size(readings(0.03, 0.07, 0.15, 0.31), readings(1, 2, 3, 6)), "doubled", "0.03, 0.07, 0.15, 0.31")
+    assert of_size(readings(0.03, 0.07, 0.13, 0.31), readings(1, 2, 3, 6)) is None  # 0.13 is no doubling
+    assert of_size(readings(0.02, 0.05, 0.11, 0.24), readings(1, 2, 3, 6)) is None  # every KL starts at 0
+    assert of_size(readings(0.03, 0.07, 0.15, 0.31), readings(1, 2, 3, 4)) is None
+    assert of_size(readings(0, 0, 0, 0.31), readings(0, 0, 0, 6)) is None
+    assert of_size(readings(0.07, 0.15, 0.31), readings(2, 3, 6)) is None
+
+
+FLAT = readings(0.5, 0.52, 0.48, 0.51, 0.49, 0.5)
+
+
+def stuck(kl: list[Reading], gain: list[Reading] = FLAT, **changes) -> Finding | None:
+    settings = {"first_kl": 0.0, "same_reward": 0.2, "entropy": 1.0, "weight": "beta 1e+03, learning_rate 1e-06"}
+    return collapse(kl, gain, **{**settings, **changes})
+
+
+def test_nothing_is_learnt() -> None:
+    still = readings(*6 * [9e-4])
+    alarm(stuck(still), "at most 0.0009 nats", "flat at 0.5", "steps 10 to 60", "beta 1e+03, learning_rate 1e-06")
+    alarm(stuck(still, same_reward=0.96), "rewards do not differ", "96%")
+    alarm(stuck(still, entropy=0.04), "hardly varies", "raise temperature")
+    assert stuck(readings(*5 * [9e-4], 1.1e-3)) is None  # it moves
+    assert stuck(still[:5]) is None  # 40 steps
+    assert stuck(readings(*4 * [0.0], every=20)) is None  # 4 readings
+    assert stuck(still, FLAT[:4]) is None
+    assert stuck(still, readings(0.1, 0.11, 0.12, 0.5, 0.51, 0.52)) is None  # the reward rises
+    assert stuck([]) is None
+
+
+def test_scoring_noise_is_not_learning() -> None:
+    noisy = readings(*6 * [0.05])
+    alarm(stuck(noisy, first_kl=0.045), "threshold 0.054")
+    assert stuck(noisy, first_kl=0.04) is None
+
+
+def test_flat() -> None:
+    assert is_flat([0.5] * 6)
+    assert is_flat([0.4, 0.6, 0.5, 0.6, 0.4, 0.5])
+    assert is_flat([0.9, 0.9, 0.8, 0.1, 0.2, 0.1])  # falls
+    assert not is_flat([0.1, 0.12, 0.11, 0.3, 0.32, 0.31])
+    assert not is_flat([0.5, 0.5])  # nobody knows
+
+
+def test_mode_collapse() -> None:
+    kl, low = readings(11, 12, 13), readings(0.04, 0.03, 0.02)
+    alarm(mode_collapse(low, kl, first_entropy=2.0), "at most 0.04 nats", "threshold 0.05", "at first 2", "11 nats")
+    assert mode_collapse(low, readings(11, 9, 13), first_entropy=2.0) is None  # a task with one right answer
+    assert mode_collapse(readings(0.04, 0.06, 0.02), kl, first_entropy=2.0) is None
+    assert mode_collapse(low, kl, first_entropy=0.12) is None  # it always had little choice
+    assert mode_collapse(low[:2], kl, first_entropy=2.0) is None
+
+
+def test_collapse_and_mode_collapse_exclude_each_other() -> None:
+    """One needs a KL of nothing, the other a high one."""
+    for kl in (readings(*6 * [0.0]), readings(*6 * [50.0]), readings(*6 * [1.0])):
+        silent = readings(*6 * [0.001])
+        found = [stuck(kl, entropy=0.001), mode_collapse(silent, kl, first_entropy=2.0)]
+        assert found.count(None) >= 1
+
+
+def test_wrong_reference() -> None:
+    settings = {"noise": 1e-4, "precision": "float32"}
+    alarm(wrong_reference(Reading(1, 2e-4), **settings), "0.0002 nats", "threshold 0.0001", "float32")
+    alarm(wrong_reference(Reading(1, -2e-4), **settings), "0.0002 nats")  # k1 may have any sign
+    assert wrong_reference(Reading(1, 9e-5), **settings) is None
+    assert wrong_reference(None, **settings) is None
+    alarm(wrong_reference(None, mismatches=["another chat template"], **settings), "another chat template")
+    alarm(wrong_reference(Reading(1, 1.0), mismatches=["so"], **settings), "so; before the first update")
+
+
+def test_stale_sampler() -> None:
+    alarm(stale_sampler(readings(0.9, 0.4, 0.49, 0.3), []), "at most 49%", "threshold 50%", "steps 20 to 40")
+    assert stale_sampler(readings(0.4, 0.51, 0.3), readings(0.01, 0.01, 0.01)) is None
+    alarm(stale_sampler(readings(0.9, 0.9, 0.9), readings(0.03, 0.021, 0.05)), "0.021 nats", "threshold 0.02")
+    assert stale_sampler([], readings(0.03, 0.019, 0.05)) is None
+
+
+def lengths(
+    correlation: float = 0.8, slope: float = 0.1, chosen: float = 20, rejected: float = 10, answers: tuple = ()
+) -> Finding | None:
+    columns = [readings(*3 * [value]) for value in (correlation, slope, chosen, rejected)]
+    return length_bias(*columns, readings(*answers))
+
+
+def test_the_margin_follows_the_length() -> None:
+    alarm(lengths(), "20 tokens", "10", "64% of the margin", "threshold 50%", "+0.1 nats per token", "longer")
+    alarm(lengths(correlation=-0.8, slope=-0.1), "-0.1 nats per token", "longer")
+    alarm(lengths(chosen=10, rejected=20), "shorter")
+    assert lengths(correlation=0.7) is None  # 49 %
+    assert lengths(slope=0.04) is None  # 0.4 nats of ten tokens
+    assert lengths(slope=1.0, chosen=10.4, rejected=10) is None  # as long as each other
+    assert length_bias(readings(0.8), readings(0.1), readings(20.0), readings(10.0), []) is None
+    assert length_bias([], [], [], [], readings(1, 2, 3, 4)) is None
+
+
+def test_the_answers_grow_towards_the_chosen_length() -> None:
+    alarm(lengths(correlation=0.0, answers=(10, 13.1, 14, 15)), "from 10 tokens to 15", "threshold 13", "longer")
+    assert lengths(correlation=0.0, answers=(10, 13.1, 12.9, 15)) is None
+    assert lengths(correlation=0.0, answers=(10, 7, 7, 7)) is None  # against the pairs' preference
+    alarm(lengths(correlation=0.0, chosen=10, rejected=20, answers=(10, 7, 7, 7)), "from 10 tokens to 7", "shorter")
+
+
+def test_hidden_kl() -> None:
+    alarm(hidden_kl(readings(0.6, 0.51, 0.9), readings(1, 1, 2)), "51% of the KL", "threshold 50%", "2 nats per answer")
+    assert hidden_kl(readings(0.6, 0.49, 0.9), readings(1, 1, 2)) is None
+    assert hidden_kl(readings(0.6, 0.6, 0.9), readings(1, 0.09, 2)) is None

@@ -96,6 +96,8 @@ def _train(trainer: Any, recipe: Recipe) -> None:
         trainer.push_to_hub(dataset_name=on_the_hub)
     if trainer.accelerator.is_main_process:
         report(folder, args)
+        if trainer.overoptimisation is not None:
+            print(trainer.overoptimisation.summary())
 
 
 def _leave_together(trainer: Trainer) -> None:

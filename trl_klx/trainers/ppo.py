@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import entropy_from_logits
 
 from ..kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
+from .gold import check_gold_reward
 from .kl_control import KLControlledTrainer
 from .ppo_config import KLXPPOConfig
 from .ppo_loop import check_arguments, load_tokenizer
@@ -93,6 +94,8 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         reward_processing_classes: tokenizers of the reward models among `reward_funcs`, None for each other.
         rollout_func: as GRPO's: samples the answers itself; `env_mask` marks what the policy produced (1) and what
             tools did (0), which counts nowhere.
+        gold_reward_func: a function like those of `reward_funcs`, which the reward stands for. It scores the answers of
+            every evaluation and is never trained on; `overoptimisation` follows it: see docs/overoptimisation.md.
 
     Raises:
         TypeError: `args` is no `KLXPPOConfig`.
@@ -120,9 +123,11 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         reward_funcs: Any = None,
         reward_processing_classes: Any = None,
         rollout_func: RolloutFunction | None = None,
+        gold_reward_func: Any = None,
         quantization_config: Any = None,
     ) -> None:
         check_arguments(args, model, ref_model, train_dataset, reward_model, value_model, data_collator)
+        check_gold_reward(args, gold_reward_func)
         loading = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         quantized = {**loading, **({} if quantization_config is None else {"quantization_config": quantization_config})}
         base = load_policy(model, quantized)  # type: ignore[arg-type]
@@ -163,6 +168,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         self._clipping = Clipping(args.cliprange, args.cliprange_value)
         self._token_sums: dict[str, list[Tensor]] = defaultdict(list)
         self._weights: list[Tensor] = []  # importance weights on the KL loss, of the step's updates
+        self._watch_gold(gold_reward_func)
 
     def _apply_kl_coef(self, coef: float) -> None:
         self.kl_coef = coef

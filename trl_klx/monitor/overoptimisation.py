@@ -99,6 +99,11 @@ class OveroptimisationMonitor(TrainerCallback):
         rows = [[e.by_prompt.get(prompt, math.nan) for prompt in prompts] for e in self.evaluations]
         return np.array(rows, dtype=float).reshape(len(self.evaluations), len(prompts))
 
+    @property
+    def is_measuring(self) -> bool:
+        """Whether answers were measured since the last evaluation ended."""
+        return bool(self._rows)
+
     def measure(self, prompts: Tensor, proxy: Tensor, gold: Tensor) -> None:
         """Add answers of the running evaluation, of all processes: (B,) prompt numbers, proxy and gold rewards.
 
@@ -114,8 +119,6 @@ class OveroptimisationMonitor(TrainerCallback):
             kl, kl_se: nats per sequence; without a KL the evaluation is logged only.
         """
         rows, self._rows = self._rows, []
-        if not rows:
-            return {}
         prompts, proxy, gold = (np.concatenate(column) for column in zip(*rows, strict=True))
         gold_of, proxy_of = _by_prompt(prompts, gold), _by_prompt(prompts, proxy)
         (gold_mean, gold_se), (proxy_mean, proxy_se) = _mean(gold_of), _mean(proxy_of)

@@ -117,12 +117,12 @@ class GoldWatch(WholeCheckpoints):
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.overoptimisation is not None and not self.model.training:  # type: ignore[union-attr]
+        if self.overoptimisation is not None and self.overoptimisation.is_measuring:
             prefix = self._eval_prefix
             # Evaluation of another dataset, under another name, is no point of the run's curve.
             kl = logs.get("eval_kl/sequence") if "eval_runtime" in logs else None
             numbers = self.overoptimisation.end_evaluation(self.state.global_step, kl, logs.get("eval_kl/sequence_se"))
-            if numbers and f"rewards/{GOLD}/mean" not in numbers:
+            if f"rewards/{GOLD}/mean" not in numbers:
                 raise RunError(
                     f"at step {self.state.global_step} gold_reward_func gave no answer of the evaluation a finite "
                     "reward: look at what it returns, and resume from the last checkpoint."

@@ -9,6 +9,7 @@ USAGE = """\
 usage: trl-klx COMMAND [options]
 
   starter   make a small, really trained model, its data and its reward (about 20 s on two cores)
+  stories   fetch a 15-million-parameter model of children's stories, and make prompts for it (about two minutes)
   grpo      train with GRPO, on prompts and reward functions
   ppo       train with PPO, on prompts and reward functions or a reward model (TRL 1.12 only)
   dpo       train with DPO, on pairs of chosen and rejected answers
@@ -30,9 +31,16 @@ def main(argv: list[str] | None = None) -> int:
         from .starter import main as starter
 
         return starter(rest)
+    if command == "stories":
+        from .stories import main as stories
+
+        return stories(rest)
     if command in _ALGORITHMS:
         return _train(command, rest)
-    print(f"error: the command {command!r} does not exist: use starter, {', '.join(_ALGORITHMS)}.", file=sys.stderr)
+    print(
+        f"error: the command {command!r} does not exist: use starter, stories, {', '.join(_ALGORITHMS)}.",
+        file=sys.stderr,
+    )
     return 2
 
 

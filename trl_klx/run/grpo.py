@@ -26,7 +26,9 @@ def load_inputs(recipe: Recipe) -> Inputs:
 
 def build_trainer(recipe: Recipe, inputs: Inputs) -> KLXGRPOTrainer:
     """The trainer that the recipe describes."""
-    return KLXGRPOTrainer(reward_funcs=inputs.rewards, **trainer_arguments(recipe, inputs))
+    return KLXGRPOTrainer(
+        reward_funcs=inputs.rewards, gold_reward_func=inputs.gold, **trainer_arguments(recipe, inputs)
+    )
 
 
 if __name__ == "__main__":

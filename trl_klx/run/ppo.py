@@ -44,6 +44,7 @@ def build_trainer(recipe: Recipe, inputs: Inputs) -> "KLXPPOTrainer":
 
     return KLXPPOTrainer(
         reward_funcs=inputs.rewards,
+        gold_reward_func=inputs.gold,
         reward_model=recipe.args.reward_model_path,
         value_model=recipe.args.value_model_path,
         **trainer_arguments(recipe, inputs),

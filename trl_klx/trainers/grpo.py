@@ -17,6 +17,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from ..kl import importance_weights, kl_estimate, leave_one_out_baseline
 from ..kl.estimators import SAMPLED_ESTIMATORS
 from .exact_forward import ExactKLForward, check_sharding
+from .gold import GOLD, GoldWatch, check_gold_reward
 from .grpo_config import KLXGRPOConfig
 from .grpo_scoring import (
     VISION_INPUTS,
@@ -39,15 +40,20 @@ from .trl_compat import check_trl_version
 check_trl_version()
 
 
-class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
+class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, GRPOTrainer):
     """`GRPOTrainer` whose KL to the reference you choose: see `KLXGRPOConfig` and the table in the README.
 
     Takes `GRPOTrainer`'s arguments, with a `KLXGRPOConfig` as `args`. Where the policy is given in memory rather than
     by path, the reference is a copy of it as given (TRL would reload it from disk, and under ZeRO-3 still does).
 
+    Args:
+        gold_reward_func: a function like those of `reward_funcs`, which the reward stands for. It scores the answers of
+            every evaluation and is never trained on; `overoptimisation` follows it: see docs/overoptimisation.md.
+
     Raises:
         TypeError: `args` is no `KLXGRPOConfig`.
-        ValueError: the exact KL cannot be computed for this model or this kind of sharding.
+        ValueError: the exact KL cannot be computed for this model or this kind of sharding, or the gold reward not
+            followed.
     """
 
     _tag_names = ["trl", "grpo", "trl_klx"]
@@ -63,6 +69,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *positional: Any,
+        gold_reward_func: Any = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -71,6 +78,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         if not isinstance(args, KLXGRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}: KLXGRPOTrainer takes a KLXGRPOConfig.")
         kl_groups = group_names(args, train_dataset, eval_dataset)
+        check_gold_reward(args, gold_reward_func)
         self._scorings: list[Scoring] | None = None
         self._prompts_seen = 0
         self._keep_ref_hidden = False
@@ -88,6 +96,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         # A router's loss counts every token that is not masked: there, cut-off answers have to stay as TRL masks them.
         self._looks_behind_mask = args.kl_health and args.kl_is_measured and not self.aux_loss_enabled
         self._watch_health(self.model, self._tokenizer, gain="reward", entropy="entropy")
+        self._watch_gold(gold_reward_func)
 
     def _exact_forward(self) -> ExactKLForward:
         check_sharding(self)
@@ -174,14 +183,33 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         with self._sampling():
             return super()._generate_single_turn(*args, **kwargs)
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _calculate_rewards(self, inputs: Any, prompts: list, *args: Any, **kwargs: Any) -> Tensor:
         """(answers of all processes, rewards); TRL takes NaN for a reward that does not apply."""
-        rewards, counts = finite_rewards(super()._calculate_rewards(*args, **kwargs), self.reward_func_names)
+        given = super()._calculate_rewards(inputs, prompts, *args, **kwargs)
+        rewards, counts = finite_rewards(given, self.reward_func_names)
         for name, count in counts.items():
             self._metrics[self._mode][f"rewards/{name}/infinite"].append(count)
         if self.model.training:
             self._is_unscored = bool(rewards.isnan().all())
+        elif self.gold_reward_func is not None:
+            proxy = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+            with self._only_gold():
+                gold = super()._calculate_rewards(inputs, prompts, *args, **kwargs)[:, 0]
+            self._measure_gold(prompts, proxy.masked_fill(rewards.isnan().all(1), torch.nan), gold)
         return rewards
+
+    @contextmanager
+    def _only_gold(self) -> Iterator[None]:
+        """While active, TRL scores with the gold reward in place of those that are trained on."""
+        names = ("reward_funcs", "reward_processing_classes", "reward_func_names")
+        kept = {name: getattr(self, name) for name in names}
+        self.reward_funcs, self.reward_processing_classes = [self.gold_reward_func], [None]  # type: ignore[list-item]
+        self.reward_func_names = [GOLD]
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
 
     @property
     def _shares_hidden(self) -> bool:

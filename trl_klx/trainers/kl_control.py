@@ -284,6 +284,7 @@ class KLControlledTrainer(GuardedSteps, WholeCheckpoints):
     args: Any
     _eval_prefix = "eval"  # of the evaluation that runs
     _saves_for_budget = False  # whether the budget asks for a checkpoint of this step
+    overoptimisation: Any = None  # the monitor of a gold reward, in trainers that take one
     _metrics: dict[str, defaultdict[str, list[float]]]
 
     def _apply_kl_coef(self, coef: float) -> None:
@@ -350,7 +351,7 @@ class KLControlledTrainer(GuardedSteps, WholeCheckpoints):
         return {**super()._checkpoint_state(), **self.kl.state(), "skipped_steps": self.guard.skipped}
 
     def _load_checkpoint_state(self, state: dict[str, Any]) -> None:
-        """Take what else the state file holds; what an older one does not hold starts afresh."""
+        super()._load_checkpoint_state(state)
         self.guard.restart(int(state.get("skipped_steps", 0)))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -364,6 +365,6 @@ class KLControlledTrainer(GuardedSteps, WholeCheckpoints):
             self.kl.load(checkpoint)
             try:
                 self._load_checkpoint_state(read_state(checkpoint))
-            except (ValueError, TypeError, OverflowError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 raise unreadable(checkpoint, str(error)) from error
             self._apply_kl_coef(self.kl.coef)

@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import entropy_from_logits
 
 from ..kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
+from .gold import check_gold_reward
 from .kl_control import KLControlledTrainer
 from .kl_groups import group_names
 from .ppo_config import KLXPPOConfig
@@ -94,6 +95,8 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         reward_processing_classes: tokenizers of the reward models among `reward_funcs`, None for each other.
         rollout_func: as GRPO's: samples the answers itself; `env_mask` marks what the policy produced (1) and what
             tools did (0), which counts nowhere.
+        gold_reward_func: a function like those of `reward_funcs`, which the reward stands for. It scores the answers of
+            every evaluation and is never trained on; `overoptimisation` follows it: see docs/overoptimisation.md.
 
     Raises:
         TypeError: `args` is no `KLXPPOConfig`.
@@ -121,10 +124,12 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         reward_funcs: Any = None,
         reward_processing_classes: Any = None,
         rollout_func: RolloutFunction | None = None,
+        gold_reward_func: Any = None,
         quantization_config: Any = None,
     ) -> None:
         check_arguments(args, model, ref_model, train_dataset, reward_model, value_model, data_collator)
         kl_groups = group_names(args, train_dataset, eval_dataset)
+        check_gold_reward(args, gold_reward_func)
         loading = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         quantized = {**loading, **({} if quantization_config is None else {"quantization_config": quantization_config})}
         base = load_policy(model, quantized)  # type: ignore[arg-type]
@@ -167,6 +172,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         self._token_sums: dict[str, list[Tensor]] = defaultdict(list)
         self._watch_health(self.model.policy, tokenizer, gain="reward", entropy="policy/entropy_avg")
         self._weights: list[Tensor] = []  # importance weights on the KL loss, of the step's updates
+        self._watch_gold(gold_reward_func)
 
     def _apply_kl_coef(self, coef: float) -> None:
         self.kl_coef = coef

@@ -16,6 +16,7 @@ from .checkpoints import RunError, WholeCheckpoints
 
 if TYPE_CHECKING:
     from ..config import KLArguments
+    from .kl_control import KLControl
 
 GOLD = "gold"  # of the gold reward among the metrics
 METRIC = f"eval_rewards/{GOLD}/mean"
@@ -43,6 +44,11 @@ def check_gold_reward(args: Any, gold_reward_func: Any) -> None:
     """Refuse a gold reward that could not be followed, before a model is loaded. Raises ValueError."""
     config: KLArguments = args
     if gold_reward_func is None:
+        if config.kl_budget == "auto":
+            raise ValueError(
+                "kl_budget='auto' is half the KL at which a gold reward peaks and there is none: set gold_reward_func, "
+                "or give kl_budget in nats per sequence."
+            )
         if args.gold_action != "warn":
             raise ValueError(
                 f"gold_action={args.gold_action!r} has no effect without a gold reward: set gold_reward_func, or "
@@ -85,6 +91,7 @@ class GoldWatch(WholeCheckpoints):
     overoptimisation: OveroptimisationMonitor | None = None
     gold_reward_func: Callable[..., Any] | None = None
     reward_func_names: list[str]
+    kl: "KLControl"
     _eval_prefix: str
 
     def _watch_gold(self, gold_reward_func: Callable[..., Any] | None) -> None:
@@ -127,8 +134,15 @@ class GoldWatch(WholeCheckpoints):
                     f"at step {self.state.global_step} gold_reward_func gave no answer of the evaluation a finite "
                     "reward: look at what it returns, and resume from the last checkpoint."
                 )
+            self._set_budget()
             logs.update({f"{prefix}_{name}": value for name, value in numbers.items()})
         super().log(logs, *args, **kwargs)
+
+    def _set_budget(self) -> None:
+        """With `kl_budget: auto`, take the safe budget as soon as the evaluations show it, and follow its estimate."""
+        budget = None if self.overoptimisation is None else self.overoptimisation.safe_budget
+        if self.args.kl_budget == "auto" and budget is not None:
+            self.kl.budget.set_limit(budget)
 
     def _checkpoint_state(self) -> dict[str, Any]:
         followed = {} if self.overoptimisation is None else {"overoptimisation": self.overoptimisation.state_dict()}
@@ -138,3 +152,4 @@ class GoldWatch(WholeCheckpoints):
         super()._load_checkpoint_state(state)
         if self.overoptimisation is not None and "overoptimisation" in state:
             self.overoptimisation.load_state_dict(state["overoptimisation"])
+            self._set_budget()

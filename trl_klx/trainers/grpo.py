@@ -18,6 +18,7 @@ from ..kl import importance_weights, kl_estimate, leave_one_out_baseline
 from ..kl.estimators import SAMPLED_ESTIMATORS
 from .exact_forward import ExactKLForward, check_sharding
 from .gold import GOLD, GoldWatch, check_gold_reward
+from .grpo_aggregation import TOKEN_MEANS, mean_as_trl
 from .grpo_config import KLXGRPOConfig
 from .grpo_scoring import (
     VISION_INPUTS,
@@ -30,8 +31,9 @@ from .grpo_scoring import (
     with_cut_answers,
 )
 from .health import PooledSums
-from .kl_control import KLControl, KLControlledTrainer
+from .kl_control import KLControl
 from .kl_groups import group_names
+from .kl_trainer import KLControlledTrainer
 from .reference import causal_lm, reference_is_a_copy, reference_is_built
 from .reward_functions import finite_rewards
 from .step_guard import KL, POLICY, REFERENCE, REWARDS, StepGuard
@@ -137,9 +139,8 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, GRPOTrainer):
             self._scorings, self._keep_ref_hidden, self._exact_request = None, False, None
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if (
-            self._looks_behind_mask and self.mask_truncated_completions
-        ):  # they count nowhere, and their KL is looked at: score them as they are
+        if self._looks_behind_mask and self.mask_truncated_completions:
+            # They count nowhere, but their KL is looked at: score them as they are.
             answers = attention_mask[:, -logits_to_keep:], input_ids[:, -logits_to_keep:]
             answers_mask = with_cut_answers(*answers, self._tokenizer.pad_token_id)
             attention_mask = torch.cat([attention_mask[:, :-logits_to_keep], answers_mask], dim=1)
@@ -150,10 +151,9 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, GRPOTrainer):
         if self._exact is not None and self._exact_request is not None:
             ref_hidden, mask, with_grad = self._exact_request
             exact = self._exact.exact_kl(model, ref_hidden, mask, with_grad=with_grad)
+        inputs = model, input_ids, attention_mask, logits_to_keep
         with hidden as hidden_parts, exact as exact_parts:
-            out = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-            )
+            out = super()._get_per_token_logps_and_entropies(*inputs, *args, **kwargs)
         if self._scorings is not None:
             if not self._shares_hidden:  # the reference is scored last, and only its hidden states are wanted
                 for earlier in self._scorings:
@@ -352,19 +352,9 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, GRPOTrainer):
         """Reduce (B, C) to the scalar that TRL's loss_type would make of it (or the token mean: kl_aggregation)."""
         kind = "dapo" if self.args.kl_aggregation == "token" else self.loss_type
         accumulation = self._accumulation
-        if kind in ("cispo", "dapo", "vespo"):
+        if kind in TOKEN_MEANS:
             # num_items_in_batch counts the tokens of the generation batch, on all processes.
             tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             share = accumulation / self.args.steps_per_generation if self.model.training else 1.0  # type: ignore[operator]
             return per_token.sum() / (tokens * share)
-        if kind in ("grpo", "sapo"):
-            loss = (per_token.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
-        elif kind == "bnpo":
-            loss = per_token.sum() / mask.sum().clamp(min=1.0)
-        elif kind == "dr_grpo":
-            loss = per_token.sum() / (per_token.size(0) * self.max_completion_length)  # type: ignore[operator]
-        elif kind == "luspo":
-            loss = per_token.sum(-1).mean()
-        else:
-            raise ValueError(f"loss_type={kind!r} is unknown to trl_klx: set kl_aggregation='token'.")
-        return loss / accumulation
+        return mean_as_trl(per_token, mask, kind, self.max_completion_length) / accumulation  # type: ignore[arg-type]

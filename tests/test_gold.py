@@ -113,7 +113,9 @@ def test_a_run_is_followed_over_its_turn(
         table = list(csv.DictReader(file))
     assert [float(row["gold"]) for row in table] == [e.gold for e in monitor.evaluations]
     assert [float(row["d"]) for row in table] == pytest.approx([math.sqrt(max(e.kl, 0)) for e in monitor.evaluations])
-    assert all(float(row["law_low"]) <= float(row["law"]) <= float(row["law_high"]) for row in table)
+    # The law is fitted up to the turn: four evaluations, and drawn no further.
+    assert all(float(row["law_low"]) <= float(row["law"]) <= float(row["law_high"]) for row in table[: PEAK + 2])
+    assert all(row["law"] == row["law_low"] == row["law_high"] == "" for row in table[PEAK + 2 :])
     assert (tmp_path / PICTURE).stat().st_size > 10_000
     assert not list(tmp_path.glob("*partial*"))
 
@@ -171,7 +173,7 @@ def test_a_resumed_run_knows_what_went_before(algorithm: str, model: str, tmp_pa
     assert half.overoptimisation.evaluations == whole.overoptimisation.evaluations
     assert (tmp_path / "half" / TABLE).read_text() == (tmp_path / "whole" / TABLE).read_text()
     assert half.overoptimisation.turn == whole.overoptimisation.turn is not None
-    assert half.overoptimisation.fit.beta == whole.overoptimisation.fit.beta
+    assert half.overoptimisation.turned_at == PEAK + 1
 
 
 def test_an_evaluation_made_again_replaces_the_first(model: str, tmp_path: Path) -> None:
@@ -190,7 +192,7 @@ def test_a_spoilt_state_is_named(model: str, tmp_path: Path) -> None:
     make_trainer("grpo", tmp_path, model, **settings).train()
     path = tmp_path / "checkpoint-1" / STATE_FILE
     state = json.loads(path.read_text())
-    for spoilt in ({}, {"evaluations": [{"step": 1}], "announced": False}, {"evaluations": 3, "announced": False}, []):
+    for spoilt in ({}, {"evaluations": [{"step": 1}], "turned_at": None}, {"evaluations": 3, "turned_at": None}, []):
         path.write_text(json.dumps({**state, "overoptimisation": spoilt}))
         with pytest.raises(CheckpointError, match="is not a readable controller state"):
             make_trainer("grpo", tmp_path, model, **settings).train(resume_from_checkpoint=str(path.parent))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from packaging.version import Version
+from test_distributed import ALONE, DDP, run
 from tiny import digit_reward, save_tiny, tiny_dataset, tiny_tokenizer
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -23,12 +23,11 @@ from trl_klx.monitor.overoptimisation import PICTURE, TABLE, OveroptimisationMon
 from trl_klx.run import grpo
 from trl_klx.trainers.checkpoints import STATE_FILE, CheckpointError, RunError
 from trl_klx.trainers.gold import check_gold_reward, prompt_number
-from trl_klx.trainers.trl_compat import TRL_VERSION
+from trl_klx.trainers.trl_compat import TRL_HAS_PPO
 
 PROMPTS = Dataset.from_dict({"prompt": [f"{a}+{b}=" for a in range(5) for b in range(5)]})
 PEAK = 2  # the step after which the gold reward falls
-WITHOUT_PPO = Version("1.13") <= TRL_VERSION
-ALGORITHMS = ["grpo", pytest.param("ppo", marks=pytest.mark.skipif(WITHOUT_PPO, reason="TRL has PPO up to 1.12"))]
+ALGORITHMS = ["grpo", pytest.param("ppo", marks=pytest.mark.skipif(not TRL_HAS_PPO, reason="TRL has PPO up to 1.12"))]
 
 
 def turning(prompts: list, completions: list, trainer_state: TrainerState, **kwargs: Any) -> list[float]:
@@ -113,7 +112,9 @@ def test_a_run_is_followed_over_its_turn(
         table = list(csv.DictReader(file))
     assert [float(row["gold"]) for row in table] == [e.gold for e in monitor.evaluations]
     assert [float(row["d"]) for row in table] == pytest.approx([math.sqrt(max(e.kl, 0)) for e in monitor.evaluations])
-    assert all(float(row["law_low"]) <= float(row["law"]) <= float(row["law_high"]) for row in table)
+    # The law is fitted up to the turn: four evaluations, and drawn no further.
+    assert all(float(row["law_low"]) <= float(row["law"]) <= float(row["law_high"]) for row in table[: PEAK + 2])
+    assert all(row["law"] == row["law_low"] == row["law_high"] == "" for row in table[PEAK + 2 :])
     assert (tmp_path / PICTURE).stat().st_size > 10_000
     assert not list(tmp_path.glob("*partial*"))
 
@@ -171,7 +172,7 @@ def test_a_resumed_run_knows_what_went_before(algorithm: str, model: str, tmp_pa
     assert half.overoptimisation.evaluations == whole.overoptimisation.evaluations
     assert (tmp_path / "half" / TABLE).read_text() == (tmp_path / "whole" / TABLE).read_text()
     assert half.overoptimisation.turn == whole.overoptimisation.turn is not None
-    assert half.overoptimisation.fit.beta == whole.overoptimisation.fit.beta
+    assert half.overoptimisation.turned_at == PEAK + 1
 
 
 def test_an_evaluation_made_again_replaces_the_first(model: str, tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_a_spoilt_state_is_named(model: str, tmp_path: Path) -> None:
     make_trainer("grpo", tmp_path, model, **settings).train()
     path = tmp_path / "checkpoint-1" / STATE_FILE
     state = json.loads(path.read_text())
-    for spoilt in ({}, {"evaluations": [{"step": 1}], "announced": False}, {"evaluations": 3, "announced": False}, []):
+    for spoilt in ({}, {"evaluations": [{"step": 1}], "turned_at": None}, {"evaluations": 3, "turned_at": None}, []):
         path.write_text(json.dumps({**state, "overoptimisation": spoilt}))
         with pytest.raises(CheckpointError, match="is not a readable controller state"):
             make_trainer("grpo", tmp_path, model, **settings).train(resume_from_checkpoint=str(path.parent))
@@ -292,6 +293,26 @@ def test_a_recipe_names_its_gold_reward(
     assert "reward gold" in printed
     assert "Gold reward: 0." in printed
     assert "it has not turned." in printed
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_two_processes_decide_as_one(algorithm: str, tmp_path: Path) -> None:
+    """Both stop at the turn, with the same numbers; the gold reward of each prompt is that of one process."""
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 4}
+    options = {"algorithm": algorithm, "gold": True, "gold_action": "stop", **evaluation}
+    options |= {"num_generations_eval": 1} if algorithm == "grpo" else {}
+    runs = []
+    for name, accelerate, processes in (("one", ALONE, 1), ("two", DDP, 2)):
+        (tmp_path / name).mkdir()
+        runs += run(tmp_path / name, accelerate, processes, options)
+    one, first, second = runs
+    assert first["gold"] == second["gold"]  # to the last bit
+    assert [(step, gold, prompts) for step, _, gold, prompts in first["gold"]] == [
+        (step, gold, prompts) for step, _, gold, prompts in one["gold"]
+    ]
+    assert [step for step, *_ in one["gold"]] == [0, 1, 2, 3]
+    assert all(len(prompts) == 25 for *_, prompts in one["gold"])
+    assert one["steps"] == first["steps"] == second["steps"] == 3  # of four
 
 
 # The monitor by itself

@@ -20,7 +20,9 @@ ALLOWED = {
     "rewards": (set(), set()),
     "answers": ({"rewards"}, {"torch", "transformers"}),
     "starter": ({"answers"}, {"torch", "transformers", "tokenizers", "tqdm"}),
-    "monitor": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib"}),
+    "stories": (set(), {"torch", "transformers", "tokenizers", "tqdm", "numpy"}),
+    "story_rewards": (set(), {"afinn", "vaderSentiment"}),
+    "monitor": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
     "trainers": (
         {"kl", "control", "config", "config_rules", "monitor", "trainers"},
         {"torch", "transformers", "trl", "accelerate", "peft", "packaging", "datasets", "deepspeed"},
@@ -29,7 +31,7 @@ ALLOWED = {
         {"config", "monitor", "trainers", "run"},
         {"transformers", "trl", "datasets", "yaml", "rich"},
     ),
-    "cli": ({"starter", "run"}, set()),
+    "cli": ({"starter", "stories", "run"}, set()),
     "__init__": ({"trainers"}, set()),
 }
 

@@ -42,7 +42,7 @@ def cheerful_story(completions: Sequence[str], corpus: Sequence[str], **kwargs: 
         corpus: the dataset's column with the path of the stories that the judge has read.
         **kwargs: what else TRL passes, not read.
     """
-    return [_judge(path).score(text) for text, path in zip(completions, corpus, strict=True)]
+    return [story_judge(path).score(text) for text, path in zip(completions, corpus, strict=True)]
 
 
 class StoryJudge:
@@ -60,6 +60,9 @@ class StoryJudge:
     Args:
         openings: first halves of stories.
         rests: their second halves. The last quarter of the stories is left out of the trigram model.
+
+    Raises:
+        ValueError: there are no stories to read.
     """
 
     def __init__(self, openings: Sequence[str], rests: Sequence[str]) -> None:
@@ -75,6 +78,8 @@ class StoryJudge:
         self._total = sum(self._words.values()) + len(self._words) + 1
         levels = [self._smoothness(_words(rest)) for rest in rests[read:] or rests]
         levels = [level for level in levels if math.isfinite(level)]
+        if not levels:
+            raise ValueError(f"none of the {len(rests)} stories that the judge is to read has three words.")
         self._typical = sum(levels) / len(levels)
 
     def score(self, text: str) -> float:
@@ -118,7 +123,8 @@ def _words(text: str) -> list[str]:
 
 
 @functools.cache
-def _judge(path: str) -> StoryJudge:
+def story_judge(path: str) -> StoryJudge:
+    """The judge that has read a corpus: JSON lines with `opening` and `rest`, as `trl-klx stories` writes them."""
     stories = [json.loads(line) for line in Path(path).read_text().splitlines()]
     return StoryJudge([story["opening"] for story in stories], [story["rest"] for story in stories])
 

@@ -65,8 +65,10 @@ class OveroptimisationMonitor(TrainerCallback):
 
     Attributes:
         evaluations: so far, in the order of their steps.
-        fit: the law fitted to them; None where there are too few.
-        turn: None while the gold reward is not below its best.
+        fit: the law fitted to them, up to the turn: what comes long after it follows no law. None where there are too
+            few.
+        turn: of the last evaluation; None while the gold reward is not below its best.
+        turned_at: the step at which that began; None likewise.
     """
 
     def __init__(self, action: str = "warn") -> None:
@@ -79,7 +81,7 @@ class OveroptimisationMonitor(TrainerCallback):
         self.evaluations: list[Evaluation] = []
         self.fit: LawFit | None = None
         self.turn: Turn | None = None
-        self._announced = False
+        self.turned_at: int | None = None
         self._rows: list[tuple[NDArray, NDArray, NDArray]] = []
 
     @property
@@ -126,6 +128,7 @@ class OveroptimisationMonitor(TrainerCallback):
         if kl is not None and math.isfinite(gold_mean):
             # An evaluation at the same step, or a later one of a run that was resumed, is the same one made again.
             self.evaluations = [e for e in self.evaluations if e.step < step]
+            self.turned_at = None if self.turned_at == step else self.turned_at
             kl_se = math.nan if kl_se is None else kl_se
             self.evaluations.append(Evaluation(step, kl, kl_se, proxy_mean, proxy_se, gold_mean, gold_se, gold_of))
             self._judge()
@@ -134,9 +137,18 @@ class OveroptimisationMonitor(TrainerCallback):
 
     def _judge(self) -> None:
         gold = self.gold_by_prompt
-        self.fit = fit_law([e.kl for e in self.evaluations], gold, [e.kl_se for e in self.evaluations])
         self.turn = find_turn(gold, self._planned)
-        self._announced = self._announced and self.turn is not None
+        if self.turn is None:
+            self.turned_at = None
+        elif self.turned_at is None:
+            self.turned_at = self.evaluations[-1].step
+        fitted = self._fitted
+        self.fit = fit_law([e.kl for e in fitted], gold[: len(fitted)], [e.kl_se for e in fitted])
+
+    @property
+    def _fitted(self) -> list[Evaluation]:
+        """The evaluations up to the turn."""
+        return [e for e in self.evaluations if self.turned_at is None or e.step <= self.turned_at]
 
     def _metrics(self) -> dict[str, float]:
         metrics = {"overoptimisation/turned": float(self.turn is not None)}
@@ -167,9 +179,8 @@ class OveroptimisationMonitor(TrainerCallback):
             self._write(Path(args.output_dir or "."))
         if self.turn is None:
             return
-        if not self._announced and state.is_world_process_zero:
+        if self.turned_at == self.evaluations[-1].step and state.is_world_process_zero:
             logger.warning(self._announcement(Path(args.output_dir or ".")))
-        self._announced = True
         if self._action == "stop":
             control.should_save = True
             control.should_training_stop = True
@@ -223,27 +234,27 @@ class OveroptimisationMonitor(TrainerCallback):
                 writer.writerows(rows)
             os.replace(partial, folder / TABLE)
             partial = folder / f"partial-{PICTURE}"
-            plot_overoptimisation(self.table(), partial, self.fit, turned=self.turn is not None)
+            plot_overoptimisation(self.table(), partial, self.fit, self.turned_at)
             os.replace(partial, folder / PICTURE)
         except OSError as error:  # a full disk is no reason to lose the run; the next checkpoint says so
             logger.warning("%s and %s could not be written (%s)", folder / TABLE, PICTURE, error)
 
     def table(self) -> list[dict[str, float]]:
-        """One row per evaluation: step, KL, d, both rewards with standard errors, and the law with its band."""
+        """One row per evaluation: step, KL, d, both rewards with errors; up to the turn, the law with its band."""
         rows = []
         for evaluation in self.evaluations:
             row = {name: value for name, value in asdict(evaluation).items() if name != "by_prompt"}
             rows.append(row | {"d": evaluation.d})
         if self.fit is not None:
-            d = np.array([row["d"] for row in rows])
+            d = np.array([evaluation.d for evaluation in self._fitted])
             columns = zip(self.fit.gold(d), *self.fit.band(d), strict=True)
-            for row, numbers in zip(rows, columns, strict=True):
+            for row, numbers in zip(rows, columns, strict=False):
                 row |= dict(zip(("law", "law_low", "law_high"), map(float, numbers), strict=True))
         return rows
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-serialisable."""
-        return {"evaluations": [asdict(evaluation) for evaluation in self.evaluations], "announced": self._announced}
+        return {"evaluations": [asdict(evaluation) for evaluation in self.evaluations], "turned_at": self.turned_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
@@ -251,9 +262,9 @@ class OveroptimisationMonitor(TrainerCallback):
         for row in state["evaluations"]:
             by_prompt = {int(prompt): float(value) for prompt, value in row["by_prompt"].items()}
             self.evaluations.append(Evaluation(**{**row, "by_prompt": by_prompt}))
+        self.turned_at = state["turned_at"]
         if self.evaluations:
             self._judge()
-        self._announced = bool(state["announced"])
 
 
 def _by_prompt(prompts: NDArray, values: NDArray) -> dict[int, float]:

@@ -12,14 +12,14 @@ matplotlib.use("Agg")  # a training machine has no screen
 from matplotlib import pyplot as plt
 
 
-def plot_overoptimisation(table: list[dict[str, float]], path: Path, fit: LawFit | None, *, turned: bool) -> Path:
+def plot_overoptimisation(table: list[dict[str, float]], path: Path, fit: LawFit | None, turned_at: int | None) -> Path:
     """Draw proxy reward above and gold reward below, each with ± 2 standard errors; returns the path.
 
     Args:
         table: rows with step, d, and proxy and gold with `_se`, as `OveroptimisationMonitor.table` has them.
         path: of a PNG.
-        fit: the law, drawn with its 95 % band up to a little beyond the data; None draws none.
-        turned: whether the last evaluation is below the best by more than chance, which is then marked.
+        fit: the law, drawn with its 95 % band over the evaluations that it is fitted to; None draws none.
+        turned_at: the step at which the turn was found, which is marked; None: it was not.
     """
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(6, 6), sharex=True, layout="constrained", height_ratios=(2, 3))
     d = np.array([row["d"] for row in table])
@@ -28,11 +28,12 @@ def plot_overoptimisation(table: list[dict[str, float]], path: Path, fit: LawFit
         axes.errorbar(d, values, 2 * np.nan_to_num(errors), fmt="o", color=color, markersize=4, capsize=2, label=name)
         axes.set_ylabel(f"{name} reward, held out")
         axes.grid(alpha=0.3)
+    used = [row for row in table if turned_at is None or row["step"] <= turned_at]
     if fit is not None:
-        _draw_law(lower, fit, 1.05 * d.max())
-    if turned:
-        last = table[-1]
-        lower.plot(last["d"], last["gold"], "o", color="crimson", markersize=9, fillstyle="none", label="turned")
+        _draw_law(lower, fit, max(row["d"] for row in used))
+    if turned_at is not None:
+        turn = used[-1]
+        lower.plot(turn["d"], turn["gold"], "o", color="crimson", markersize=9, fillstyle="none", label="turn found")
     for row in table[:: max(1, len(table) // 8)]:
         lower.annotate(f"{row['step']}", (row["d"], row["gold"]), xytext=(4, 5), textcoords="offset points", fontsize=7)
     lower.set_xlabel("square root of the KL to the reference (nats per sequence); numbers are steps")

@@ -1,18 +1,8 @@
 """Each alarm as a function of numbers: just beyond its thresholds, and just within each of them."""
 
-from trl_klx.monitor.detectors import (
-    Finding,
-    Reading,
-    Target,
-    collapse,
-    hidden_kl,
-    is_flat,
-    length_bias,
-    mode_collapse,
-    runaway,
-    stale_sampler,
-    wrong_reference,
-)
+from trl_klx.monitor.detect_course import Target, collapse, is_flat, mode_collapse, runaway
+from trl_klx.monitor.detect_setup import hidden_kl, length_bias, stale_sampler, wrong_reference
+from trl_klx.monitor.readings import Finding, Reading
 
 
 def readings(*values: float, every: int = 10) -> list[Reading]:
@@ -61,6 +51,15 @@ def test_a_kl_beyond_any_useful_size() -> None:
     assert of_size(readings(1.1, 0.9, 1.3), readings(21, 25, 30)) is None
 
 
+def test_a_useless_kl_ends_at_half_the_size() -> None:
+    settings = {"coef_max": None, "coef_name": "beta"}
+    back, still = readings(0.6, 0.6, 0.4), readings(0.6, 0.6, 0.51)
+    alarm(runaway([], still, readings(18, 11, 12), ongoing=True, **settings), "threshold 0.5", "threshold 10")
+    assert runaway([], still, readings(18, 11, 12), **settings) is None
+    assert runaway([], back, readings(18, 11, 12), ongoing=True, **settings) is None
+    assert runaway([], still, readings(18, 9, 12), ongoing=True, **settings) is None
+
+
 def test_an_explosion() -> None:
     alarm(of_size(readings(0.03, 0.07, 0.15, 0.31), readings(1, 2, 3, 6)), "doubled", "0.03, 0.07, 0.15, 0.31")
     assert of_size(readings(0.03, 0.07, 0.13, 0.31), readings(1, 2, 3, 6)) is None  # 0.13 is no doubling
@@ -70,25 +69,39 @@ def test_an_explosion() -> None:
     assert of_size(readings(0.07, 0.15, 0.31), readings(2, 3, 6)) is None
 
 
-FLAT = readings(0.5, 0.52, 0.48, 0.51, 0.49, 0.5)
+FIRST = readings(0.5, 0.52, 0.48, 0.51, 0.49)
+LAST = [Reading(step + 100, value) for step, value in FIRST]
 
 
-def stuck(kl: list[Reading], gain: list[Reading] = FLAT, **changes) -> Finding | None:
-    settings = {"first_kl": 0.0, "same_reward": 0.2, "entropy": 1.0, "weight": "beta 1e+03, learning_rate 1e-06"}
-    return collapse(kl, gain, **{**settings, **changes})
+def stuck(kl: list[Reading], gain: list[Reading] = LAST, **changes) -> Finding | None:
+    settings = {"first_kl": 0.0, "spread": 0.4, "same_reward": 0.2, "entropy": 1.0, "coef_name": "kl_coef"}
+    settings |= {"paid": readings(0, 0, 0), "weight": "kl_coef 1e+03, learning_rate 1e-06"}
+    settings |= changes
+    return collapse(kl, settings.pop("first_gain", FIRST), gain, settings.pop("paid"), **settings)
 
 
 def test_nothing_is_learnt() -> None:
     still = readings(*6 * [9e-4])
-    alarm(stuck(still), "at most 0.0009 nats", "flat at 0.5", "steps 10 to 60", "beta 1e+03, learning_rate 1e-06")
+    alarm(stuck(still), "at most 0.0009 nats", "from 0.5 to 0.5", "steps 10 to 60", "1e+03, learning_rate 1e-06")
+    alarm(stuck(still), "raise learning_rate or lower kl_coef")
     alarm(stuck(still, same_reward=0.96), "rewards do not differ", "96%")
     alarm(stuck(still, entropy=0.04), "hardly varies", "raise temperature")
     assert stuck(readings(*5 * [9e-4], 1.1e-3)) is None  # it moves
     assert stuck(still[:5]) is None  # 40 steps
     assert stuck(readings(*4 * [0.0], every=20)) is None  # 4 readings
-    assert stuck(still, FLAT[:4]) is None
-    assert stuck(still, readings(0.1, 0.11, 0.12, 0.5, 0.51, 0.52)) is None  # the reward rises
+    assert stuck(still, LAST[1:]) is None
+    assert stuck(still, [Reading(step + 100, value + 0.1) for step, value in FIRST]) is None  # the reward has risen
     assert stuck([]) is None
+
+
+def test_a_kl_that_buys_nothing() -> None:
+    moving = readings(*6 * [0.05])
+    alarm(stuck(moving, paid=readings(0.1, 0.41, 0.5, 50)), "at least 0.41", "threshold 0.4", "lower kl_coef")
+    assert stuck(moving, paid=readings(0.41, 0.39, 50)) is None
+    assert stuck(moving, paid=readings(50, 50)) is None
+    assert stuck(moving, paid=readings(50, 50, 50), spread=None) is None  # DPO has no reward
+    risen = [Reading(step + 100, value + 0.1) for step, value in FIRST]
+    assert stuck(moving, risen, paid=readings(50, 50, 50)) is None  # it buys something
 
 
 def test_scoring_noise_is_not_learning() -> None:
@@ -98,28 +111,24 @@ def test_scoring_noise_is_not_learning() -> None:
 
 
 def test_flat() -> None:
-    assert is_flat([0.5] * 6)
-    assert is_flat([0.4, 0.6, 0.5, 0.6, 0.4, 0.5])
-    assert is_flat([0.9, 0.9, 0.8, 0.1, 0.2, 0.1])  # falls
-    assert not is_flat([0.1, 0.12, 0.11, 0.3, 0.32, 0.31])
-    assert not is_flat([0.5, 0.5])  # nobody knows
+    """One standard error of the difference of these means is 0.01."""
+    assert is_flat(FIRST, LAST)
+    assert is_flat(FIRST, [Reading(step, value - 1.0) for step, value in LAST])  # falls
+    assert is_flat(FIRST, [Reading(step, value + 0.019) for step, value in LAST])
+    assert not is_flat(FIRST, [Reading(step, value + 0.021) for step, value in LAST])
+    assert is_flat(readings(*5 * [0.5]), [Reading(step, 0.5) for step, _ in LAST])
+    assert not is_flat(FIRST, LAST[:4])  # nobody knows
+    assert not is_flat(FIRST, FIRST)  # the run has just begun
 
 
 def test_mode_collapse() -> None:
     kl, low = readings(11, 12, 13), readings(0.04, 0.03, 0.02)
-    alarm(mode_collapse(low, kl, first_entropy=2.0), "at most 0.04 nats", "threshold 0.05", "at first 2", "11 nats")
-    assert mode_collapse(low, readings(11, 9, 13), first_entropy=2.0) is None  # a task with one right answer
-    assert mode_collapse(readings(0.04, 0.06, 0.02), kl, first_entropy=2.0) is None
-    assert mode_collapse(low, kl, first_entropy=0.12) is None  # it always had little choice
-    assert mode_collapse(low[:2], kl, first_entropy=2.0) is None
-
-
-def test_collapse_and_mode_collapse_exclude_each_other() -> None:
-    """One needs a KL of nothing, the other a high one."""
-    for kl in (readings(*6 * [0.0]), readings(*6 * [50.0]), readings(*6 * [1.0])):
-        silent = readings(*6 * [0.001])
-        found = [stuck(kl, entropy=0.001), mode_collapse(silent, kl, first_entropy=2.0)]
-        assert found.count(None) >= 1
+    from_two = {"first_entropy": 2.0, "coef_name": "beta"}
+    alarm(mode_collapse(low, kl, **from_two), "at most 0.04 nats", "threshold 0.05", "at first 2", "11 nats")
+    assert mode_collapse(low, readings(11, 9, 13), **from_two) is None  # a task with one right answer
+    assert mode_collapse(readings(0.04, 0.06, 0.02), kl, **from_two) is None
+    assert mode_collapse(low, kl, first_entropy=0.12, coef_name="beta") is None  # it always had little choice
+    assert mode_collapse(low[:2], kl, **from_two) is None
 
 
 def test_wrong_reference() -> None:

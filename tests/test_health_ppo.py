@@ -27,11 +27,20 @@ def test_runaway_and_mode_collapse(tmp_path: Path) -> None:
 
 def test_collapse(tmp_path: Path) -> None:
     """All rewards are the same; at this learning rate nothing else moves the policy."""
-    options = {"kl_coef": 1000.0, "learning_rate": 1e-9, "max_steps": 60, "logging_steps": 10}
+    options = {"kl_coef": 1000.0, "learning_rate": 1e-9, "max_steps": 60, "logging_steps": 5}
     made = run(tmp_path, reward_funcs=always_half, **options)
     event = alarms(tmp_path)["collapse"]
     assert "rewards do not differ" in event["cause"]
     assert logged(made) == {"collapse"}
+
+
+def test_collapse_under_a_penalty_that_outweighs_the_reward(tmp_path: Path) -> None:
+    """In the reward's own units: PPO does not normalise it."""
+    made = run(tmp_path, kl_coef=100.0, learning_rate=3e-4, max_steps=80, logging_steps=5)
+    event = alarms(tmp_path)["collapse"]
+    assert event["remedy"] == "lower kl_coef"
+    spread = next(e["reward_std"] for e in made.state.log_history if e["step"] == event["step"])
+    assert f"threshold {spread:.2g}, the reward's deviation" in event["evidence"]
 
 
 def test_wrong_reference(tmp_path: Path) -> None:

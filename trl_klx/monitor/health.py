@@ -16,8 +16,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from . import detectors
-from .detectors import Finding, Reading, Target
+from . import detect_course, detect_setup
+from .readings import SEVERAL, Finding, Reading
 
 HEALTH_FILE = "health.jsonl"
 _KEPT = 64  # readings of a metric: more than LEARNING_STEPS of them, where every step is logged
@@ -36,6 +36,7 @@ class HealthSources:
         noise: the largest KL per token before the first update that scoring noise explains, nats.
         precision: whose noise that is.
         mismatches: differences between policy and reference that were found before training, in words.
+        reward_scale: standard deviation of the rewards as the loss sees them; None: that of the metric `reward_std`.
         coef_max: gives the largest beta that the controller may set, None where there is none.
     """
 
@@ -46,6 +47,7 @@ class HealthSources:
     noise: float
     precision: str
     mismatches: tuple[str, ...] = ()
+    reward_scale: float | None = None
     coef_max: Callable[[], float | None] = lambda: None
 
 
@@ -61,7 +63,9 @@ class HealthMonitor:
         self._sources, self._warmup_steps = sources, warmup_steps
         self._series: dict[str, deque[Reading]] = {}
         self._first: dict[str, Reading] = {}
-        self._targets: deque[Target] = deque(maxlen=detectors.SEVERAL)
+        self._first_gain: list[Reading] = []
+        self._paid: deque[Reading] = deque(maxlen=SEVERAL)
+        self._targets: deque[detect_course.Target] = deque(maxlen=SEVERAL)
         self._quiet: dict[str, int] = {}  # by alarm that has begun and not ended: entries since it was last found
         self._raised: list[str] = []  # all alarms of the run so far, in order
 
@@ -83,7 +87,7 @@ class HealthMonitor:
                 self._quiet[name] = 0
             elif name in self._quiet:
                 self._quiet[name] += 1
-                if self._quiet[name] == detectors.SEVERAL:
+                if self._quiet[name] == SEVERAL:
                     del self._quiet[name]
                     events.append({"step": step, "alarm": name, "ends": True})
         return events
@@ -98,9 +102,9 @@ class HealthMonitor:
             "collapse": self._collapse(),
             "mode_collapse": self._mode_collapse(),
             "wrong_reference": self._wrong_reference(),
-            "stale_sampler": detectors.stale_sampler(self._readings("kl/ess"), self._readings("kl/sampler")),
+            "stale_sampler": detect_setup.stale_sampler(self._readings("kl/ess"), self._readings("kl/sampler")),
             "length_bias": self._length_bias(),
-            "hidden_kl": detectors.hidden_kl(self._readings("kl/masked_share"), self._readings("kl/masked")),
+            "hidden_kl": detect_setup.hidden_kl(self._readings("kl/masked_share"), self._readings("kl/masked")),
         }
 
     def _take(self, step: int, numbers: dict[str, float]) -> None:
@@ -109,9 +113,14 @@ class HealthMonitor:
         for name, value in numbers.items():
             self._first.setdefault(name, Reading(step, value))
             self._series.setdefault(name, deque(maxlen=_KEPT)).append(Reading(step, value))
+        gain = numbers.get(self._sources.gain)
+        if gain is not None and len(self._first_gain) < detect_course.LEARNING_READINGS:
+            self._first_gain.append(Reading(step, gain))
+        if {"kl/coef", "kl/sequence"} <= set(numbers):
+            self._paid.append(Reading(step, numbers["kl/coef"] * numbers["kl/sequence"]))
         if {"kl/target", "kl/error", "kl/coef"} <= set(numbers):
             target = numbers["kl/target"]
-            self._targets.append(Target(step, target + numbers["kl/error"], target, numbers["kl/coef"]))
+            self._targets.append(detect_course.Target(step, target + numbers["kl/error"], target, numbers["kl/coef"]))
 
     def _readings(self, name: str) -> list[Reading]:
         return list(self._series.get(name, ()))
@@ -121,31 +130,36 @@ class HealthMonitor:
         return readings[-1].value if readings else None
 
     def _runaway(self) -> Finding | None:
-        return detectors.runaway(
+        return detect_course.runaway(
             list(self._targets),
             self._readings(self._sources.per_token),
             self._readings("kl/sequence"),
             coef_max=self._sources.coef_max(),
             coef_name=self._sources.coef_name,
+            ongoing="runaway" in self._quiet,
         )
 
     def _collapse(self) -> Finding | None:
         kl = [reading for reading in self._readings("kl/sequence") if reading.step > self._warmup_steps]
-        enough = [n for n in range(len(kl)) if kl[-1].step - kl[-1 - n].step >= detectors.LEARNING_STEPS]
+        enough = [n for n in range(len(kl)) if kl[-1].step - kl[-1 - n].step >= detect_course.LEARNING_STEPS]
         # The latest readings over so many steps, and at least so many readings.
-        kl = kl[-max(enough[0] + 1, detectors.LEARNING_READINGS) :] if enough else []
-        gain = [reading for reading in self._readings(self._sources.gain) if kl and reading.step >= kl[0].step]
+        kl = kl[-max(enough[0] + 1, detect_course.LEARNING_READINGS) :] if enough else []
         first = self._first.get("kl/start_sequence")
         coef, rate = self._last("kl/coef"), self._last("learning_rate")
         weight = [f"{self._sources.coef_name} {coef:.3g}"] if coef is not None else []
         weight += [f"learning_rate {rate:.3g}"] if rate is not None else []
-        return detectors.collapse(
+        scale = self._sources.reward_scale
+        return detect_course.collapse(
             kl,
-            gain,
+            self._first_gain,
+            self._readings(self._sources.gain)[-detect_course.LEARNING_READINGS :],
+            list(self._paid),
             first_kl=0.0 if first is None else first.value,
+            spread=self._last("reward_std") if scale is None else scale,
             same_reward=self._same_reward(),
             entropy=self._last(self._sources.entropy),
             weight=", ".join(weight),
+            coef_name=self._sources.coef_name,
         )
 
     def _same_reward(self) -> float | None:
@@ -153,20 +167,22 @@ class HealthMonitor:
         shares = self._readings("frac_reward_zero_std")
         if not shares:
             shares = [Reading(step, float(spread == 0)) for step, spread in self._readings("reward_std")]
-        return min((reading.value for reading in shares[-detectors.SEVERAL :]), default=None)
+        return min((reading.value for reading in shares[-SEVERAL:]), default=None)
 
     def _mode_collapse(self) -> Finding | None:
         entropy = self._readings(self._sources.entropy)
         if not entropy:
             return None
         first = self._first[self._sources.entropy].value
-        return detectors.mode_collapse(entropy, self._readings("kl/sequence"), first_entropy=first)
+        return detect_course.mode_collapse(
+            entropy, self._readings("kl/sequence"), first_entropy=first, coef_name=self._sources.coef_name
+        )
 
     def _wrong_reference(self) -> Finding | None:
         first, noise = self._first.get("kl/start"), self._sources.noise
         if first is None:  # DPO without a probe: the log-ratio itself, and KL = log-ratio^2 / 2
             first, noise = self._first.get("log_ratio/start"), math.sqrt(2 * noise)
-        return detectors.wrong_reference(
+        return detect_setup.wrong_reference(
             first, noise=noise, precision=self._sources.precision, mismatches=self._sources.mismatches
         )
 
@@ -174,7 +190,7 @@ class HealthMonitor:
         answers = self._readings("probe/mean_length")
         if answers and answers[0] != self._first["probe/mean_length"]:
             answers = [self._first["probe/mean_length"], *answers]
-        return detectors.length_bias(
+        return detect_setup.length_bias(
             self._readings("length/margin_correlation"),
             self._readings("length/margin_slope"),
             self._readings("length/chosen"),

@@ -96,7 +96,7 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         self._probed_at: int | None = None
         self._probe = self._make_probe() if args.kl_probe_steps is not None else None
         self._pairs = PairStatistics(self.accelerator)
-        self._watch_health(self.model, self._tokenizer, gain="log_ratio/margin", entropy="probe/entropy")
+        self._watch_health(self.model, gain="log_ratio/margin", entropy="probe/entropy", tokenizer=self._tokenizer)
 
     def _exact_forward(self) -> ExactKLForward:
         check_sharding(self)

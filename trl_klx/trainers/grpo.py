@@ -23,12 +23,12 @@ from .grpo_config import KLXGRPOConfig
 from .grpo_scoring import (
     VISION_INPUTS,
     Scoring,
+    attention_to_cut_answers,
     health_metrics,
     health_sums,
     joined,
     loss_mask,
     sampler_logps_of,
-    with_cut_answers,
 )
 from .health import PooledSums
 from .kl_control import KLControl
@@ -82,8 +82,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, GRPOTrainer):
         kl_groups = group_names(args, train_dataset, eval_dataset)
         check_gold_reward(args, gold_reward_func)
         self._scorings: list[Scoring] | None = None
-        self._prompts_seen = 0
-        self._keep_ref_hidden = False
+        self._prompts_seen, self._keep_ref_hidden = 0, False
         self._exact_request: tuple[Tensor, Tensor, bool] | None = None  # reference hidden states, mask, with gradient
         without_adapter = kwargs.get("peft_config") is None
         with reference_is_built(args), reference_is_a_copy(model, wanted=without_adapter and args.kl_is_measured):
@@ -97,7 +96,9 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, GRPOTrainer):
         self._health_sums = PooledSums(self.accelerator, ("seen", "hidden", "answers", "sampler_kl", "sampled"))
         # A router's loss counts every token that is not masked: there, cut-off answers have to stay as TRL masks them.
         self._looks_behind_mask = args.kl_health and args.kl_is_measured and not self.aux_loss_enabled
-        self._watch_health(self.model, self._tokenizer, gain="reward", entropy="entropy")
+        scale = None if self.scale_rewards == "none" else 1.0
+        sources = {"gain": "reward", "entropy": "entropy", "tokenizer": self._tokenizer}
+        self._watch_health(self.model, **sources, reward_scale=scale)
         self._watch_gold(gold_reward_func)
 
     def _exact_forward(self) -> ExactKLForward:
@@ -141,9 +142,8 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if self._looks_behind_mask and self.mask_truncated_completions:
             # They count nowhere, but their KL is looked at: score them as they are.
-            answers = attention_mask[:, -logits_to_keep:], input_ids[:, -logits_to_keep:]
-            answers_mask = with_cut_answers(*answers, self._tokenizer.pad_token_id)
-            attention_mask = torch.cat([attention_mask[:, :-logits_to_keep], answers_mask], dim=1)
+            pad = self._tokenizer.pad_token_id
+            attention_mask = attention_to_cut_answers(attention_mask, input_ids, logits_to_keep, pad)
         hidden: AbstractContextManager[list[Tensor]] = nullcontext([])
         exact: AbstractContextManager[list[Tensor]] = nullcontext([])
         if self._exact is not None and self._keep_ref_hidden:

@@ -48,7 +48,14 @@ class PooledSums:
 
 
 def health_callback(
-    trainer: Any, args: KLArguments, policy: nn.Module, *, gain: str, entropy: str, tokenizer: Any
+    trainer: Any,
+    args: KLArguments,
+    policy: nn.Module,
+    *,
+    gain: str,
+    entropy: str,
+    tokenizer: Any,
+    reward_scale: float | None = None,
 ) -> HealthCallback:
     """The alarms of a trainer whose `kl` and `ref_model` are there.
 
@@ -56,7 +63,7 @@ def health_callback(
         trainer: the trainer.
         args: its config.
         policy: its policy, or a module that holds it.
-        gain, entropy: metrics that it logs, see `HealthSources`.
+        gain, entropy, reward_scale: see `HealthSources`.
         tokenizer: the policy's.
     """
     reference = None if trainer.ref_model is None else trainer.accelerator.unwrap_model(trainer.ref_model)
@@ -74,6 +81,7 @@ def health_callback(
             noise=SCORING_NOISE[precision],
             precision=precision,
             mismatches=tuple(mismatches),
+            reward_scale=reward_scale,
             coef_max=lambda: trainer.kl.coef_max,
         )
     )

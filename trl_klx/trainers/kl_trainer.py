@@ -79,12 +79,11 @@ class KLControlledTrainer(GuardedSteps, WholeCheckpoints):
         """What health alarms need and nothing else logs, since the last call. Called on every process."""
         return {}
 
-    def _watch_health(self, policy: nn.Module, tokenizer: Any, *, gain: str, entropy: str) -> None:
+    def _watch_health(self, policy: nn.Module, **sources: Any) -> None:
         """Add the health alarms, once the trainer is set up; see `health_callback`."""
         if self.args.kl_health:
             # The first of the callbacks, so that those that write metrics get its own.
-            alarms = health_callback(self, self.args, policy, gain=gain, entropy=entropy, tokenizer=tokenizer)
-            self.callback_handler.callbacks.insert(0, alarms)
+            self.callback_handler.callbacks.insert(0, health_callback(self, self.args, policy, **sources))
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {**super()._checkpoint_state(), **self.kl.state(), "skipped_steps": self.guard.skipped}

@@ -148,7 +148,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         )
         self._clipping = Clipping(args.cliprange, args.cliprange_value)
         self._token_sums: dict[str, list[Tensor]] = defaultdict(list)
-        self._watch_health(self.model.policy, tokenizer, gain="reward", entropy="policy/entropy_avg")
+        self._watch_health(self.model.policy, gain="reward", entropy="policy/entropy_avg", tokenizer=tokenizer)
         self._weights: list[Tensor] = []  # importance weights on the KL loss, of the step's updates
         self._watch_gold(gold_reward_func)
 

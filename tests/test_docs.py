@@ -70,7 +70,7 @@ def test_options_in_the_docs_exist() -> None:
         *KLXDPOConfig.__dataclass_fields__,
     }
     assert named
-    assert named <= fields | {"kl_state", "kl_control", "kl_loss", "kl_credit"}
+    assert named <= fields | {"kl_state", "kl_control", "kl_loss", "kl_credit", "kl_groups"}
 
 
 def test_tests_named_in_the_ppo_page_exist() -> None:

@@ -50,7 +50,6 @@ PHASES = [phase for phases in COURSES.values() for phase in phases]
 LENGTH = {"steps": 500, "learning": 600}  # updates of a phase
 BAND = 0.25
 LAST = 100  # updates whose error counts as that of the steady state
-SAMPLES = (128, 256, 512, 1024)  # tokens behind a reading
 Array = NDArray[np.float64]
 Figures = dict[str, dict[str, float | None]]  # by phase
 
@@ -93,6 +92,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plants", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gain", type=float, nargs=2, default=(0.5, 2.0), help="lowest and highest of the plants")
+    parser.add_argument("--delay", type=int, nargs=2, default=(0, 5), help="updates")
+    parser.add_argument("--lag", type=float, nargs=2, default=(3.0, 100.0), help="updates")
+    parser.add_argument("--tokens", type=int, nargs="+", default=(128, 256, 512, 1024), help="behind a reading")
     parser.add_argument("--window", type=int, default=100, help="updates within the band that count as settled")
     parser.add_argument("--controllers", nargs="+", choices=list(CONTROLLERS), default=list(CONTROLLERS))
     parser.add_argument("--output", default=None, help="JSON file for the figures")
@@ -139,15 +142,15 @@ class Plants:
     def read(self, kl: Array, rng: np.random.Generator) -> Array:
         """k1 or k3 of the true KL, mean over the plant's number of tokens."""
         readings = kl + np.sqrt(2 * kl / self.samples) * rng.standard_normal(len(kl))
-        for count in SAMPLES:
+        for count in np.unique(self.samples):
             mine = self.k3 & (self.samples == count)
             ratio = kl[mine, None] + np.sqrt(2 * kl[mine, None]) * rng.standard_normal((mine.sum(), count))
             readings[mine] = (np.expm1(-ratio) + ratio).mean(axis=1)
         return readings
 
 
-def make_plants(count: int, seed: int) -> Plants:
-    rng = np.random.default_rng(seed)
+def make_plants(args: argparse.Namespace) -> Plants:
+    count, rng = args.plants, np.random.default_rng(args.seed)
 
     def between(low: float, high: float) -> Array:
         return np.exp(rng.uniform(math.log(low), math.log(high), count))
@@ -158,11 +161,11 @@ def make_plants(count: int, seed: int) -> Plants:
         beta_star=beta_star,
         beta=beta_star * between(0.1, 10.0),
         free=target * between(3.0, 100.0),
-        gain=rng.uniform(0.5, 2.0, count),
-        delay=rng.integers(0, 6, count),
-        lag=between(3.0, 100.0),
+        gain=rng.uniform(*args.gain, count),
+        delay=rng.integers(args.delay[0], args.delay[1] + 1, count),
+        lag=between(*args.lag),
         paced=rng.random(count) < 0.5,
-        samples=rng.choice(SAMPLES, count),
+        samples=rng.choice(args.tokens, count),
         k3=rng.random(count) < 0.5,
         factor=rng.choice([0.5, 2.0], count),
     )
@@ -270,7 +273,7 @@ def pair(found: dict[str, float | None], name: str, form: str) -> str:
 
 def main(arguments: list[str] | None = None) -> dict[str, Figures]:
     args = parse(arguments)
-    plants = make_plants(args.plants, args.seed)
+    plants = make_plants(args)
     results = {name: measure(plants, name, args.seed + 1, args.window) for name in args.controllers}
     Console(width=None if sys.stdout.isatty() else 140).print(table_of(results, args))
     if args.output:

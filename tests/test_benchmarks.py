@@ -115,10 +115,21 @@ def test_benchmark_of_the_controllers(tmp_path: Path, capsys: pytest.CaptureFixt
     assert results["pid"]["start"]["within"] > results["fixed"]["start"]["within"] + 0.2
 
 
+def test_the_former_pid_of_the_benchmarks_gives_its_anchor() -> None:
+    """The law of before, kept for comparison: figures that were computed by a program of their own."""
+    readings = [0.001, 0.01, 0.03, 0.08, 0.2, 0.5, 0.4, 0.2, 0.1, 0.1, math.nan, -0.05, 0.1]
+    expected = [
+        0.0409365377, 0.0389400392, 0.0389400392, 0.0389400392, 0.0461978269, 0.0564261531, 0.0689190591,
+        0.0806797020, 0.0761837193, 0.0725282957, 0.0725282957, 0.0619245815, 0.0605867164,
+    ]  # fmt: skip
+    controller = load("benchmark_controllers").make("former pid", 0.05, 0.1)
+    assert [controller.update(kl) for kl in readings] == pytest.approx(expected, rel=1e-8)
+
+
 def test_plants_end_at_the_analytic_kl() -> None:
     """Open loop: a fixed beta ends at pull free (1 + beta / beta_free)^-gain, whatever lag and delay."""
     benchmark = load("benchmark_controllers")
-    plants = benchmark.make_plants(40, seed=3)
+    plants = benchmark.make_plants(benchmark.parse(["--plants", "40", "--seed", "3"]))
     plants.lag /= 20  # so that 500 updates are the end
     # At beta_star it is the target, without a penalty `free`, and far above beta_free it falls as beta^-gain.
     assert plants.steady(plants.beta_star, 1.0) == pytest.approx(plants.target)
@@ -141,7 +152,7 @@ def test_plants_end_at_the_analytic_kl() -> None:
 
 def test_plants_answer_beta_after_delay_and_lag() -> None:
     benchmark = load("benchmark_controllers")
-    plants = benchmark.make_plants(1, seed=0)
+    plants = benchmark.make_plants(benchmark.parse(["--plants", "1", "--seed", "0"]))
     plants.beta[:], plants.delay[:], plants.lag[:], plants.paced[:] = 0.1, 3, 7.0, False
 
     class Jump(FixedController):
@@ -157,7 +168,7 @@ def test_plants_answer_beta_after_delay_and_lag() -> None:
 
 def test_controllers_of_the_benchmark_meet_the_same_noise() -> None:
     benchmark = load("benchmark_controllers")
-    plants = benchmark.make_plants(3, seed=0)
+    plants = benchmark.make_plants(benchmark.parse(["--plants", "3", "--seed", "0"]))
     courses = [
         benchmark.simulate(plants, [benchmark.make(name, 0.1, 0.1) for _ in range(3)], "learning", seed=5)
         for name in ("pid", "pid", "former pid")
@@ -168,7 +179,7 @@ def test_controllers_of_the_benchmark_meet_the_same_noise() -> None:
 def test_readings_of_plants_are_those_of_k1_and_k3() -> None:
     """Unbiased, with the standard deviations that Gaussian policies have; a k1 reading may be negative."""
     benchmark = load("benchmark_controllers")
-    plants = benchmark.make_plants(4000, seed=0)
+    plants = benchmark.make_plants(benchmark.parse(["--plants", "4000", "--seed", "0"]))
     plants.samples[:] = 128
     kl = np.full(4000, 0.005)
     readings = plants.read(kl, np.random.default_rng(0))

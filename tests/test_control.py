@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import trl_klx.control
-from trl_klx.control import Controller, PIDController, make_controller
+from trl_klx.control import Controller, make_controller
 
 NAN, INF = math.nan, math.inf
 
@@ -66,25 +66,6 @@ def test_adaptive_keeps_beta_positive_for_any_batch() -> None:
     controller = make_controller("adaptive", 0.2, target=6, horizon=10)
     assert controller.update(0.0, n=1000) == pytest.approx(0.002)  # the factor is -19
     assert controller.update(60.0, n=1e300) == pytest.approx(20.0)
-
-
-class FormerPID(PIDController):
-    """The law without the gain that adapts and without patience, for which the anchor was computed elsewhere."""
-
-    lowest_error = -0.5
-    patience = INF
-
-
-def test_pid_anchor() -> None:
-    readings = [0.001, 0.01, 0.03, 0.08, 0.2, 0.5, 0.4, 0.2, 0.1, 0.1, NAN, -0.05, 0.1]
-    expected = [
-        0.0409365377, 0.0389400392, 0.0389400392, 0.0389400392, 0.0461978269, 0.0564261531, 0.0689190591,
-        0.0806797020, 0.0761837193, 0.0725282957, 0.0725282957, 0.0619245815, 0.0605867164,
-    ]  # fmt: skip
-    controller = FormerPID(0.05, target=0.1, **PLAIN)
-    assert controller.value == 0.05
-    assert feed(controller, readings) == pytest.approx(expected, rel=1e-8)
-    assert controller.state_dict()["gain"] == 1.0
 
 
 def pid_by_the_book(readings: list[float], targets: list[float], settings: dict[str, float]) -> list[float]:

@@ -87,3 +87,21 @@ def test_ratios_are_taken_round_by_round() -> None:
     benchmark = load("benchmark_overhead")
     seconds = {benchmark.STOCK: [1.0, 2.0, 1.0, 4.0], "k3 loss": [1.5, 3.0, 1.5, 6.0]}
     assert benchmark.ratios(seconds, "k3 loss") == pytest.approx((1.5, 1.5, 1.5))
+
+
+def test_benchmark_of_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = load("benchmark_measure")
+    models = ["--reference", save_tiny(tmp_path / "reference"), "--policy", save_tiny(tmp_path / "policy", seed=1)]
+    times = benchmark.main([*models, "--prompt_tokens", "3", "--tokens", "5", "--rounds", "1"])
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in times.values())
+    shown = capsys.readouterr().out
+    gaps = [float(line.split("at most ")[1].split()[0]) for line in shown.splitlines() if "at most" in line]
+    assert len(gaps) == 13
+    assert max(gaps) < 1e-5
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+def test_memory_of_measuring_is_bounded() -> None:
+    """2048 tokens of a vocabulary of 50,000 are 781 MiB of logits; the chunk holds 128 and what a block needs."""
+    benchmark = load("benchmark_measure")
+    assert benchmark.main(["--memory", "--vocabulary", "50000", "--tokens", "2048"]) < 300

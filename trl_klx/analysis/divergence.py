@@ -151,10 +151,18 @@ def chunked_token_statistics(
     kind = tokens.device.type
     chunk_size = chunk_size or default_chunk_size(vocab_size, kind)
     block = max(1, _BLOCK_BYTES.get(kind, _BLOCK_BYTES_ELSEWHERE) // (4 * vocab_size))
-    parts = []
+    columns: list[Tensor] = []
     for start in range(0, len(tokens), chunk_size):
-        rows = slice(start, start + chunk_size)
-        logits, ref_logits = project(hidden[rows]), ref_project(ref_hidden[rows])
-        pieces = (values.split(block) for values in (logits, ref_logits, tokens[rows]))
-        parts += [token_statistics(*piece) for piece in zip(*pieces, strict=True)]
-    return TokenStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        logits, ref_logits = (
+            head(states[start : start + chunk_size]) for head, states in ((project, hidden), (ref_project, ref_hidden))
+        )
+        for first in range(0, len(logits), block):
+            rows = slice(first, first + block)
+            place = slice(start + first, start + min(first + block, len(logits)))
+            found = token_statistics(logits[rows], ref_logits[rows], tokens[place])
+            # Small results kept between large blocks that come and go would splinter the heap, and it would grow.
+            columns = columns or [column.new_empty(len(tokens), *column.shape[1:]) for column in found]
+            for column, values in zip(columns, found, strict=True):
+                column[place] = values
+        del logits, ref_logits  # or the next chunk would be made beside this one
+    return TokenStatistics(*columns)

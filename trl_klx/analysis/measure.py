@@ -220,7 +220,7 @@ def _run_policy(done: Measurement, source: Source, ref_head: Head, vocab_size: i
                 store.save_hidden(source.label, item.row.index, hidden)
         new = [(item, hidden) for item, hidden in zip(batch, states, strict=True) if item.row.index not in finished]
         if new:
-            store.add(source, _rows(done, source, new, scorer.head, ref_head, vocab_size))
+            store.add(source, compare(done, source, new, scorer.head, ref_head, vocab_size))
     state.wait_for_everyone()
 
 
@@ -244,9 +244,10 @@ def _load_together(done: Measurement, source: Source, vocab_size: int) -> Scorer
 
 
 @torch.no_grad()
-def _rows(
+def compare(
     done: Measurement, source: Source, new: list[tuple[Encoded, Tensor]], head: Head, ref_head: Head, vocab_size: int
 ) -> list[dict[str, Any]]:
+    """Rows of `store.SCHEMA` from a policy's hidden states and the reference's, which the store has."""
     items, states = zip(*new, strict=True)
     device = PartialState().device
     lengths = [len(item.response_ids) for item in items]

@@ -18,14 +18,20 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+# Without one, a small model at temperature 1 talks about anything.
+EXAMPLE = [
+    {"role": "user", "content": "What is 2 plus 3?"},
+    {"role": "assistant", "content": "2 plus 3 is 5. The answer is 5."},
+]
+
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--output_dir", default="runs/sums")
-    parser.add_argument("--sums", type=int, default=64, help="how many; one in four is held out")
+    parser.add_argument("--sums", type=int, default=40, help="how many; one in four is held out")
     parser.add_argument("--samples", type=int, default=4, help="answers to each")
-    parser.add_argument("--max_new_tokens", type=int, default=24)
+    parser.add_argument("--max_new_tokens", type=int, default=20)
     return parser.parse_args(arguments)
 
 
@@ -37,7 +43,7 @@ def is_right(text: str, total: int) -> bool:
 
 def answer(model: Any, tokenizer: Any, numbers: tuple[int, int], samples: int) -> list[dict[str, Any]]:
     """Sampled answers to one sum, unfiltered."""
-    prompt = [{"role": "user", "content": f"What is {numbers[0]} + {numbers[1]}?"}]
+    prompt = [*EXAMPLE, {"role": "user", "content": f"What is {numbers[0]} plus {numbers[1]}?"}]
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
@@ -76,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     generator = random.Random(0)
-    sums = [(generator.randint(2, 30), generator.randint(2, 30)) for _ in range(args.sums)]
+    sums = [(generator.randint(2, 12), generator.randint(2, 12)) for _ in range(args.sums)]
     torch.manual_seed(0)
     held_out = max(1, args.sums // 4)
     folder = Path(args.output_dir)

@@ -532,6 +532,10 @@ def test_sampled_responses_have_an_unbiased_kl(models: Path, tmp_path: Path) -> 
     error = np.std(sampled - exact) / math.sqrt(len(found))
     assert abs((sampled - exact).mean()) < 3 * error
     assert exact.mean() > 10 * error
+    assert set(found["unbiased_sequence_kl_ref_policy"]) == {None}
+    by_reference = measure(models, tmp_path / "reference", data, ["run/checkpoint-20"], sample="reference")
+    assert by_reference["unbiased_sequence_kl_ref_policy"] == by_reference["teacher_forced_sum_kl_ref_policy"]
+    assert set(by_reference["unbiased_sequence_kl_policy_ref"]) == {None}
     again = measure(models, tmp_path / "again", data, ["run/checkpoint-20"], **options)
     assert again["token_ids"] == found["token_ids"]
 
@@ -640,6 +644,8 @@ def test_the_tables_on_disk(models: Path, tmp_path: Path) -> None:
     swapped = measure_kl(rows(), str(models / "run/checkpoint-100"), str(models / "run/checkpoint-20"))
     expected = np.concatenate(swapped.to_pandas()["kl_policy_ref"].to_list()).mean()
     assert pairs["checkpoint-20", "checkpoint-100"] == pytest.approx(expected, rel=1e-5)
+    expected = np.concatenate(swapped.to_pandas()["kl_ref_policy"].to_list()).mean()
+    assert pairs["checkpoint-100", "checkpoint-20"] == pytest.approx(expected, rel=1e-5)
     assert pairs["checkpoint-5", "checkpoint-5"] == 0
     moved = tables["moved"][tables["moved"]["policy"] == "checkpoint-20"]
     assert moved["kl_policy_ref"].tolist() == pytest.approx(sorted(tokens, reverse=True)[: len(moved)])

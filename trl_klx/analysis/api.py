@@ -10,8 +10,10 @@ import pyarrow as pa
 from datasets import Dataset
 
 from .classes import load_classes
+from .errors import MeasureError
 from .measure import Measurement, run_measurement
 from .options import MeasureOptions
+from .processes import processes
 from .summary import PolicyTokens, response_table
 
 
@@ -29,7 +31,8 @@ def measure_kl(
         data: rows with `prompt` and `response`; see `trl_klx.analysis.inputs.load_rows`.
         reference: folder, adapter or name on the Hub.
         policies: one or more, or patterns such as "runs/x/checkpoint-*".
-        output_dir: where finished rows are kept, and an interrupted call goes on from; None for a temporary folder.
+        output_dir: where finished rows are kept, and an interrupted call goes on from; None for a temporary
+            folder, with one process.
         **options: fields of `trl_klx.analysis.options.MeasureOptions`.
 
     Returns:
@@ -50,6 +53,8 @@ def measure_kl(
         MeasureError: options, data or reference cannot work, or no policy can be measured. A row or policy that alone
             cannot be used is left out with a warning.
     """
+    if output_dir is None and processes().num_processes > 1:
+        raise MeasureError("output_dir is missing: several processes need one folder that they share.")
     names = [policies] if isinstance(policies, str) else list(policies)
     with tempfile.TemporaryDirectory() as temporary:
         settings = MeasureOptions(

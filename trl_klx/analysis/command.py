@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 import pandas as pd
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
@@ -18,6 +17,7 @@ from .errors import MeasureError
 from .measure import Measurement, run_measurement
 from .options import MeasureOptions
 from .pairwise import pairwise_kl
+from .processes import processes
 from .report import write_report
 from .summary import DIRECTIONS, PolicyTokens, Summary, notes, summarise, unbiased_direction
 
@@ -52,11 +52,11 @@ def main(argv: list[str] | None = None, program: str = "measure_kl.py") -> int:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         start = time.perf_counter()
         done = run_measurement(data.data, options)
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             _print_left_out(done)
         done.check_measured()
         pairwise = pairwise_kl(done)
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             _finish(done, pairwise, classes, time.perf_counter() - start)
     except MeasureError as error:
         if os.environ.get("RANK", "0") == "0":
@@ -121,7 +121,7 @@ def _mean(row: dict, name: str) -> str:
 
 def _leave_together() -> None:
     """End all processes in order: gloo aborts now and then when one leaves while another still talks."""
-    state = PartialState()
+    state = processes()
     if state.num_processes > 1:
         state.wait_for_everyone()
         time.sleep(0.5)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -22,7 +21,8 @@ from .errors import MeasureError, ModelError, RowError
 from .inputs import Row, load_rows
 from .models import Head, Scorer, Source, check_tokenizer, load_model, load_tokenizer, resolve
 from .options import DTYPES, MeasureOptions
-from .sampling import sample_responses, sampled_rows
+from .processes import processes
+from .sampling import missing_samples, sample_responses, sampled_rows
 from .store import Store
 from .tokens import Encoded, encode, encode_prompt
 
@@ -66,10 +66,10 @@ def run_measurement(data: Any, options: MeasureOptions) -> Measurement:
         rows = _sample(done, rows, {source.label: source for source in (reference, *sources)}[str(sampler)])
     _encode(done, rows)
     settings = _settings(done)
-    done.store.open(settings, write=PartialState().is_main_process)
+    done.store.open(settings, write=processes().is_main_process)
     for source in sources:
-        done.store.open_policy(source, write=PartialState().is_main_process)
-    PartialState().wait_for_everyone()
+        done.store.open_policy(source, write=processes().is_main_process)
+    processes().wait_for_everyone()
     head, vocab_size = _run_reference(done)
     for source in sources:
         try:
@@ -78,7 +78,7 @@ def run_measurement(data: Any, options: MeasureOptions) -> Measurement:
             done.left_out_models[source.label] = str(error)
         else:
             done.policies.append(source)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     return done
 
 
@@ -108,11 +108,13 @@ def _sample(done: Measurement, rows: list[Row], source: Source) -> list[Row]:
     names = ("num_samples", "max_new_tokens", "temperature", "seed", "where", "split")
     key = repr([source.fingerprint(), [row.prompt for row in usable], *(getattr(options, name) for name in names)])
     folder = Path(options.output_dir) / "sampled" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if not all((folder / f"{row.index:08d}.json").is_file() for row in usable):
+    todo = missing_samples(usable, folder)
+    processes().wait_for_everyone()  # as below: no file is written before the list is made
+    if todo:
         sample_responses(
-            load_model(source, dtype=DTYPES[options.dtype], device=PartialState().device),
+            load_model(source, dtype=DTYPES[options.dtype], device=processes().device),
             done.tokenizer,
-            usable,
+            todo,
             folder=folder,
             num_samples=options.num_samples,
             max_new_tokens=options.max_new_tokens,
@@ -163,7 +165,7 @@ def _batches(done: Measurement) -> list[list[Encoded]]:
 
 def _own_share(batches: list[list[Encoded]], text: str) -> Any:
     """The batches of this process, with a bar where there is something to do."""
-    state = PartialState()
+    state = processes()
     own = batches[state.process_index :: state.num_processes]
     return tqdm(own, desc=text, disable=not (own and state.is_main_process), leave=False)
 
@@ -178,15 +180,16 @@ def _run_reference(done: Measurement) -> tuple[Head, int]:
     missing = [
         batch for batch in _batches(done) if not all(store.has_hidden(REFERENCE, item.row.index) for item in batch)
     ]
+    processes().wait_for_everyone()  # all share out the same list: no file is written before it is made
     for batch in _own_share(missing, REFERENCE):
         for item, hidden in zip(batch, scorer.hidden_states(batch), strict=True):
             store.save_hidden(REFERENCE, item.row.index, hidden)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     return scorer.head, scorer.vocab_size
 
 
 def _load(done: Measurement, source: Source) -> Scorer:
-    model = load_model(source, dtype=DTYPES[done.options.dtype], device=PartialState().device)
+    model = load_model(source, dtype=DTYPES[done.options.dtype], device=processes().device)
     return Scorer(model, temperature=done.options.temperature, name=source.name)
 
 
@@ -197,9 +200,8 @@ def paired_rows(done: Measurement) -> list[Encoded]:
 
 
 def _run_policy(done: Measurement, source: Source, ref_head: Head, vocab_size: int) -> None:
-    store, state = done.store, PartialState()
+    store, state = done.store, processes()
     finished = store.finished(source)
-    state.wait_for_everyone()  # a share is taken from what all see unfinished
     kept = {item.row.index for item in paired_rows(done)}
 
     def is_open(item: Encoded) -> bool:
@@ -208,6 +210,7 @@ def _run_policy(done: Measurement, source: Source, ref_head: Head, vocab_size: i
 
     todo = [[item for item in batch if is_open(item)] for batch in _batches(done)]
     todo = [batch for batch in todo if batch]
+    state.wait_for_everyone()  # as above
     if not todo:
         return
     scorer = _load_together(done, source, vocab_size)
@@ -249,7 +252,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Rows of `store.SCHEMA` from a policy's hidden states and the reference's, which the store has."""
     items, states = zip(*new, strict=True)
-    device = PartialState().device
+    device = processes().device
     lengths = [len(item.response_ids) for item in items]
     statistics = chunked_token_statistics(
         head,

@@ -6,11 +6,11 @@ import re
 
 import pandas as pd
 import torch
-from accelerate import PartialState
 
 from .divergence import chunked_token_statistics
 from .measure import Measurement, paired_rows
 from .models import Source
+from .processes import processes
 
 
 def pairwise_kl(done: Measurement) -> pd.DataFrame:
@@ -21,7 +21,7 @@ def pairwise_kl(done: Measurement) -> pd.DataFrame:
     """
     items = paired_rows(done)
     pairs = list(itertools.combinations(done.policies, 2)) if items else []
-    state = PartialState()
+    state = processes()
     for first, second in pairs[state.process_index :: state.num_processes]:
         if not _file(done, first, second).is_file():
             _compare(done, first, second)
@@ -34,7 +34,7 @@ def pairwise_kl(done: Measurement) -> pd.DataFrame:
 
 @torch.no_grad()
 def _compare(done: Measurement, first: Source, second: Source) -> None:
-    items, store, device = paired_rows(done), done.store, PartialState().device
+    items, store, device = paired_rows(done), done.store, processes().device
     heads = [store.load_head(source.label) for source in (first, second)]
     for head in heads:
         head.module.to(device)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .inputs import Row
+from .processes import processes
 from .tokens import encode_prompt
 
 
@@ -26,12 +26,11 @@ def sample_responses(
 ) -> None:
     """Sample `num_samples` responses to every prompt, without top-k or top-p, one file of `folder` per prompt.
 
-    A file that is there is left. The random numbers of a prompt depend on `seed` and its place alone, not on the other
-    prompts nor on the number of processes.
+    Every process takes a share of `rows`, which must be the same for all. The random numbers of a prompt depend on
+    `seed` and its place alone, not on the other prompts nor on the number of processes.
     """
-    state = PartialState()
+    state = processes()
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [row for row in rows if not _file(folder, row).is_file()]
     # In place of the model's own, whose penalties and filters would sample from another distribution than is measured.
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -43,7 +42,7 @@ def sample_responses(
         pad_token_id=0,
     )
     devices = [model.device] if model.device.type == "cuda" else []
-    for row in todo[state.process_index :: state.num_processes]:
+    for row in rows[state.process_index :: state.num_processes]:
         prompt = torch.tensor([encode_prompt(tokenizer, row)], device=model.device)
         with torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(1_000_003 * seed + row.index)
@@ -53,6 +52,11 @@ def sample_responses(
         unfinished.write_text(json.dumps(responses))
         unfinished.replace(_file(folder, row))
     state.wait_for_everyone()
+
+
+def missing_samples(rows: Sequence[Row], folder: Path) -> list[Row]:
+    """The prompts whose responses are not there yet."""
+    return [row for row in rows if not _file(folder, row).is_file()]
 
 
 def sampled_rows(rows: Sequence[Row], folder: Path) -> list[Row]:

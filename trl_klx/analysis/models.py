@@ -195,13 +195,13 @@ def load_model(source: Source, *, dtype: torch.dtype, device: torch.device) -> P
     if source.name.startswith(("/", "./", "../", "runs/")) and not Path(source.name).is_dir():
         raise ModelError(f"{source.name!r} does not exist: give a folder with a model or an adapter.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(**source.arguments, dtype=dtype)
+        # By `device_map`, for a quantised model cannot be moved afterwards.
+        return AutoModelForCausalLM.from_pretrained(**source.arguments, dtype=dtype, device_map={"": device})
     except Exception as error:  # whatever the files, the Hub, PEFT or their parsers raise
         raise ModelError(
             f"{source.name!r} cannot be loaded ({_first_line(error)}): give a folder with a model or an adapter, or "
             "the name of one on the Hub."
         ) from error
-    return model.to(device)  # type: ignore[arg-type]
 
 
 def _first_line(error: Exception) -> str:

@@ -8,8 +8,8 @@ import numpy as np
 SPIKE_Z = 3.5  # Iglewicz and Hoaglin's bound for outliers
 SPIKE_FLOOR = 0.01  # nats: less is no spike, however quiet the rest
 _UPPER_QUARTILE = NormalDist().inv_cdf(0.75)
-# Of tokens that differ by noise alone: where sqrt(KL) is Gaussian (noise in many logits of tokens that are alike), where
-# it is half of a Gaussian (noise in one direction), and at most in the softmaxes of the tests, flat and certain mixed.
+# Of tokens that differ by noise alone: where sqrt(KL) is Gaussian (noise in many logits of like tokens), where it is
+# half of a Gaussian (noise in one direction), and at most in the softmaxes of the tests, flat and certain mixed.
 FALSE_POSITIVES = (2.3e-4, 1.7e-3, 3e-3)
 RULE = (
     f"sqrt(KL) more than {SPIKE_Z} robust standard deviations above the median of the checkpoint's tokens, and KL at "

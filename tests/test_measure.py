@@ -131,8 +131,9 @@ def test_only_the_samplers_kl_is_a_sequence_kl(models: Path, tmp_path: Path) -> 
     assert abs(teacher_forced - reverse_kl) > 0.005 * reverse_kl
 
 
-def test_a_checkpoint_equals_itself_exactly(models: Path, tmp_path: Path) -> None:
-    found = measure(models, tmp_path, policies=["run/checkpoint-5"], batch_size=4, chunk_size=3)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_equals_itself_exactly(models: Path, tmp_path: Path, dtype: str) -> None:
+    found = measure(models, tmp_path, policies=["run/checkpoint-5"], batch_size=4, chunk_size=3, dtype=dtype)
     for name in DIVERGENCES:
         assert {value for values in found[name] for value in values} == {0.0}, name
     assert not any(found["spikes"])
@@ -295,6 +296,12 @@ def test_data_in_every_form(tmp_path: Path, kind: str) -> None:
     ]
 
 
+def test_right_and_wrong_in_every_form() -> None:
+    values = [True, False, 1, 0.0, math.nan, None]
+    found = [load_rows([{"prompt": "a", "response": "b", "correct": value}])[0].correct for value in values]
+    assert found == [True, False, True, False, None, None]
+
+
 def test_where_keeps_the_wrong_responses_of_one_model() -> None:
     data = [{**line, "model": "dpo" if i < 6 else "rl"} for i, line in enumerate(rows(8))]
     found = load_rows(data, where="model == 'dpo' and not correct")
@@ -308,6 +315,11 @@ def test_where_keeps_the_wrong_responses_of_one_model() -> None:
         ("missing.jsonl", {}, "there is no such file"),
         ([{"prompt": "a"}], {}, "no column 'response' or 'completion'"),
         ([{"response": "a"}], {}, "no column 'prompt' or 'messages'"),
+        (
+            [{"prompt": "a", "response": "b", "correct": "false"}],
+            {},
+            "'correct' of row 0 is 'false': give true or false",
+        ),
         (rows(2), {"where": "correkt"}, "cannot be evaluated"),
         (rows(2), {"where": "id == 'x'"}, "keeps none of the 2 rows"),
         (Dataset.from_dict({"prompt": [], "response": []}), {}, "the data have no rows"),

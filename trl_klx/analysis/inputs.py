@@ -120,13 +120,21 @@ def _row(index: int, row: Mapping[str, Any]) -> Row:
     response = next((row[name] for name in ("response", "completion") if row.get(name) is not None), None)
     if conversation and prompt is None:
         prompt, response = conversation[:-1], conversation[-1:]
-    correct, group = row.get("correct"), row.get("group")
+    group = row.get("group")
     return Row(
         index=index,
         id=str(index if row.get("id") is None else row["id"]),
         group=str(prompt if group is None else group),
-        correct=None if correct is None else bool(correct),
+        correct=_correct(row.get("correct"), index),
         prompt=prompt,
         response=response,
         response_ids=row.get("response_ids"),
     )
+
+
+def _correct(value: Any, index: int) -> bool | None:
+    if value is None or value != value:  # a table's missing number is NaN
+        return None
+    if value not in (0, 1):  # bool("false") is true
+        raise MeasureError(f"the column 'correct' of row {index} is {value!r}: give true or false, or nothing.")
+    return bool(value)

@@ -176,9 +176,9 @@ def _response(done: Measurement, policies: list[PolicyTokens], place: int, names
 
 
 def _short(value: float) -> Any:
-    """Four digits; null for what JSON has no number for."""
+    """Three digits, as the page shows them; null for what JSON has no number for."""
     number = float(value)
-    return float(f"{number:.4g}") if math.isfinite(number) else None
+    return float(f"{number:.3g}") if math.isfinite(number) else None
 
 
 def _plain(value: Any) -> Any:

@@ -589,38 +589,41 @@ use_cpu: true
 """
 
 
-def test_two_processes_give_the_numbers_of_one(models: Path, tmp_path: Path) -> None:
-    """The script under `accelerate launch`, with a policy that cannot be loaded among the others."""
-    (tmp_path / "accelerate.yaml").write_text(TWO_PROCESSES)
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(line) + "\n" for line in rows()))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
-    command = [str(TESTS.parent / "scripts" / "measure_kl.py"), "--reference", str(models / "reference"), "--policies"]
-    command += [
-        str(models / "run" / "checkpoint-*"),
-        str(tmp_path / "nowhere"),
-        "--data",
-        str(data),
-        "--batch_size",
-        "3",
-    ]
+def launch_two(models: Path, folder: Path, *options: str) -> str:
+    """The script under `accelerate launch` on the rows, with the reference and all checkpoints; returns its stderr."""
+    (folder / "accelerate.yaml").write_text(TWO_PROCESSES)
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows()))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
+    command = [str(TESTS.parent / "scripts" / "measure_kl.py"), "--reference", str(models / "reference")]
+    command += ["--data", str(folder / "data.jsonl"), "--output_dir", str(folder / "two"), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*launch, *command, "--output_dir", str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=200,
-        check=False,
+        [*launch, *command], capture_output=True, text=True, env=environment, timeout=200, check=False
     )
-    assert "nowhere' does not exist" in done.stderr
-    assert (tmp_path / "two" / "report.html").is_file(), done.stderr[-4000:]
+    assert (folder / "two" / "report.html").is_file(), done.stderr[-4000:]
+    return done.stderr
+
+
+def test_two_processes_give_the_numbers_of_one(models: Path, tmp_path: Path) -> None:
+    """With a policy that cannot be loaded among the others, which both must leave out."""
+    policies = [str(models / "run" / "checkpoint-*"), str(tmp_path / "nowhere")]
+    complaints = launch_two(models, tmp_path, "--batch_size", "3", "--policies", *policies)
+    assert complaints.count("nowhere' does not exist") == 1
     assert len(list((tmp_path / "two" / "tokens" / "checkpoint-20").glob("*.parquet"))) == 4
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "two" / "tokens").rglob("*.parquet"))
-    found = measure(models, tmp_path / "two", str(data), batch_size=3)
+    found = measure(models, tmp_path / "two", str(tmp_path / "data.jsonl"), batch_size=3)
+    # Nothing was left for this process to do: the two had shared out all of it.
     assert before == sorted(path.stat().st_mtime_ns for path in (tmp_path / "two" / "tokens").rglob("*.parquet"))
     assert_same(found, measure(models, Path(mkdtemp()), batch_size=3))
+
+
+def test_two_processes_sample_what_one_samples(models: Path, tmp_path: Path) -> None:
+    options = {"sample": "checkpoint-20", "num_samples": 2, "max_new_tokens": 5}
+    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    launch_two(models, tmp_path, *given, "--policies", str(models / "run" / "checkpoint-20"))
+    found = measure(models, tmp_path / "two", policies=["run/checkpoint-20"], **options)
+    assert_same(found, measure(models, tmp_path / "one", policies=["run/checkpoint-20"], **options))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

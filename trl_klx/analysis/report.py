@@ -84,14 +84,14 @@ def _pictures(summary: Summary, labels: list[str]) -> list[tuple[str, Markup]]:
 
 
 def _matrix(summary: Summary) -> list[tuple[str, list[tuple[float, float]]]]:
-    """Rows of (KL, its share of the largest) between the policies; nothing for one alone."""
+    """Rows of (KL, strength of its colour) between the policies; nothing for one alone."""
     labels = list(dict.fromkeys(summary.pairwise["policy"]))
     if len(labels) < 2:
         return []
     values = {(row.policy, row.other): row.kl for row in summary.pairwise.itertuples()}
     largest = max((value for value in values.values() if math.isfinite(value)), default=0.0) or 1.0
     return [
-        (label, [(values[label, other], min(1.0, values[label, other] / largest)) for other in labels])
+        (label, [(values[label, other], 0.85 * min(1.0, values[label, other] / largest)) for other in labels])
         for label in labels
     ]
 

@@ -105,3 +105,22 @@ def test_memory_of_measuring_is_bounded() -> None:
     """2048 tokens of a vocabulary of 50,000 are 781 MiB of logits; the chunk holds 128 and what a block needs."""
     benchmark = load("benchmark_measure")
     assert benchmark.main(["--memory", "--vocabulary", "50000", "--tokens", "2048"]) < 300
+
+
+def test_pairs_of_sums_are_one_right_and_one_wrong_answer() -> None:
+    sums = load("make_sums")
+    assert sums.is_right("7 plus 8 is 15.", 15)
+    assert not sums.is_right("7 plus 8 is 1", 15)
+    assert not sums.is_right("I do not know.", 15)
+    answers = [
+        {"prompt": "p", "text": text, "correct": correct, "ended": ended}
+        for text, correct, ended in (
+            ("cut 15", True, False),
+            ("12", False, True),
+            ("15", True, True),
+            ("13", False, True),
+        )
+    ]
+    (pair,) = sums.pair(answers)
+    assert [pair[side][0]["content"] for side in ("chosen", "rejected")] == ["15", "12"]
+    assert sums.pair(answers[:2]) == []

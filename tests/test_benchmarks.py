@@ -262,3 +262,40 @@ def test_figures_of_a_run_by_hand() -> None:
     assert found.mean_last_half == pytest.approx((1.2 + 1.0 + 2.0 + 1.1 + 0.9 + 1.0) / 6)
     never = benchmark.figures({"step": steps, "kl": [0.1] * 12}, window=20)
     assert never == (None, None, 0.0, None, pytest.approx(0.1 / benchmark.TARGET))
+
+
+def test_benchmark_of_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = load("benchmark_measure")
+    models = ["--reference", save_tiny(tmp_path / "reference"), "--policy", save_tiny(tmp_path / "policy", seed=1)]
+    times = benchmark.main([*models, "--prompt_tokens", "3", "--tokens", "5", "--rounds", "1"])
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in times.values())
+    shown = capsys.readouterr().out
+    gaps = [float(line.split("at most ")[1].split()[0]) for line in shown.splitlines() if "at most" in line]
+    assert len(gaps) == 13
+    assert max(gaps) < 1e-5
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+def test_memory_of_measuring_is_bounded() -> None:
+    """2048 tokens of a vocabulary of 50,000 are 781 MiB of logits; the chunk holds 128 and what a block needs."""
+    benchmark = load("benchmark_measure")
+    assert benchmark.main(["--memory", "--vocabulary", "50000", "--tokens", "2048"]) < 300
+
+
+def test_pairs_of_sums_are_one_right_and_one_wrong_answer() -> None:
+    sums = load("make_sums")
+    assert sums.is_right("7 plus 8 is 15.", 15)
+    assert not sums.is_right("7 plus 8 is 1", 15)
+    assert not sums.is_right("I do not know.", 15)
+    answers = [
+        {"prompt": "p", "text": text, "correct": correct, "ended": ended}
+        for text, correct, ended in (
+            ("cut 15", True, False),
+            ("12", False, True),
+            ("15", True, True),
+            ("13", False, True),
+        )
+    ]
+    (pair,) = sums.pair(answers)
+    assert [pair[side][0]["content"] for side in ("chosen", "rejected")] == ["15", "12"]
+    assert sums.pair(answers[:2]) == []

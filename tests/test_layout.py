@@ -31,7 +31,14 @@ ALLOWED = {
         {"config", "monitor", "trainers", "run"},
         {"transformers", "trl", "datasets", "yaml", "rich"},
     ),
-    "cli": ({"starter", "stories", "run"}, set()),
+    "analysis": (
+        {"kl", "trainers", "analysis"},  # of the trainers, what an architecture does to its logits
+        {
+            *("torch", "transformers", "accelerate", "safetensors", "datasets", "pyarrow", "pandas", "numpy"),
+            *("tqdm", "rich", "jinja2", "markupsafe", "matplotlib", "yaml"),
+        },
+    ),
+    "cli": ({"starter", "stories", "run", "analysis"}, set()),
     "__init__": ({"trainers"}, set()),
 }
 

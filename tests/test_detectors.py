@@ -96,7 +96,8 @@ def test_nothing_is_learnt() -> None:
 
 def test_a_kl_that_buys_nothing() -> None:
     moving = readings(*6 * [0.05])
-    alarm(stuck(moving, paid=readings(0.1, 0.41, 0.5, 50)), "at least 0.41", "threshold 0.4", "lower kl_coef")
+    alarm(stuck(moving, paid=readings(0.1, 0.41, 0.5, 50)), "at least 0.41", "threshold 0.4", "steps 20 to 40")
+    assert stuck(moving, paid=readings(1, 1, 1)).remedy == "lower kl_coef"  # type: ignore[union-attr]
     assert stuck(moving, paid=readings(0.41, 0.39, 50)) is None
     assert stuck(moving, paid=readings(50, 50)) is None
     assert stuck(moving, paid=readings(50, 50, 50), spread=None) is None  # DPO has no reward
@@ -171,6 +172,7 @@ def test_the_answers_grow_towards_the_chosen_length() -> None:
     assert lengths(correlation=0.0, answers=(10, 13.1, 12.9, 15)) is None
     assert lengths(correlation=0.0, answers=(10, 7, 7, 7)) is None  # against the pairs' preference
     alarm(lengths(correlation=0.0, chosen=10, rejected=20, answers=(10, 7, 7, 7)), "from 10 tokens to 7", "shorter")
+    assert lengths(correlation=0.0, chosen=10, rejected=20, answers=(10, 7, 8, 7)) is None  # 7.7 is the threshold
 
 
 def test_hidden_kl() -> None:

@@ -373,6 +373,7 @@ def test_few_pairs_wait_for_more(tmp_path: Path) -> None:
     trainer = dpo_trainer(tiny_model(), tmp_path, max_steps=8)  # four pairs a step
     trainer.train()
     assert [e["step"] for e in trainer.state.log_history if "length/chosen" in e] == [4, 8]
+    assert [e["step"] for e in trainer.state.log_history if "log_ratio/start" in e] == [1]
 
 
 def test_probe_measures_length_and_entropy(tmp_path: Path) -> None:
@@ -486,8 +487,8 @@ def test_an_alarm_ends_after_several_good_readings_and_may_begin_again() -> None
 
 def test_numbers_that_are_none_are_left_out() -> None:
     watch = monitor()
-    for step in range(1, 9):
-        assert watch.read({"step": step, "kl/ess": float("nan") if step % 2 else None, "reward": None}) == []
+    heard = [watch.read({"step": step, "kl/ess": ess}) for step, ess in enumerate((0.4, None, 0.3, float("nan"), 0.2))]
+    assert [[event["alarm"] for event in found] for found in heard] == [[], [], [], [], ["stale_sampler"]]
 
 
 def test_entropy_of_a_batch_without_tokens_is_no_entropy() -> None:

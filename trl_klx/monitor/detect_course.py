@@ -150,9 +150,11 @@ def collapse(
     seen = f"the gain went from {early:.3g} to {late:.3g}, within two standard errors, while the KL was "
     if largest <= threshold:
         seen += f"at most {largest:.2g} nats per sequence (threshold {threshold:.2g}) "
+        seen += over(per_sequence, len(per_sequence))
     else:
         seen += f"paid for with at least {min(costs):.2g} (threshold {PAID * spread:.2g}, the reward's deviation) "  # type: ignore[operator]
-    seen += f"{over(per_sequence, len(per_sequence))}; {weight}"
+        seen += over(paid)
+    seen += f"; {weight}"
     if same_reward is not None and same_reward >= NO_SIGNAL:
         seen += f"; {same_reward:.0%} of the prompts have answers of one reward only"
         return Finding(seen, "the rewards do not differ", "use a finer reward, or prompts that are solved now and then")

@@ -250,9 +250,10 @@ def table_of(results: dict[str, Figures], args: argparse.Namespace) -> Table:
     table.add_column("controller, phase")
     for column in ("settling", "never settled", "within 25 %", "overshoot", "error", "published before"):
         table.add_column(column, justify="right")
+    usual = all(getattr(args, name) == getattr(parse([]), name) for name in ("gain", "delay", "lag", "tokens"))
     for name, phases in results.items():
         for phase, found in phases.items():
-            before = BEFORE.get(name, {}).get(phase)
+            before = BEFORE.get(name, {}).get(phase) if usual else None
             table.add_row(
                 f"{name}, {phase}",
                 pair(found, "settling", "{:.0f}"),

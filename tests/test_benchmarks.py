@@ -234,6 +234,7 @@ def test_benchmark_of_control_in_training(
     benchmark = load("benchmark_control_training")
     arguments = ["--starter", str(tiny_starter), "--output_dir", str(tmp_path), "--algorithms", algorithm]
     arguments += ["--seeds", "3", "--grpo_steps", "2", "--ppo_steps", "2", "--picture", str(tmp_path / "p.png")]
+    arguments += ["--controllers", *benchmark.CONTROLLERS]
     runs = benchmark.main(arguments)
     shown = capsys.readouterr().out
     assert [run["controller"] for run in runs] == list(benchmark.CONTROLLERS)

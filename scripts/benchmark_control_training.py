@@ -30,7 +30,7 @@ from unittest import mock
 import matplotlib
 import torch
 import yaml
-from benchmark_controllers import FormerPID
+from benchmark_controllers import FormerPID, ImpatientPID
 from datasets import load_dataset
 from rich.console import Console
 from rich.table import Table
@@ -58,9 +58,12 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
     "pid": {"kl_controller": "pid", "kl_target": TARGET},
     "former pid": {"kl_controller": "pid", "kl_target": TARGET},
     "former pid, tuned": {"kl_controller": "pid", "kl_target": TARGET, "kl_coef_min": 0.1},
+    "pid, no patience": {"kl_controller": "pid", "kl_target": TARGET},
 }
+LAWS = {"former pid": FormerPID, "former pid, tuned": FormerPID, "pid, no patience": ImpatientPID}
+USUAL = list(CONTROLLERS)[:5]
 TUNED_GAINS = {"grpo": {"kl_kp": 4.0, "kl_ki": 0.04}, "ppo": {"kl_kp": 8.0, "kl_ki": 0.1}}
-COLORS = dict(zip(CONTROLLERS, ("tab:gray", "tab:orange", "tab:blue", "tab:purple", "tab:green"), strict=True))
+COLORS = {name: f"C{place}" for place, name in enumerate(CONTROLLERS)}
 
 Run = dict[str, Any]
 Arguments = argparse.Namespace
@@ -72,7 +75,7 @@ def parse(arguments: list[str] | None) -> Arguments:
     parser.add_argument("--output_dir", default="runs/controllers", help="where runs.jsonl is kept")
     parser.add_argument("--picture", default=None, help="where to draw KL and beta over time")
     parser.add_argument("--algorithms", nargs="+", choices=list(MAINS), default=list(MAINS))
-    parser.add_argument("--controllers", nargs="+", choices=list(CONTROLLERS), default=list(CONTROLLERS))
+    parser.add_argument("--controllers", nargs="+", choices=list(CONTROLLERS), default=USUAL)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--grpo_steps", type=int, default=600)
     parser.add_argument("--ppo_steps", type=int, default=200)
@@ -107,7 +110,7 @@ def run(algorithm: str, controller: str, seed: int, recipe: dict[str, Any]) -> R
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe | {"output_dir": folder}))
-        law = {"pid": FormerPID} if controller.startswith("former") else {}
+        law = {"pid": LAWS[controller]} if controller in LAWS else {}
         with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(KINDS, law):
             status = MAINS[algorithm](["--config", str(path)])
         if status:

@@ -126,7 +126,9 @@ class Plants:
         if course == "learning":
             return self.target, np.full_like(self.target, 4.0 ** (2 * update / LENGTH[course] - 1))
         phase = update // LENGTH[course]
-        return self.target * (self.factor if phase >= 1 else 1.0), self.factor if phase >= 2 else self.factor**0
+        return self.target * (self.factor if phase >= 1 else 1.0), self.factor if phase >= 2 else np.ones_like(
+            self.factor
+        )
 
     def steady(self, beta: Array, pull: Array) -> Array:
         """KL at which a constant beta ends."""
@@ -250,9 +252,10 @@ def table_of(results: dict[str, Figures], args: argparse.Namespace) -> Table:
     table.add_column("controller, phase")
     for column in ("settling", "never settled", "within 25 %", "overshoot", "error", "published before"):
         table.add_column(column, justify="right")
+    usual = all(getattr(args, name) == getattr(parse([]), name) for name in ("gain", "delay", "lag", "tokens"))
     for name, phases in results.items():
         for phase, found in phases.items():
-            before = BEFORE.get(name, {}).get(phase)
+            before = BEFORE.get(name, {}).get(phase) if usual else None
             table.add_row(
                 f"{name}, {phase}",
                 pair(found, "settling", "{:.0f}"),

@@ -201,6 +201,11 @@ def test_figures_of_a_course_by_hand() -> None:
     assert found["overshoot"][0] == pytest.approx(1.0)
     assert math.isnan(found["overshoot"][1])  # it never reached the target
     assert found["within"].tolist() == [pytest.approx(0.7), 0]
+    # What comes before the first crossing is no overshoot, and from above there may be none at all.
+    from_above = np.array([[3.0, 2.0, 0.8, 1.1, 1.0], [3.0, 2.0, 1.8, 1.1, 1.2]]).T
+    found = benchmark.figures(from_above, window=4)
+    assert found["overshoot"][0] == pytest.approx(0.1)
+    assert math.isnan(found["overshoot"][1])
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +234,7 @@ def test_benchmark_of_control_in_training(
     benchmark = load("benchmark_control_training")
     arguments = ["--starter", str(tiny_starter), "--output_dir", str(tmp_path), "--algorithms", algorithm]
     arguments += ["--seeds", "3", "--grpo_steps", "2", "--ppo_steps", "2", "--picture", str(tmp_path / "p.png")]
+    arguments += ["--controllers", *benchmark.CONTROLLERS]
     runs = benchmark.main(arguments)
     shown = capsys.readouterr().out
     assert [run["controller"] for run in runs] == list(benchmark.CONTROLLERS)

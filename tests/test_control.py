@@ -144,6 +144,9 @@ def test_pid_lowers_its_gain_at_each_swing_and_raises_it_where_an_error_stays() 
     assert gains(make_controller("pid", 0.05, target=0.1, gain_min=0.6), [1.3, 0.8] * 20)[-1] == 0.6
     assert gains(make_controller("pid", 0.05, target=0.1), [1.3, 0.8] + [0.8] * 200)[-1] == 1.0
     assert gains(make_controller("pid", 0.05, target=0.1), [1.3, -0.1])[-1] == 0.7  # no log: far below
+    resumed = make_controller("pid", 0.05, target=0.1, gain_min=0.6)
+    resumed.load_state_dict({**resumed.state_dict(), "gain": 0.2})  # from a run with a lower gain_min
+    assert gains(resumed, [1.3])[-1] == 0.6
 
 
 def test_pid_takes_no_change_of_target_for_a_swing() -> None:

@@ -218,8 +218,8 @@ class PIDController(_TargetController):
 
     1. Smooth: m <- 0.8 m + 0.2 kl and s = m / (1 - 0.8^t), where t counts the finite readings, this one too.
     2. Error: e = clip(log(s / target), -0.3, 2), and e = -0.3 where s <= 0.
-    3. Gain: where |e| > 0.2, g <- max(0.7 g, gain_min) if the last such error for this target had the other sign
-       (a swing from one side of the target to the other), else g <- min(1.01 g, 1); from g = 1.
+    3. Gain: where |e| > 0.2, g <- clip(0.7 g, gain_min, 1) if the last such error for this target had the other sign
+       (a swing from one side of the target to the other), else g <- clip(1.01 g, gain_min, 1); from g = 1.
     4. Slope: d <- 0.8 d + 0.2 (log s - log s_before), from d = 0. The difference counts as 0 at the first
        reading, where either s is <= 0, and at the first reading after a change of the target.
     5. Wait: points 6 and 7 do nothing while t <= 30 and s was not above target / 2 at this or an earlier reading:
@@ -308,7 +308,7 @@ class PIDController(_TargetController):
         """Lower the gain where the KL swings about the target, and raise it where an error stays."""
         if abs(error) > 0.2:
             side = 1 if error > 0 else -1
-            self.gain = max(0.7 * self.gain, self.gain_min) if side == -self.side else min(1.01 * self.gain, 1.0)
+            self.gain = _clip(self.gain * (0.7 if side == -self.side else 1.01), self.gain_min, 1.0)
             self.side = side
 
 

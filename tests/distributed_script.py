@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from tiny import digit_reward, tiny_dataset, tiny_tokenizer
 from tiny_dpo import preferences
@@ -37,6 +38,19 @@ class FixedGRPO(KLXGRPOTrainer):
     def _generate_single_turn(self, prompt_ids: list, *args: object, **kwargs: object) -> tuple:
         # TRL fails on an answer without any token; one that is cut off, and masked for it, has none that counts.
         return completions(self, prompt_ids, [5]), None
+
+
+def gold(prompts: list[str], trainer_state: Any, **kwargs: object) -> list[float]:
+    """A gold reward of prompt and step alone, which falls after the second step."""
+    level = trainer_state.global_step if trainer_state.global_step <= 2 else -1.0
+    return [level + 0.01 * int(prompt[0]) for prompt in prompts]
+
+
+def followed(trainer: Any) -> list | None:
+    """What each process's monitor of the gold reward holds."""
+    if trainer.overoptimisation is None:
+        return None
+    return [[e.step, e.kl, e.gold, sorted(e.by_prompt.items())] for e in trainer.overoptimisation.evaluations]
 
 
 def grpo(model: str, output: str, settings: dict, shared: dict) -> Any:
@@ -76,7 +90,7 @@ def dpo(model: str, output: str, settings: dict, shared: dict) -> Any:
 def main(model: str, output: str, options: dict) -> None:
     processes = int(options.pop("processes"))
     algorithm, lora = options.pop("algorithm", "grpo"), options.pop("lora", False)
-    sharding = options.pop("sharding", None)
+    sharding, with_gold = options.pop("sharding", None), options.pop("gold", False)
     rows = GLOBAL_BATCH // processes // options.get("gradient_accumulation_steps", 1)
     set_seed(0)
     settings = {
@@ -98,6 +112,9 @@ def main(model: str, output: str, options: dict) -> None:
         "processing_class": tiny_tokenizer(),
         "peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None,
     }
+    if with_gold:
+        prompts = [f"{a}+{b}=" for a in range(5) for b in range(5)]  # which two processes cannot share evenly
+        shared |= {"gold_reward_func": gold, "eval_dataset": Dataset.from_dict({"prompt": prompts})}
     trainer = {"grpo": grpo, "ppo": ppo, "dpo": dpo}[algorithm](model, output, settings, shared)
     if trainer.accelerator.num_processes != processes:
         raise RuntimeError(f"{trainer.accelerator.num_processes} processes run, {processes} were asked for")
@@ -108,6 +125,8 @@ def main(model: str, output: str, options: dict) -> None:
     result = {
         "logs": trainer.state.log_history,
         "betas": [*(entry["kl/coef"] for entry in trainer.state.log_history if "kl/coef" in entry), trainer.kl.coef],
+        "gold": followed(trainer),
+        "steps": trainer.state.global_step,
         "weights": [float(parameter.detach().double().square().sum()) for parameter in trainable],
     }
     Path(output).mkdir(parents=True, exist_ok=True)

@@ -93,6 +93,12 @@ BAD_RECIPES = [
     ({"reward_funcs": ["nowhere.reward"]}, "cannot be imported"),
     ({"reward_funcs": ["reward"]}, "is no function: give module.function"),
     ({"reward_funcs": ["trl_klx.kl.gradients.NONE"]}, "is no function"),
+    ({"gold_reward_func": "nowhere.reward", "beta": 0.1}, "gold_reward_func='nowhere.reward' cannot be imported"),
+    ({"gold_reward_func": "trl_klx.rewards.exact_match"}, "which is not measured at beta=0"),
+    ({"gold_reward_func": "trl_klx.rewards.exact_match", "beta": 0.1, "eval_strategy": "no"}, "eval_strategy='no'"),
+    ({"gold_action": "stop"}, "gold_action='stop' has no effect without a gold reward"),
+    ({"gold_action": "halt"}, "gold_action='halt' does not exist"),
+    ({"dataset_name": "runs/stories/nowhere"}, "run `trl-klx stories` first"),
     ({"num_generations": 1, "per_device_train_batch_size": 1}, "at least 2 generations"),
     ({"generation_batch_size": 7}, "must be divisible"),
 ]
@@ -110,11 +116,15 @@ BAD_PPO_RECIPES = [
     ({"dataset_name": "INPUTS/no_answer"}, "'exact_match' needs a column 'answer'"),
     ({"dataset_name": "INPUTS/data_no_test"}, "dataset_test_split='test' is not in"),
     ({"total_episodes": 8, "max_steps": 1}, "both give the length of the run"),
+    ({"gold_reward_func": "nowhere.reward"}, "gold_reward_func='nowhere.reward' cannot be imported"),
+    ({"gold_action": "stop"}, "gold_action='stop' has no effect without a gold reward"),
 ]
 BAD_DPO_RECIPES = [
     ({"kl_estimator": "k3"}, "kl_estimator='k3' is refused for DPO"),
     ({"kl_probe_step": 1}, "did you mean 'kl_probe_steps'?"),
     ({"reward_funcs": ["trl_klx.rewards.exact_match"]}, "reward_funcs=['trl_klx.rewards.exact_match'] has no effect"),
+    ({"gold_reward_func": "trl_klx.rewards.exact_match"}, "is not followed in DPO"),
+    ({"gold_action": "stop"}, "the field 'gold_action' does not exist"),
     ({"model_name_or_path": "./nowhere"}, "model_name_or_path='./nowhere' is neither a local folder"),
     ({"dataset_name": "INPUTS/data"}, "has no column 'chosen' (it has prompt, answer)"),
     ({"dataset_name": "INPUTS/no_rejected"}, "has no column 'rejected' (it has prompt, chosen)"),
@@ -228,7 +238,7 @@ def test_command_line_is_refused(
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["grop"], "the command 'grop' does not exist: use starter, grpo, ppo, dpo."),
+        (["grop"], "the command 'grop' does not exist: use starter, stories, grpo, ppo, dpo, measure."),
         (["grpo", "--accelerate_config", "zero9", "--config", "x"], "neither a file nor one of cpu, fsdp2"),
         (["dpo", "--config", "nowhere.yaml"], "--config nowhere.yaml does not exist"),
         (["grpo", "--accelerate_config"], "neither a file nor one of"),

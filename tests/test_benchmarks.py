@@ -2,19 +2,29 @@
 
 import importlib.util
 import io
+import json
 import math
+import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from rich.console import Console
 from tiny import save_tiny
+
+from trl_klx.control import FixedController
+from trl_klx.starter import make_problems
+from trl_klx.trainers.trl_compat import TRL_VERSION
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 def load(name: str) -> ModuleType:
+    if str(SCRIPTS) not in sys.path:
+        sys.path.insert(0, str(SCRIPTS))  # as where a script runs by itself: one imports from another
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -87,3 +97,211 @@ def test_ratios_are_taken_round_by_round() -> None:
     benchmark = load("benchmark_overhead")
     seconds = {benchmark.STOCK: [1.0, 2.0, 1.0, 4.0], "k3 loss": [1.5, 3.0, 1.5, 6.0]}
     assert benchmark.ratios(seconds, "k3 loss") == pytest.approx((1.5, 1.5, 1.5))
+
+
+def test_benchmark_of_the_controllers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = load("benchmark_controllers")
+    results = benchmark.main(["--plants", "5", "--output", str(tmp_path / "figures.json")])
+    assert list(results) == list(benchmark.CONTROLLERS)
+    assert json.loads((tmp_path / "figures.json").read_text())["figures"] == results
+    shown = capsys.readouterr().out
+    for name, phases in results.items():
+        assert list(phases) == benchmark.PHASES
+        for phase, found in phases.items():
+            assert f"{name}, {phase}" in shown
+            assert all(value is None or math.isfinite(value) for value in found.values())
+            assert 0 <= found["never settled"] <= 1 and 0 <= found["settling, median"] <= 600
+    # What the table is for, already on five plants: a fixed beta misses a target that a PID finds.
+    assert results["pid"]["start"]["within"] > results["fixed"]["start"]["within"] + 0.2
+
+
+def test_the_former_pid_of_the_benchmarks_gives_its_anchor() -> None:
+    """The law of before, kept for comparison: figures that were computed by a program of their own."""
+    readings = [0.001, 0.01, 0.03, 0.08, 0.2, 0.5, 0.4, 0.2, 0.1, 0.1, math.nan, -0.05, 0.1]
+    expected = [
+        0.0409365377, 0.0389400392, 0.0389400392, 0.0389400392, 0.0461978269, 0.0564261531, 0.0689190591,
+        0.0806797020, 0.0761837193, 0.0725282957, 0.0725282957, 0.0619245815, 0.0605867164,
+    ]  # fmt: skip
+    controller = load("benchmark_controllers").make("former pid", 0.05, 0.1)
+    assert [controller.update(kl) for kl in readings] == pytest.approx(expected, rel=1e-8)
+
+
+def test_plants_end_at_the_analytic_kl() -> None:
+    """Open loop: a fixed beta ends at pull free (1 + beta / beta_free)^-gain, whatever lag and delay."""
+    benchmark = load("benchmark_controllers")
+    plants = benchmark.make_plants(benchmark.parse(["--plants", "40", "--seed", "3"]))
+    plants.lag /= 20  # so that 500 updates are the end
+    # At beta_star it is the target, without a penalty `free`, and far above beta_free it falls as beta^-gain.
+    assert plants.steady(plants.beta_star, 1.0) == pytest.approx(plants.target)
+    assert plants.steady(0 * plants.beta, 2.0) == pytest.approx(2 * plants.free)
+    slope = np.log(plants.steady(1e6 * plants.beta, 1.0) / plants.steady(1e7 * plants.beta, 1.0)) / np.log(10)
+    assert slope == pytest.approx(plants.gain, rel=1e-3)
+    fixed = [benchmark.make("fixed", beta, 0.0) for beta in plants.beta]
+    relative = benchmark.simulate(plants, fixed, "steps", seed=0)
+    steady = plants.steady(plants.beta, 1.0) / plants.target
+    lag = np.where(plants.paced, plants.lag * np.sqrt(steady), plants.lag)
+    assert relative[0] == pytest.approx(steady * np.expm1(-1 / lag) ** 2)
+    for phase, factor in enumerate((1.0, 1 / plants.factor, 1.0)):  # start; target; target and pull
+        assert relative[500 * phase + 499] == pytest.approx(steady * factor, rel=1e-4)
+    learning = benchmark.simulate(plants, fixed, "learning", seed=0)
+    quick = lag < 1
+    assert quick.sum() > 10
+    for update, pull in ((300, 1.0), (599, 4.0)):
+        assert learning[update, quick] == pytest.approx(pull * steady[quick], rel=0.05)
+
+
+def test_plants_answer_beta_after_delay_and_lag() -> None:
+    benchmark = load("benchmark_controllers")
+    plants = benchmark.make_plants(benchmark.parse(["--plants", "1", "--seed", "0"]))
+    plants.beta[:], plants.delay[:], plants.lag[:], plants.paced[:] = 0.1, 3, 7.0, False
+
+    class Jump(FixedController):
+        def _observe(self, kl: float, n: float) -> None:
+            self.coef = 0.1 if self.readings < 400 else 0.2
+
+    distance = np.sqrt(benchmark.simulate(plants, [Jump(0.1)], "steps", seed=0)[:500, 0])
+    first, second = (math.sqrt(plants.steady(np.array([beta]), 1.0)[0] / plants.target[0]) for beta in (0.1, 0.2))
+    # Reading 400 is the one after update 399, its beta acts on update 400, and 3 later for the delay.
+    assert distance[:403] == pytest.approx(first * (1 - np.exp(-np.arange(1, 404) / 7)), rel=1e-9)
+    assert distance[403:] == pytest.approx(second + (first - second) * np.exp(-np.arange(1, 98) / 7), rel=1e-9)
+
+
+def test_controllers_of_the_benchmark_meet_the_same_noise() -> None:
+    benchmark = load("benchmark_controllers")
+    plants = benchmark.make_plants(benchmark.parse(["--plants", "3", "--seed", "0"]))
+    courses = [
+        benchmark.simulate(plants, [benchmark.make(name, 0.1, 0.1) for _ in range(3)], "learning", seed=5)
+        for name in ("pid", "pid", "former pid")
+    ]
+    assert (courses[0] == courses[1]).all() and not (courses[0] == courses[2]).all()
+
+
+def test_readings_of_plants_are_those_of_k1_and_k3() -> None:
+    """Unbiased, with the standard deviations that Gaussian policies have; a k1 reading may be negative."""
+    benchmark = load("benchmark_controllers")
+    plants = benchmark.make_plants(benchmark.parse(["--plants", "4000", "--seed", "0"]))
+    plants.samples[:] = 128
+    kl = np.full(4000, 0.005)
+    readings = plants.read(kl, np.random.default_rng(0))
+    k1, k3 = readings[~plants.k3], readings[plants.k3]
+    for found, deviation in ((k1, 2 / 0.1), (k3, 1.416575)):  # over the KL; mu is 0.1
+        assert found.std() == pytest.approx(0.005 * deviation / math.sqrt(128), rel=0.1)
+        assert found.mean() == pytest.approx(0.005, abs=4 * found.std() / math.sqrt(len(found)))
+    assert (k1 < 0).mean() > 0.2
+    assert (k3 >= 0).all()
+
+
+def test_figures_of_a_course_by_hand() -> None:
+    benchmark = load("benchmark_controllers")
+    course = np.array([0.1, 0.9, 1.5, 1.1, 1.0, 0.9, 1.2, 1.1, 2.0, 1.0])
+    low = np.full(10, 0.5)
+    found = benchmark.figures(np.stack([course, low], axis=1), window=4)
+    assert found["settling"].tolist() == [3, 10]
+    assert found["never"].tolist() == [0, 1]
+    assert found["overshoot"][0] == pytest.approx(1.0)
+    assert math.isnan(found["overshoot"][1])  # it never reached the target
+    assert found["within"].tolist() == [pytest.approx(0.7), 0]
+    # What comes before the first crossing is no overshoot, and from above there may be none at all.
+    from_above = np.array([[3.0, 2.0, 0.8, 1.1, 1.0], [3.0, 2.0, 1.8, 1.1, 1.2]]).T
+    found = benchmark.figures(from_above, window=4)
+    assert found["overshoot"][0] == pytest.approx(0.1)
+    assert math.isnan(found["overshoot"][1])
+
+
+@pytest.fixture(scope="module")
+def tiny_starter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A starter folder with a tiny, untrained model and a few problems."""
+    folder = tmp_path_factory.mktemp("starter")
+    save_tiny(folder / "model")
+    (folder / "data").mkdir()
+    for split, problems in zip(("train", "test"), make_problems(), strict=True):
+        lines = [json.dumps(problem) for problem in problems[:64]]
+        (folder / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_benchmark_of_control_in_training(
+    algorithm: str,
+    tiny_starter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every controller trains; a finished run is not repeated, one that an interruption cut short is."""
+    if algorithm == "ppo" and Version("1.13") <= TRL_VERSION:
+        pytest.skip("TRL has PPO up to 1.12")
+    benchmark = load("benchmark_control_training")
+    arguments = ["--starter", str(tiny_starter), "--output_dir", str(tmp_path), "--algorithms", algorithm]
+    arguments += ["--seeds", "3", "--grpo_steps", "2", "--ppo_steps", "2", "--picture", str(tmp_path / "p.png")]
+    arguments += ["--controllers", *benchmark.CONTROLLERS]
+    runs = benchmark.main(arguments)
+    shown = capsys.readouterr().out
+    assert [run["controller"] for run in runs] == list(benchmark.CONTROLLERS)
+    for run in runs:
+        assert f"{algorithm}, {run['controller']}" in shown
+        assert len(run["kl"]) == len(run["coef"]) == len(run["step"]) == 1  # a log of both steps
+        assert run["kl"][0] > 0 and 0 <= run["accuracy"] <= 1
+    coefs = {run["controller"]: run["coef"][0] for run in runs}
+    assert coefs["pid"] < coefs["former pid"] < coefs["adaptive"] < coefs["fixed"]
+    assert (tmp_path / "p.png").stat().st_size > 0
+    lines = tmp_path / "runs.jsonl"
+    lines.write_text(lines.read_text()[:-100])  # in the middle of the last run's line
+    made = []
+    monkeypatch.setattr(benchmark, "run", lambda *task: made.append(task[:3]) or runs[-1])
+    assert benchmark.main(arguments) == runs
+    assert made == [(algorithm, list(benchmark.CONTROLLERS)[-1], 3)]
+    assert benchmark.main(arguments) == runs and len(made) == 1
+
+
+def test_figures_of_a_run_by_hand() -> None:
+    benchmark = load("benchmark_control_training")
+    relative = [0.1, 0.6, 0.9, 1.5, 1.1, 0.8, 1.2, 1.0, 2.0, 1.1, 0.9, 1.0]
+    steps = [5 * (place + 1) for place in range(12)]
+    run = {"step": steps, "kl": [value * benchmark.TARGET for value in relative]}
+    found = benchmark.figures(run, window=20)
+    # Means over 25 steps: 0.1 0.35 0.53 0.78 0.84 0.98 1.1 1.12 1.22 1.22 1.24 1.2
+    assert found.settled == 20
+    assert found.share_settled == pytest.approx(7 / 9)
+    assert found.share_last_half == pytest.approx(5 / 6)
+    assert found.overshoot == pytest.approx(0.24)
+    assert found.mean_last_half == pytest.approx((1.2 + 1.0 + 2.0 + 1.1 + 0.9 + 1.0) / 6)
+    never = benchmark.figures({"step": steps, "kl": [0.1] * 12}, window=20)
+    assert never == (None, None, 0.0, None, pytest.approx(0.1 / benchmark.TARGET))
+
+
+def test_benchmark_of_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = load("benchmark_measure")
+    models = ["--reference", save_tiny(tmp_path / "reference"), "--policy", save_tiny(tmp_path / "policy", seed=1)]
+    times = benchmark.main([*models, "--prompt_tokens", "3", "--tokens", "5", "--rounds", "1"])
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in times.values())
+    shown = capsys.readouterr().out
+    gaps = [float(line.split("at most ")[1].split()[0]) for line in shown.splitlines() if "at most" in line]
+    assert len(gaps) == 13
+    assert max(gaps) < 1e-5
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+def test_memory_of_measuring_is_bounded() -> None:
+    """2048 tokens of a vocabulary of 50,000 are 781 MiB of logits; the chunk holds 128 and what a block needs."""
+    benchmark = load("benchmark_measure")
+    assert benchmark.main(["--memory", "--vocabulary", "50000", "--tokens", "2048"]) < 300
+
+
+def test_pairs_of_sums_are_one_right_and_one_wrong_answer() -> None:
+    sums = load("make_sums")
+    assert sums.is_right("7 plus 8 is 15.", 15)
+    assert not sums.is_right("7 plus 8 is 1", 15)
+    assert not sums.is_right("I do not know.", 15)
+    answers = [
+        {"prompt": "p", "text": text, "correct": correct, "ended": ended}
+        for text, correct, ended in (
+            ("cut 15", True, False),
+            ("12", False, True),
+            ("15", True, True),
+            ("13", False, True),
+        )
+    ]
+    (pair,) = sums.pair(answers)
+    assert [pair[side][0]["content"] for side in ("chosen", "rejected")] == ["15", "12"]
+    assert sums.pair(answers[:2]) == []

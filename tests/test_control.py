@@ -27,6 +27,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "cosine": {"coef": 0.05, "coef_end": 0.003, "total": 40},
 }
 HEEDING = ("adaptive", "pid")  # the kinds that look at the KL
+PLAIN = {"kp": 0.5, "ki": 0.02, "gain_min": 1.0}  # weak and constant gains, for figures by hand
 SCHEDULES = ("linear", "cosine")
 
 
@@ -67,31 +68,140 @@ def test_adaptive_keeps_beta_positive_for_any_batch() -> None:
     assert controller.update(60.0, n=1e300) == pytest.approx(20.0)
 
 
-def test_pid_anchor() -> None:
-    readings = [0.001, 0.01, 0.03, 0.08, 0.2, 0.5, 0.4, 0.2, 0.1, 0.1, NAN, -0.05, 0.1]
-    expected = [
-        0.0409365377, 0.0389400392, 0.0389400392, 0.0389400392, 0.0461978269, 0.0564261531, 0.0689190591,
-        0.0806797020, 0.0761837193, 0.0725282957, 0.0725282957, 0.0619245815, 0.0605867164,
-    ]  # fmt: skip
+def pid_by_the_book(readings: list[float], targets: list[float], settings: dict[str, float]) -> list[float]:
+    """The betas that the equations in the docstring give for finite readings from beta 0.05, written out anew."""
+    kp, ki, kd, gain_min = (settings[name] for name in ("kp", "ki", "kd", "gain_min"))
+    low, high = math.log(settings["coef_min"] / 0.05), math.log(settings["coef_max"] / 0.05)
+    smooth: list[float] = []
+    sides: list[bool] = []  # of the target, of errors beyond 0.2
+    betas, integral, gain, slope, risen, below = [0.05], 0.0, 1.0, 0.0, False, 0
+    for t, target in enumerate(targets, start=1):
+        weights = [0.8**age for age in range(t)]
+        smooth.append(sum(w * kl for w, kl in zip(weights, reversed(readings[:t]), strict=True)) / sum(weights))
+        error = min(max(math.log(smooth[-1] / target), -0.3), 2.0) if smooth[-1] > 0 else -0.3
+        new_target = t > 1 and target != targets[t - 2]
+        if new_target:
+            sides, below = [], 0
+        if abs(error) > 0.2:
+            sides.append(error > 0)
+            gain = max(0.7 * gain, gain_min) if sides[-2:] in ([False, True], [True, False]) else min(1.01 * gain, 1.0)
+        comparable = t > 1 and min(smooth[-2:]) > 0 and not new_target
+        slope = 0.8 * slope + (0.2 * math.log(smooth[-1] / smooth[-2]) if comparable else 0.0)
+        risen = risen or smooth[-1] > target / 2
+        fast = gain * kp * error + gain * kd * slope
+        if risen or t > 30:
+            output, below = fast + integral, (below + 1 if error < 0 else 0)
+            step = gain * ki * error * 30 / (30 + below)
+            integral = min(max(output + step, min(low, output)), max(high, output)) - fast
+        before = math.log(betas[-1] / 0.05)
+        moved = min(max(fast + integral, before - 0.2), before + 0.2)
+        betas.append(0.05 * math.exp(min(max(moved, low), high)))
+    return betas[1:]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_pid_equals_a_second_implementation(seed: int) -> None:
+    rng = random.Random(seed)
+    settings = {"kp": 2.0, "ki": 0.1, "kd": rng.choice([0.0, 2.0]), "gain_min": rng.choice([0.15, 0.5, 1.0])}
+    settings |= {"coef_min": 0.02, "coef_max": 0.3}
+    readings = [0.03 * math.exp(rng.gauss(0, 0.3)) for _ in range(45)]  # a slow rise, longer than the 30 updates
+    readings += [0.1 * math.exp(1.5 * math.sin(k / 9) + rng.gauss(0, 0.3)) for k in range(200)]
+    readings[140:144] = [-0.5, -0.2, 0.0, 0.01]
+    targets = [0.1] * 90 + [0.25] * 155
+    controller = make_controller("pid", 0.05, target=0.1, **settings)
+    betas = []
+    for reading, target in zip(readings, targets, strict=True):
+        controller.target = target
+        betas.append(controller.update(reading))
+    assert betas == pytest.approx(pid_by_the_book(readings, targets, settings), rel=1e-9)
+    assert min(betas) == 0.02 and max(betas) == pytest.approx(0.3) and len(set(betas)) > 100
+    gain = controller.state_dict()["gain"]
+    assert gain == 1.0 if settings["gain_min"] == 1 else gain < 1
+
+
+def test_pid_defaults() -> None:
+    settings = {"kp": 2.0, "ki": 0.1, "kd": 0.0, "gain_min": 0.15, "coef_min": 0.0005, "coef_max": 5.0}
+    assert example("pid", kd=None).state_dict() == example("pid", **settings).state_dict()
+
+
+def gains(controller: Controller, levels: Iterable[float]) -> list[float]:
+    """The gain after readings of which each makes the smoothed KL the level, in multiples of the target of 0.1."""
+    out, total = [], 0.0
+    for t, level in enumerate(levels, start=1):
+        reading = (0.1 * level * (1 - 0.8**t) - 0.8 * total) / 0.2
+        total = 0.8 * total + 0.2 * reading
+        controller.update(reading)
+        out.append(controller.state_dict()["gain"])
+    return out
+
+
+def test_pid_lowers_its_gain_at_each_swing_and_raises_it_where_an_error_stays() -> None:
+    """A swing goes from beyond 0.2 in the log on one side of the target to beyond it on the other."""
+    levels = [1.3, 1.1, 0.9, 1.3, 0.8, 0.8, 1.0, 0.75, 1.3, 1.15, 1.3]
+    expected = [1, 1, 1, 1, 0.7, 0.7 * 1.01, 0.7 * 1.01, 0.7 * 1.01**2, 0.49 * 1.01**2, 0.49 * 1.01**2, 0.49 * 1.01**3]
+    assert gains(make_controller("pid", 0.05, target=0.1), levels) == pytest.approx(expected)
+    assert gains(make_controller("pid", 0.05, target=0.1), [1.3, 0.8] * 20)[-1] == 0.15
+    assert gains(make_controller("pid", 0.05, target=0.1, gain_min=0.6), [1.3, 0.8] * 20)[-1] == 0.6
+    assert gains(make_controller("pid", 0.05, target=0.1), [1.3, 0.8] + [0.8] * 200)[-1] == 1.0
+    assert gains(make_controller("pid", 0.05, target=0.1), [1.3, -0.1])[-1] == 0.7  # no log: far below
+    resumed = make_controller("pid", 0.05, target=0.1, gain_min=0.6)
+    resumed.load_state_dict({**resumed.state_dict(), "gain": 0.2})  # from a run with a lower gain_min
+    assert gains(resumed, [1.3])[-1] == 0.6
+
+
+def test_pid_takes_no_change_of_target_for_a_swing() -> None:
     controller = make_controller("pid", 0.05, target=0.1)
-    assert controller.value == 0.05
-    assert feed(controller, readings) == pytest.approx(expected, rel=1e-8)
+    feed(controller, [0.15] * 5)
+    controller.target = 0.5
+    assert feed(controller, [0.15]) and controller.state_dict()["gain"] == 1.0
+    feed(controller, [5.0])  # but this is one
+    assert controller.state_dict()["gain"] == 0.7
+
+
+def test_pid_gain_multiplies_all_three_parts() -> None:
+    """From the same state, a gain of a half with doubled settings is the same controller."""
+    whole = make_controller("pid", 0.05, target=0.1, kp=0.2, ki=0.02, kd=0.4, gain_min=0.5)
+    halved = make_controller("pid", 0.05, target=0.1, kp=0.4, ki=0.04, kd=0.8, gain_min=0.5)
+    state = {**halved.state_dict(), "gain": 0.5}
+    halved.load_state_dict(state)
+    readings = [0.09, 0.1, 0.11, 0.1, 0.095]  # errors below 0.2 leave the gain alone
+    assert feed(halved, readings) == pytest.approx(feed(whole, readings), rel=1e-12)
 
 
 def test_pid_waits_at_most_30_updates_for_the_kl_to_rise() -> None:
-    betas = feed(make_controller("pid", 0.05, target=0.1), [0.01] * 33)
+    betas = feed(make_controller("pid", 0.05, target=0.1, **PLAIN), [0.01] * 33)
     log_ratio = [math.log(beta / 0.05) for beta in betas]
-    assert log_ratio[0] == pytest.approx(-0.2)
-    assert log_ratio[1:30] == pytest.approx([-0.25] * 29)  # kp e alone
-    assert log_ratio[30:] == pytest.approx([-0.26, -0.27, -0.28])  # and ki e from update 31 on
+    assert log_ratio[:30] == pytest.approx([-0.15] * 30)  # kp e alone
+    steps = [0.02 * 0.3 * 30 / (30 + waited) for waited in (1, 2, 3)]  # and ki e from update 31 on, less each time
+    assert log_ratio[30:] == pytest.approx([-0.15 - sum(steps[: count + 1]) for count in range(3)])
 
 
 def test_pid_waits_no_more_once_the_kl_has_risen() -> None:
-    controller = make_controller("pid", 0.05, target=0.1, kp=0)
+    controller = make_controller("pid", 0.05, target=0.1, kp=0, ki=0.02)
     feed(controller, [0.06])  # above half the target, once
     log_ratio = [math.log(beta / 0.05) for beta in feed(controller, [-1.0, -1.0, -1.0])]
-    first = 0.02 * -0.5  # log(0.06 / 0.1) is clipped
-    assert log_ratio == pytest.approx([2 * first, 3 * first, 4 * first])
+    steps = [-0.02 * 0.3 * 30 / (30 + below) for below in (1, 2, 3, 4)]  # log(0.06 / 0.1) is clipped
+    assert log_ratio == pytest.approx([sum(steps[:2]), sum(steps[:3]), sum(steps)])
+
+
+def test_pid_patience_starts_anew_above_the_target_and_with_a_new_target() -> None:
+    """Under a KL that stays low beta sinks as 1 / time, not exponentially."""
+    settings = {"kp": 0.0, "ki": 0.1, "gain_min": 1.0, "coef_min": 1e-9}
+
+    def last_step(controller: Controller) -> float:
+        before = controller.value
+        return math.log(controller.update(0.04) / before)
+
+    controller = make_controller("pid", 0.05, target=0.1, **settings)
+    feed(controller, [0.04] * 1000)
+    assert last_step(controller) == pytest.approx(-0.03 * 30 / (30 + 971))
+    assert 0.05 / controller.value == pytest.approx((1 + 971 / 30) ** 0.9, rel=0.05)
+    controller.target = 0.09
+    assert last_step(controller) == pytest.approx(-0.03 * 30 / 31)
+    feed(controller, [0.04] * 99)
+    feed(controller, [0.5])  # the smoothed KL is above the target
+    feed(controller, [-0.5] * 1)
+    assert last_step(controller) == pytest.approx(-0.03 * 30 / 32)
 
 
 def test_pid_error_is_clipped_to_2_upwards() -> None:
@@ -100,7 +210,7 @@ def test_pid_error_is_clipped_to_2_upwards() -> None:
 
 
 def test_pid_slope_by_hand() -> None:
-    controller = make_controller("pid", 0.05, target=0.1, kp=0, ki=0, kd=0.5)
+    controller = make_controller("pid", 0.05, target=0.1, kp=0, ki=0, kd=0.5, gain_min=1)
     assert controller.update(0.1) == pytest.approx(0.05, rel=1e-12)  # nothing to compare with
     smooth = (0.8 * 0.2 * 0.1 + 0.2 * 0.2) / (1 - 0.8**2)
     slope = 0.2 * math.log(smooth / 0.1)
@@ -234,7 +344,7 @@ def test_pid_long_saturation_does_not_delay_recovery(ki: float) -> None:
     delays, plain_delays = [], []
     for saturated in (100, 500):
         readings = [10.0] * saturated + [0.01] * 500
-        betas = feed(make_controller("pid", 0.05, target=0.1, ki=ki, coef_max=0.2), readings)
+        betas = feed(make_controller("pid", 0.05, target=0.1, **{**PLAIN, "ki": ki}, coef_max=0.2), readings)
         plain = plain_pi(readings, ki, coef_max=0.2)
         assert betas[: saturated + 1] == pytest.approx(plain[: saturated + 1], rel=1e-12)  # alike so far
         assert betas[saturated - 1] == 0.2
@@ -357,7 +467,10 @@ def test_state_carries_a_target_set_between_two_updates() -> None:
         ("adaptive", {"beta": -0.1}, ["beta=-0.1", "unaltered"]),
         ("adaptive", {"target": -1.0}, ["target=-1.0", "unaltered"]),
         ("fixed", {"skipped": 0.5}, ["skipped=0.5", "unaltered"]),
-        ("pid", {"kp": 0.75}, ["kp=0.75", "agree", "0.5"]),
+        ("pid", {"kp": 0.75}, ["kp=0.75", "agree", "2.0"]),
+        ("pid", {"gain": 0.0}, ["gain=0.0", "unaltered"]),
+        # A state of the law of before.
+        ("pid", {"gain": None, "side": None, "below": None}, ["missing keys", "['below', 'gain', 'side']"]),
         ("fixed", {"coef": 0.06}, ["coef=0.06", "agree", "0.05"]),
         ("linear", {"total": 41}, ["total=41", "agree", "40"]),
     ],
@@ -413,6 +526,9 @@ BAD_INPUT: list[tuple[str, Any, dict[str, Any], list[str]]] = [
     ("adaptive", 0.1, {"horizon": INF, **PID}, ["horizon=inf", "finite"]),
     ("pid", 0.1, {"kp": -1, **PID}, ["kp=-1", ">= 0"]),
     ("pid", 0.1, {"ki": NAN, **PID}, ["ki=nan", "finite"]),
+    ("pid", 0.1, {"gain_min": 0, **PID}, ["gain_min=0", "> 0"]),
+    ("pid", 0.1, {"gain_min": 1.5, **PID}, ["gain_min=1.5", "at most 1"]),
+    ("adaptive", 0.1, {"gain_min": 0.5, **PID}, ["gain_min=0.5", "use kind 'pid'"]),
     ("pid", 0.1, {"kd": "1", **PID}, ["kd='1'", "number"]),
     ("pid", 0.1, {"coef_min": 0, **PID}, ["coef_min=0", "> 0"]),
     ("pid", 0.1, {"coef_min": 0.2, **PID}, ["coef_min=0.2", "at most coef", "0.1"]),
@@ -453,7 +569,7 @@ def test_bad_batch_size_is_refused(bad: Any) -> None:
 
 
 def test_none_means_not_given() -> None:
-    names = ["target", "horizon", "kp", "ki", "kd", "coef_min", "coef_max", "coef_end", "total"]
+    names = ["target", "horizon", "kp", "ki", "kd", "gain_min", "coef_min", "coef_max", "coef_end", "total"]
     all_none = dict.fromkeys(names)
     for kind, settings in EXAMPLES.items():
         assert make_controller(kind, **{**all_none, **settings}).state_dict() == example(kind).state_dict()

@@ -8,6 +8,8 @@ import pytest
 from test_oracle import oracle_table
 
 from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXPPOConfig
+from trl_klx.analysis.divergence import TokenStatistics
+from trl_klx.analysis.options import MeasureOptions
 from trl_klx.config_rules import ESTIMATORS
 from trl_klx.kl.gradients import SOUND, expected_gradient
 
@@ -70,7 +72,15 @@ def test_options_in_the_docs_exist() -> None:
         *KLXDPOConfig.__dataclass_fields__,
     }
     assert named
-    assert named <= fields | {"kl_state", "kl_control", "kl_loss", "kl_credit"}
+    columns = set(TokenStatistics._fields)  # of `trl-klx measure`
+    assert named <= fields | columns | {"kl_state", "kl_control", "kl_loss", "kl_credit", "kl_groups"}
+
+
+def test_options_in_the_page_on_measuring_exist() -> None:
+    page = (ROOT / "docs" / "measure.md").read_text()
+    named = set(re.findall(r"`--(\w+)", page))
+    assert len(named) > 8
+    assert named <= {*MeasureOptions.__dataclass_fields__, "data", "accelerate_config"}
 
 
 def test_tests_named_in_the_ppo_page_exist() -> None:

@@ -20,7 +20,9 @@ ALLOWED = {
     "rewards": (set(), set()),
     "answers": ({"rewards"}, {"torch", "transformers"}),
     "starter": ({"answers"}, {"torch", "transformers", "tokenizers", "tqdm"}),
-    "monitor": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib"}),
+    "stories": (set(), {"torch", "transformers", "tokenizers", "tqdm", "numpy"}),
+    "story_rewards": (set(), {"afinn", "vaderSentiment"}),
+    "monitor": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
     "trainers": (
         {"kl", "control", "config", "config_rules", "monitor", "trainers"},
         {"torch", "transformers", "trl", "accelerate", "peft", "packaging", "datasets", "deepspeed"},
@@ -29,7 +31,14 @@ ALLOWED = {
         {"config", "monitor", "trainers", "run"},
         {"transformers", "trl", "datasets", "yaml", "rich"},
     ),
-    "cli": ({"starter", "run"}, set()),
+    "analysis": (
+        {"kl", "trainers", "analysis"},  # of the trainers, what an architecture does to its logits
+        {
+            *("torch", "transformers", "accelerate", "safetensors", "datasets", "pyarrow", "pandas", "numpy"),
+            *("tqdm", "rich", "jinja2", "markupsafe", "matplotlib", "yaml"),
+        },
+    ),
+    "cli": ({"starter", "stories", "run", "analysis"}, set()),
     "__init__": ({"trainers"}, set()),
 }
 

@@ -404,7 +404,7 @@ def test_budget_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     made = trainer(tmp_path, ref_model=tiny_model(1), kl_budget=0.01, max_steps=5, save_strategy="steps", save_steps=50)
     made.train()
     assert made.state.global_step == 1
-    assert json.loads((tmp_path / "checkpoint-1" / "kl_state.json").read_text())["budget"][0] > 0
+    assert json.loads((tmp_path / "checkpoint-1" / "kl_state.json").read_text())["budget"]["sum"] > 0
 
 
 def test_without_kl_no_reference_is_built(tmp_path: Path) -> None:

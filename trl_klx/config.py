@@ -57,9 +57,12 @@ class KLArguments:
         None, "What the controller reads: k1, k3 or exact. Default: exact where it is computed anyway, else k3."
     )
     kl_horizon: float | None = _option(None, "Horizon of the adaptive controller, in episodes. Default 10000.")
-    kl_kp: float | None = _option(None, "Proportional gain of the pid controller. Default 0.5.")
-    kl_ki: float | None = _option(None, "Integral gain of the pid controller. Default 0.02.")
+    kl_kp: float | None = _option(None, "Proportional gain of the pid controller. Default 1.5.")
+    kl_ki: float | None = _option(None, "Integral gain of the pid controller. Default 0.06.")
     kl_kd: float | None = _option(None, "Derivative gain of the pid controller. Default 0.")
+    kl_gain_min: float | None = _option(
+        None, "Factor, at most 1, down to which the pid controller lowers its gains while the KL swings. Default 0.2."
+    )
     kl_coef_min: float | None = _option(None, "Smallest beta of the adaptive and pid controllers. Default beta/100.")
     kl_coef_max: float | None = _option(None, "Largest beta of the adaptive and pid controllers. Default 100*beta.")
     kl_coef_end: float | None = _option(None, "Beta at the end of training, for the linear and cosine controllers.")

@@ -39,6 +39,7 @@ CONTROLLER_SETTINGS: dict[str, tuple[str, ...]] = {
     "kl_kp": ("pid",),
     "kl_ki": ("pid",),
     "kl_kd": ("pid",),
+    "kl_gain_min": ("pid",),
     "kl_coef_min": ("adaptive", "pid"),
     "kl_coef_max": ("adaptive", "pid"),
     "kl_coef_end": ("linear", "cosine"),
@@ -47,7 +48,16 @@ CONTROLLER_SETTINGS: dict[str, tuple[str, ...]] = {
 _OPTIONAL = ("kl_importance_sampling", "kl_signal")
 # Options that mean nothing without a KL.
 _NEED_KL = ("kl_estimator", "kl_placement", "kl_credit", "kl_direction", "kl_is_cap", "kl_value_cap")
-_POSITIVE = ("kl_target", "kl_horizon", "kl_coef_min", "kl_coef_max", "kl_coef_end", "kl_is_cap", "kl_value_cap")
+_POSITIVE = (
+    "kl_target",
+    "kl_horizon",
+    "kl_gain_min",
+    "kl_coef_min",
+    "kl_coef_max",
+    "kl_coef_end",
+    "kl_is_cap",
+    "kl_value_cap",
+)
 _NOT_NEGATIVE = ("kl_kp", "kl_ki", "kl_kd")
 # What to use instead of a refused combination, by estimator and placement.
 _REMEDY = {
@@ -219,6 +229,8 @@ def _check_controller(args: KLArguments) -> None:
         raise ValueError(f"kl_controller={kind!r} needs a target: set kl_target (nats per {args.kl_target_unit}).")
     if kind in CONTROLLER_SETTINGS["kl_coef_end"] and args.kl_coef_end is None:
         raise ValueError(f"kl_controller={kind!r} needs a value to end at: set kl_coef_end.")
+    if args.kl_gain_min is not None and args.kl_gain_min > 1:
+        raise ValueError(f"kl_gain_min={args.kl_gain_min} must be at most 1, which keeps the gains as they are.")
     low, high = args.kl_coef_min, args.kl_coef_max
     if not (low or 0) <= args.kl_coef_start <= (high or math.inf):
         raise ValueError(

@@ -21,7 +21,7 @@ def make_controller(kind: str, coef: float, *, target: float | None = None, **se
     """Return the controller called `kind`, at beta = `coef`; None for a setting means its default.
 
     fixed takes no target and no settings; adaptive a target, horizon, coef_min and coef_max; pid a target,
-    kp, ki, kd, coef_min and coef_max; linear and cosine coef_end and total (see the class of each kind).
+    kp, ki, kd, gain_min, coef_min and coef_max; linear and cosine coef_end and total (see the class of each kind).
 
     Raises ValueError for an unknown kind, a setting that is missing or not taken, and a value out of range.
     """
@@ -107,7 +107,7 @@ class Controller:
                 raise _refusal(f"{trouble} keys of the state", sorted(names), remedy)
         for name in self._names():
             value, mine = state[name], getattr(self, name)
-            positive = name in ("beta", "target")
+            positive = name in ("beta", "target", "gain")
             if type(value) is not type(mine) or not math.isfinite(value) or (positive and value <= 0):
                 raise _refusal(name, value, remedy)
             if name in ("coef", *self.takes) and name != "target" and value != mine:
@@ -212,41 +212,63 @@ class AdaptiveController(_TargetController):
 
 
 class PIDController(_TargetController):
-    """A PID controller of log beta on the log of the smoothed KL.
+    """A PID controller of log beta on the log of the smoothed KL, which fits its gains to how the KL answers.
 
     A finite reading does the following, in this order; any other only adds one to `skipped`.
 
     1. Smooth: m <- 0.8 m + 0.2 kl and s = m / (1 - 0.8^t), where t counts the finite readings, this one too.
-    2. Error: e = clip(log(s / target), -0.5, 2), and e = -0.5 where s <= 0.
-    3. Slope: d <- 0.8 d + 0.2 (log s - log s_before), from d = 0. The difference counts as 0 at the first
+    2. Error: e = clip(log(s / target), -0.3, 2), and e = -0.3 where s <= 0.
+    3. Gain: where |e| > 0.2, g <- clip(0.7 g, gain_min, 1) if the last such error for this target had the other sign
+       (a swing from one side of the target to the other), else g <- clip(1.01 g, gain_min, 1); from g = 1.
+    4. Slope: d <- 0.8 d + 0.2 (log s - log s_before), from d = 0. The difference counts as 0 at the first
        reading, where either s is <= 0, and at the first reading after a change of the target.
-    4. Integral: I <- I + clip(ki e, min(lo - u, 0), max(hi - u, 0)), where u = kp e + I + kd d and
-       lo, hi = log(coef_min / coef), log(coef_max / coef): a step that would carry the output past a bound
-       ends at the bound. The slew limit of point 5 does not stop the integral. No step is taken while
-       t <= 30 and s was not above target / 2 at this or an earlier reading: it could only be downwards, and
+    5. Wait: points 6 and 7 do nothing while t <= 30 and s was not above target / 2 at this or an earlier reading:
        as the KL starts at 0, beta must not sink before the KL has had time to rise.
-    5. Output: beta <- clip(coef exp(clip(kp e + I + kd d, x - 0.2, x + 0.2)), coef_min, coef_max), where
+    6. Patience: b <- b + 1 where e < 0, else b <- 0: the number of readings in a row below this target.
+    7. Integral: I <- I + clip(g ki e / (1 + b / 30), min(lo - u, 0), max(hi - u, 0)), where u = g kp e + I + g kd d
+       and lo, hi = log(coef_min / coef), log(coef_max / coef): a step that would carry the output past a bound
+       ends at the bound. The slew limit of point 8 does not stop the integral.
+    8. Output: beta <- clip(coef exp(clip(g kp e + I + g kd d, x - 0.2, x + 0.2)), coef_min, coef_max), where
        x = log(beta / coef) is the log ratio that the last update left.
 
-    The logs make the loop respond alike at every scale of KL and beta. The error may be larger upwards, as a
-    runaway KL does more harm than a low one. With kd > 0 a rising KL raises beta, however low the KL is.
-    Defaults: kp 0.5, ki 0.02, kd 0, coef_min coef / 100, coef_max 100 coef.
-    Raises ValueError as `adaptive` does, and unless the gains are finite and >= 0.
+    The logs make the loop respond alike at every scale of KL and beta. The gain stays 1 with a policy that answers beta
+    slowly or weakly, and sinks with one that answers at once or whose readings are noisy. A KL that stays low for
+    long is less and less beta's doing (the policy has yet to learn), so beta sinks as 1 / b and not exponentially.
+    The error may be larger upwards, as a runaway KL does more harm than a low one. With kd > 0 a rising KL
+    raises beta, however low the KL is.
+    Defaults: kp 2, ki 0.1, kd 0, gain_min 0.15, coef_min coef / 100, coef_max 100 coef; gain_min 1 keeps g at 1.
+    Raises ValueError as `adaptive` does, and unless kp, ki and kd are finite and >= 0 and 0 < gain_min <= 1.
 
     Sources: Astrom and Murray, "Feedback Systems", chapter 11 (anti-windup, derivative of the measurement);
-    Stooke et al. 2020, "Responsive Safety in Reinforcement Learning by PID Lagrangian Methods".
+    Stooke et al. 2020, "Responsive Safety in Reinforcement Learning by PID Lagrangian Methods". Gain, patience and the
+    defaults come from simulated and real runs: docs/controllers.md.
     """
 
     kind = "pid"
-    takes = ("target", "kp", "ki", "kd", "coef_min", "coef_max")
-    memory = ("beta", "smooth_sum", "integral", "slope", "last_kl", "last_target", "risen")
+    takes = ("target", "kp", "ki", "kd", "gain_min", "coef_min", "coef_max")
+    memory = ("beta", "smooth_sum", "gain", "side", "below", "integral", "slope", "last_kl", "last_target", "risen")
+    lowest_error: ClassVar[float] = -0.3
+    patience: ClassVar[float] = 30.0
 
     def __init__(
-        self, coef: float, *, kp: float = 0.5, ki: float = 0.02, kd: float = 0.0, **target_and_bounds: Any
+        self,
+        coef: float,
+        *,
+        kp: float = 2.0,
+        ki: float = 0.1,
+        kd: float = 0.0,
+        gain_min: float = 0.15,
+        **target_and_bounds: Any,
     ) -> None:
         super().__init__(coef, **target_and_bounds)
         self.kp, self.ki, self.kd = _number("kp", kp), _number("ki", ki), _number("kd", kd)
+        self.gain_min = _number("gain_min", gain_min, zero=False)
+        if self.gain_min > 1:
+            raise _refusal("gain_min", gain_min, "give at most 1, which keeps the gains as they are")
         self.smooth_sum = 0.0  # m of the docstring
+        self.gain = 1.0  # g
+        self.side = 0  # of the target, where the last error beyond 0.2 was: 1, -1, or 0 before the first
+        self.below = 0  # b
         self.integral = 0.0  # I
         self.slope = 0.0  # d
         self.last_kl = 0.0  # s of the reading before; 0 before the first
@@ -256,24 +278,38 @@ class PIDController(_TargetController):
     def _observe(self, kl: float, n: float) -> None:
         self.smooth_sum = 0.8 * self.smooth_sum + 0.2 * kl
         smooth = self.smooth_sum / (1 - 0.8**self.readings)
-        error = _clip(math.log(smooth) - math.log(self._target), -0.5, 2.0) if smooth > 0 else -0.5
+        error = math.log(smooth) - math.log(self._target) if smooth > 0 else self.lowest_error
+        error = _clip(error, self.lowest_error, 2.0)
         self.risen = self.risen or smooth > self._target / 2
+        same_target = self._target == self.last_target
+        if not same_target:
+            self.side = self.below = 0
+        self._adapt_gain(error)
 
         # The slope of the KL, not of the error, so that a new target gives no kick by itself.
-        comparable = smooth > 0 and self.last_kl > 0 and self._target == self.last_target
+        comparable = smooth > 0 and self.last_kl > 0 and same_target
         rise = math.log(smooth) - math.log(self.last_kl) if comparable else 0.0
         self.slope = 0.8 * self.slope + 0.2 * rise
         self.last_kl, self.last_target = smooth, self._target
 
-        output = self.kp * error + self.integral + self.kd * self.slope
+        output = self.gain * (self.kp * error + self.kd * self.slope) + self.integral
         if self.risen or self.readings > 30:
+            self.below = self.below + 1 if error < 0 else 0
             low, high = math.log(self.coef_min / self.coef), math.log(self.coef_max / self.coef)
-            step = _clip(self.ki * error, min(low - output, 0.0), max(high - output, 0.0))
+            step = self.gain * self.ki * error / (1 + self.below / self.patience)
+            step = _clip(step, min(low - output, 0.0), max(high - output, 0.0))
             self.integral += step
             output += step
         last = math.log(self.beta / self.coef)
         beta = self.coef * math.exp(_clip(output, last - 0.2, last + 0.2))
         self.beta = _clip(beta, self.coef_min, self.coef_max)
+
+    def _adapt_gain(self, error: float) -> None:
+        """Lower the gain where the KL swings about the target, and raise it where an error stays."""
+        if abs(error) > 0.2:
+            side = 1 if error > 0 else -1
+            self.gain = _clip(self.gain * (0.7 if side == -self.side else 1.01), self.gain_min, 1.0)
+            self.side = side
 
 
 KINDS: dict[str, type[Controller]] = {

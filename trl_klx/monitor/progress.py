@@ -3,7 +3,7 @@
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 # (label, metric), as far as logged: DPO has a margin instead of a reward. In evaluation they carry the prefix eval_.
-_SHOWN = (("reward", "reward"), ("margin", "rewards/margins"), ("kl/seq", "kl/sequence"))
+_SHOWN = (("reward", "reward"), ("gold", "rewards/gold/mean"), ("margin", "rewards/margins"), ("kl/seq", "kl/sequence"))
 
 
 class KLProgressCallback(ProgressCallback):

@@ -18,6 +18,13 @@ class RunArguments(ScriptArguments):
         default=None,
         metadata={"help": "Reward functions as dotted paths, for example trl_klx.rewards.exact_match."},
     )
+    gold_reward_func: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the reward stands for, as one more dotted path: scored in evaluation, never trained on. GRPO "
+            "and PPO follow it against the KL, and act by gold_action when it has turned."
+        },
+    )
 
 
 class Recipe(NamedTuple):

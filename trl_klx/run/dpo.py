@@ -22,6 +22,11 @@ def load_inputs(recipe: Recipe) -> Inputs:
             f"reward_funcs={run.reward_funcs} has no effect: DPO learns from the columns chosen and rejected; remove "
             "it."
         )
+    if run.gold_reward_func:
+        raise BadInput(
+            f"gold_reward_func={run.gold_reward_func!r} is not followed in DPO, which samples no answers in "
+            "evaluation: remove it, or use GRPO or PPO."
+        )
     inputs = load_splits(recipe, columns=[("chosen",), ("rejected",)], needs_test=bool(args.kl_probe_steps))
     check_model(model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     return inputs

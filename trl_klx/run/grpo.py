@@ -2,6 +2,7 @@
 
 import sys
 
+from ..trainers.gold import check_gold_reward
 from ..trainers.grpo import KLXGRPOTrainer
 from ..trainers.grpo_config import KLXGRPOConfig
 from .arguments import BadInput, Recipe
@@ -20,13 +21,16 @@ def load_inputs(recipe: Recipe) -> Inputs:
     if not run.reward_funcs:
         raise BadInput("reward_funcs is missing: give dotted paths, for example trl_klx.rewards.exact_match.")
     inputs = load_splits(recipe, columns=[("prompt",)], rewards=load_reward_functions(run.reward_funcs))
+    check_gold_reward(args, inputs.gold)
     check_model(model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     return inputs
 
 
 def build_trainer(recipe: Recipe, inputs: Inputs) -> KLXGRPOTrainer:
     """The trainer that the recipe describes."""
-    return KLXGRPOTrainer(reward_funcs=inputs.rewards, **trainer_arguments(recipe, inputs))
+    return KLXGRPOTrainer(
+        reward_funcs=inputs.rewards, gold_reward_func=inputs.gold, **trainer_arguments(recipe, inputs)
+    )
 
 
 if __name__ == "__main__":

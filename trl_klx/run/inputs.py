@@ -24,6 +24,7 @@ class Inputs:
     train_dataset: Dataset | IterableDataset
     eval_dataset: Dataset | IterableDataset | None
     rewards: list[Callable] = field(default_factory=list)
+    gold: Callable | None = None
 
 
 def check_model(
@@ -39,29 +40,45 @@ def check_model(
     try:
         AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        hint = "run `trl-klx starter` first" if path.startswith("runs/starter") else "check the spelling"
+        maker = _maker(path)
+        hint = f"run `{maker}` first" if maker else "check the spelling"
         raise BadInput(
             f"{option}={path!r} is neither a local folder with a config.json nor a model that the Hub gives "
             f"here: {hint}."
         ) from error
 
 
-def load_reward_functions(names: list[str] | str) -> list[Callable]:
-    """Import reward functions from dotted paths; the working directory is on the path, as in TRL's scripts."""
+def _maker(path: str) -> str | None:
+    """The command that makes what is at a path, as the recipes have it."""
+    return next((f"trl-klx {name}" for name in ("starter", "stories") if path.startswith(f"runs/{name}")), None)
+
+
+def load_reward_functions(names: list[str] | str, *, option: str = "reward_funcs") -> list[Callable]:
+    """Import reward functions from dotted paths, given as `option`.
+
+    The working directory is on the path, as in TRL's scripts.
+    """
     names = [names] if isinstance(names, str) else names
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    return [_load_function(name) for name in names]
+    return [_load_function(name, option) for name in names]
 
 
-def _load_function(name: str) -> Callable:
+def load_gold_reward(name: str | None) -> Callable | None:
+    """Import the gold reward function from its dotted path, if there is one."""
+    if name is None:
+        return None
+    return load_reward_functions([name], option="gold_reward_func")[0]
+
+
+def _load_function(name: str, option: str) -> Callable:
     module_name, _, function_name = name.rpartition(".")
     try:
         function = getattr(importlib.import_module(module_name), function_name) if module_name else None
     except (ImportError, AttributeError) as error:
-        raise BadInput(f"reward_funcs={name!r} cannot be imported ({error}): give module.function.") from error
+        raise BadInput(f"{option}={name!r} cannot be imported ({error}): give module.function.") from error
     if not callable(function):
-        raise BadInput(f"reward_funcs={name!r} is no function: give module.function.")
+        raise BadInput(f"{option}={name!r} is no function: give module.function.")
     return function
 
 
@@ -73,13 +90,14 @@ def load_splits(
     Args:
         recipe: names the dataset, and says whether the run evaluates.
         columns: of each tuple, the dataset must have one column.
-        rewards: reward functions; their columns must be there too.
+        rewards: reward functions; their columns must be there too, and in the test split the gold reward's.
         needs_test: whether the test split is needed even where the run does not evaluate.
 
     Raises:
-        BadInput: dataset, split or column is missing, or a split is empty.
+        BadInput: the gold reward, dataset, split or column is missing, or a split is empty.
     """
     run, args, _ = recipe
+    gold = load_gold_reward(run.gold_reward_func)
     dataset = _load_dataset(run)
     wanted = {"dataset_train_split": run.dataset_train_split}
     if needs_test or args.eval_strategy != "no" or args.eval_on_start:
@@ -89,9 +107,10 @@ def load_splits(
             raise BadInput(
                 f"{option}={split!r} is not in {run.dataset_name}, which has {', '.join(dataset)}: name one of these."
             )
-        _check_columns(dataset[split], split, columns, rewards)
+        read = [*rewards, *([gold] if gold is not None and option == "dataset_test_split" else [])]
+        _check_columns(dataset[split], split, columns, read)
     test = dataset[run.dataset_test_split] if "dataset_test_split" in wanted else None
-    return Inputs(dataset[run.dataset_train_split], test, list(rewards))
+    return Inputs(dataset[run.dataset_train_split], test, list(rewards), gold)
 
 
 def _load_dataset(args: RunArguments) -> DatasetDict:
@@ -102,7 +121,8 @@ def _load_dataset(args: RunArguments) -> DatasetDict:
     except Exception as error:  # `datasets` raises a different class for every way a path can be wrong
         looks_local = args.dataset_name.startswith(("/", ".", "runs/")) and not Path(args.dataset_name).exists()
         reason = "there is no such folder" if looks_local else f"{type(error).__name__}: {_first_line(error)}"
-        hint = "; run `trl-klx starter` first" if args.dataset_name.startswith("runs/starter") else ""
+        maker = _maker(args.dataset_name)
+        hint = f"; run `{maker}` first" if maker else ""
         raise BadInput(f"dataset_name={args.dataset_name!r} cannot be loaded ({reason}){hint}.") from error
 
 

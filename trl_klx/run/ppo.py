@@ -3,6 +3,7 @@
 import sys
 from typing import TYPE_CHECKING
 
+from ..trainers.gold import check_gold_reward
 from .arguments import BadInput, Recipe
 from .inputs import Inputs, check_model, load_reward_functions, load_splits
 from .train import refuse, run_recipe, trainer_arguments
@@ -30,6 +31,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
         )
     rewards = load_reward_functions(run.reward_funcs or [])
     inputs = load_splits(recipe, columns=[("prompt", "input_ids")], rewards=rewards)
+    check_gold_reward(args, inputs.gold)
     trusts = bool((args.model_init_kwargs or {}).get("trust_remote_code"))
     check_model(model.model_name_or_path, revision=model.model_revision, trust_remote_code=trusts)
     for option in ("reward_model_path", "value_model_path"):
@@ -44,6 +46,7 @@ def build_trainer(recipe: Recipe, inputs: Inputs) -> "KLXPPOTrainer":
 
     return KLXPPOTrainer(
         reward_funcs=inputs.rewards,
+        gold_reward_func=inputs.gold,
         reward_model=recipe.args.reward_model_path,
         value_model=recipe.args.value_model_path,
         **trainer_arguments(recipe, inputs),

@@ -98,6 +98,8 @@ def _train(trainer: Any, recipe: Recipe) -> None:
         report(folder, args)
         if trainer.kl.budget.exceeded:
             print(trainer.kl.budget.message())
+        if trainer.overoptimisation is not None:
+            print(trainer.overoptimisation.summary())
 
 
 def _leave_together(trainer: Trainer) -> None:

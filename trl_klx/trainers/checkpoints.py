@@ -194,6 +194,9 @@ class WholeCheckpoints(_HooksBase):
         """What the state file holds."""
         return {}
 
+    def _load_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """Take what the state file holds; what an older one does not hold starts afresh."""
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run = Path(self._get_output_dir(trial=trial))
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

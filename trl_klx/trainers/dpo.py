@@ -22,8 +22,9 @@ from ..monitor.moments import prompt_moments, sequence_rows, summarise
 from .dpo_config import KLXDPOConfig
 from .dpo_pairs import PairStatistics
 from .exact_forward import ExactKLForward, check_sharding
-from .kl_control import KLControl, KLControlledTrainer
+from .kl_control import KLControl
 from .kl_probe import KLProbe, distinct_prompts
+from .kl_trainer import KLControlledTrainer
 from .reference import causal_lm, reference_is_a_copy
 from .step_guard import KL, POLICY, REFERENCE, StepGuard
 from .trl_compat import check_trl_version

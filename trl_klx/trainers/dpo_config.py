@@ -112,6 +112,11 @@ class KLXDPOConfig(KLArguments, DPOConfig):
         return "exact" if reverse and "exact" in self._probe_estimators else "k3"
 
     def check_kl(self) -> None:
+        if self.kl_budget == "auto":
+            raise ValueError(
+                "kl_budget='auto' needs a gold reward, which GRPO and PPO can follow and DPO cannot: give kl_budget in "
+                "nats per sequence."
+            )
         check_names(self)
         self._check_what_dpo_has()
         self._check_coefficients()

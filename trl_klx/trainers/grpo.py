@@ -17,20 +17,23 @@ from trl.models.utils import disable_gradient_checkpointing
 from ..kl import importance_weights, kl_estimate, leave_one_out_baseline
 from ..kl.estimators import SAMPLED_ESTIMATORS
 from .exact_forward import ExactKLForward, check_sharding
+from .gold import GOLD, GoldWatch, check_gold_reward
+from .grpo_aggregation import TOKEN_MEANS, mean_as_trl
 from .grpo_config import KLXGRPOConfig
 from .grpo_scoring import (
     VISION_INPUTS,
     Scoring,
+    attention_to_cut_answers,
     health_metrics,
     health_sums,
     joined,
     loss_mask,
     sampler_logps_of,
-    with_cut_answers,
 )
 from .health import PooledSums
-from .kl_control import KLControl, KLControlledTrainer
+from .kl_control import KLControl
 from .kl_groups import group_names
+from .kl_trainer import KLControlledTrainer
 from .reference import causal_lm, reference_is_a_copy, reference_is_built
 from .reward_functions import finite_rewards
 from .step_guard import KL, POLICY, REFERENCE, REWARDS, StepGuard
@@ -39,15 +42,20 @@ from .trl_compat import check_trl_version
 check_trl_version()
 
 
-class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
+class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, GRPOTrainer):
     """`GRPOTrainer` whose KL to the reference you choose: see `KLXGRPOConfig` and the table in the README.
 
     Takes `GRPOTrainer`'s arguments, with a `KLXGRPOConfig` as `args`. Where the policy is given in memory rather than
     by path, the reference is a copy of it as given (TRL would reload it from disk, and under ZeRO-3 still does).
 
+    Args:
+        gold_reward_func: a function like those of `reward_funcs`, which the reward stands for. It scores the answers of
+            every evaluation and is never trained on; `overoptimisation` follows it: see docs/overoptimisation.md.
+
     Raises:
         TypeError: `args` is no `KLXGRPOConfig`.
-        ValueError: the exact KL cannot be computed for this model or this kind of sharding.
+        ValueError: the exact KL cannot be computed for this model or this kind of sharding, or the gold reward not
+            followed.
     """
 
     _tag_names = ["trl", "grpo", "trl_klx"]
@@ -63,6 +71,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *positional: Any,
+        gold_reward_func: Any = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -71,9 +80,9 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         if not isinstance(args, KLXGRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}: KLXGRPOTrainer takes a KLXGRPOConfig.")
         kl_groups = group_names(args, train_dataset, eval_dataset)
+        check_gold_reward(args, gold_reward_func)
         self._scorings: list[Scoring] | None = None
-        self._prompts_seen = 0
-        self._keep_ref_hidden = False
+        self._prompts_seen, self._keep_ref_hidden = 0, False
         self._exact_request: tuple[Tensor, Tensor, bool] | None = None  # reference hidden states, mask, with gradient
         without_adapter = kwargs.get("peft_config") is None
         with reference_is_built(args), reference_is_a_copy(model, wanted=without_adapter and args.kl_is_measured):
@@ -90,6 +99,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         scale = None if self.scale_rewards == "none" else 1.0
         sources = {"gain": "reward", "entropy": "entropy", "tokenizer": self._tokenizer}
         self._watch_health(self.model, **sources, reward_scale=scale)
+        self._watch_gold(gold_reward_func)
 
     def _exact_forward(self) -> ExactKLForward:
         check_sharding(self)
@@ -131,10 +141,9 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if self._looks_behind_mask and self.mask_truncated_completions:
-            # Cut-off answers count nowhere, but their KL is looked at: score them as they are.
-            answers = attention_mask[:, -logits_to_keep:], input_ids[:, -logits_to_keep:]
-            answers_mask = with_cut_answers(*answers, self._tokenizer.pad_token_id)
-            attention_mask = torch.cat([attention_mask[:, :-logits_to_keep], answers_mask], dim=1)
+            # They count nowhere, but their KL is looked at: score them as they are.
+            pad = self._tokenizer.pad_token_id
+            attention_mask = attention_to_cut_answers(attention_mask, input_ids, logits_to_keep, pad)
         hidden: AbstractContextManager[list[Tensor]] = nullcontext([])
         exact: AbstractContextManager[list[Tensor]] = nullcontext([])
         if self._exact is not None and self._keep_ref_hidden:
@@ -142,10 +151,9 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         if self._exact is not None and self._exact_request is not None:
             ref_hidden, mask, with_grad = self._exact_request
             exact = self._exact.exact_kl(model, ref_hidden, mask, with_grad=with_grad)
+        inputs = model, input_ids, attention_mask, logits_to_keep
         with hidden as hidden_parts, exact as exact_parts:
-            out = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-            )
+            out = super()._get_per_token_logps_and_entropies(*inputs, *args, **kwargs)
         if self._scorings is not None:
             if not self._shares_hidden:  # the reference is scored last, and only its hidden states are wanted
                 for earlier in self._scorings:
@@ -175,14 +183,33 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         with self._sampling():
             return super()._generate_single_turn(*args, **kwargs)
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _calculate_rewards(self, inputs: Any, prompts: list, *args: Any, **kwargs: Any) -> Tensor:
         """(answers of all processes, rewards); TRL takes NaN for a reward that does not apply."""
-        rewards, counts = finite_rewards(super()._calculate_rewards(*args, **kwargs), self.reward_func_names)
+        given = super()._calculate_rewards(inputs, prompts, *args, **kwargs)
+        rewards, counts = finite_rewards(given, self.reward_func_names)
         for name, count in counts.items():
             self._metrics[self._mode][f"rewards/{name}/infinite"].append(count)
         if self.model.training:
             self._is_unscored = bool(rewards.isnan().all())
+        elif self.gold_reward_func is not None:
+            proxy = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+            with self._only_gold():
+                gold = super()._calculate_rewards(inputs, prompts, *args, **kwargs)[:, 0]
+            self._measure_gold(prompts, proxy.masked_fill(rewards.isnan().all(1), torch.nan), gold)
         return rewards
+
+    @contextmanager
+    def _only_gold(self) -> Iterator[None]:
+        """While active, TRL scores with the gold reward in place of those that are trained on."""
+        names = ("reward_funcs", "reward_processing_classes", "reward_func_names")
+        kept = {name: getattr(self, name) for name in names}
+        self.reward_funcs, self.reward_processing_classes = [self.gold_reward_func], [None]  # type: ignore[list-item]
+        self.reward_func_names = [GOLD]
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
 
     @property
     def _shares_hidden(self) -> bool:
@@ -325,19 +352,9 @@ class KLXGRPOTrainer(KLControlledTrainer, GRPOTrainer):
         """Reduce (B, C) to the scalar that TRL's loss_type would make of it (or the token mean: kl_aggregation)."""
         kind = "dapo" if self.args.kl_aggregation == "token" else self.loss_type
         accumulation = self._accumulation
-        if kind in ("cispo", "dapo", "vespo"):
+        if kind in TOKEN_MEANS:
             # num_items_in_batch counts the tokens of the generation batch, on all processes.
             tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             share = accumulation / self.args.steps_per_generation if self.model.training else 1.0  # type: ignore[operator]
             return per_token.sum() / (tokens * share)
-        if kind in ("grpo", "sapo"):
-            loss = (per_token.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
-        elif kind == "bnpo":
-            loss = per_token.sum() / mask.sum().clamp(min=1.0)
-        elif kind == "dr_grpo":
-            loss = per_token.sum() / (per_token.size(0) * self.max_completion_length)  # type: ignore[operator]
-        elif kind == "luspo":
-            loss = per_token.sum(-1).mean()
-        else:
-            raise ValueError(f"loss_type={kind!r} is unknown to trl_klx: set kl_aggregation='token'.")
-        return loss / accumulation
+        return mean_as_trl(per_token, mask, kind, self.max_completion_length) / accumulation  # type: ignore[arg-type]

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from ..config import KLArguments
+from .gold import GoldArguments
 from .trl_compat import LIGER_COMPUTES_THE_LOSS
 
 
 @dataclass
-class KLXGRPOConfig(KLArguments, GRPOConfig):
+class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
     """`GRPOConfig` plus the KL arguments. `beta` keeps TRL's name and is where a controller starts.
 
     With its defaults (k3, loss, token weight) loss and gradients equal TRL's own.
@@ -34,6 +35,7 @@ class KLXGRPOConfig(KLArguments, GRPOConfig):
         if self.use_bias_correction_kl is not None:
             self._follow_trl_switch(self.use_bias_correction_kl)
         self.check_kl()
+        self.check_gold()
         self.use_bias_correction_kl = self.kl_importance_sampling != "none"
         if LIGER_COMPUTES_THE_LOSS and self.use_liger_kernel and self.kl_is_measured:
             raise ValueError(

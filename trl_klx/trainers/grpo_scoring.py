@@ -48,6 +48,12 @@ def with_cut_answers(mask: Tensor, ids: Tensor, pad_token_id: int) -> Tensor:
     return torch.where(mask.bool().any(1, keepdim=True), mask, (positions < length).to(mask.dtype))
 
 
+def attention_to_cut_answers(attention_mask: Tensor, ids: Tensor, length: int, pad_token_id: int) -> Tensor:
+    """(B, P + C) attention mask in which answers, the last `length` tokens, are not hidden for being cut off."""
+    answers = with_cut_answers(attention_mask[:, -length:], ids[:, -length:], pad_token_id)
+    return torch.cat([attention_mask[:, :-length], answers], dim=1)
+
+
 def hidden_mask(inputs: dict, pad_token_id: int) -> Tensor:
     """(B, C) bool: tokens that the policy made and the loss leaves out.
 

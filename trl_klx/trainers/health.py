@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,12 +11,6 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from ..config import KLArguments
 from ..monitor.health import HealthCallback, HealthSources
-from ..monitor.moments import KLSummary
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _HooksBase
-else:
-    _HooksBase = object
 
 # Largest KL per token before the first update that scoring explains: two forwards of one model that differ in batch,
 # padding or kernel. In bf16 the log-probs of one trainer differ by 0.055 nats between a batch of 1 and of 8 (standard
@@ -137,33 +131,3 @@ def _tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # None would ask the user
     except (OSError, ValueError, KeyError):  # there is none, or no Hub
         return None
-
-
-def start_metrics(summary: dict[str, KLSummary]) -> dict[str, float]:
-    """The KL before the first update: what the reference differs from the policy by.
-
-    By the estimator with the least noise there; k1 may have any sign.
-    """
-    first = summary[next(name for name in ("k3", "exact", "k2", "k1") if name in summary)]
-    return {"kl/start": abs(first.per_token), "kl/start_sequence": abs(first.per_sequence)}
-
-
-class HealthAlarms(_HooksBase):
-    """The hooks of `transformers.Trainer` that carry the health alarms."""
-
-    args: Any
-
-    def _watch_health(self, policy: nn.Module, **sources: Any) -> None:
-        """Add the alarms, once the trainer is set up; see `health_callback`."""
-        if self.args.kl_health:
-            # The first of the callbacks, so that those that write metrics get its own.
-            self.callback_handler.callbacks.insert(0, health_callback(self, self.args, policy, **sources))
-
-    def _health_metrics(self) -> dict[str, float]:
-        """What the alarms need and nothing else logs, since the last call. Called on every process."""
-        return {}
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.args.kl_health and self.model.training:  # type: ignore[union-attr]
-            logs.update(self._health_metrics())
-        super().log(logs, *args, **kwargs)

@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor
-from transformers.trainer_utils import SaveStrategy
 
 from ..config import KLArguments
 from ..config_rules import CONTROLLER_SETTINGS
 from ..control import KINDS, Controller, make_controller
 from ..kl import effective_sample_size
-from ..monitor.moments import prompt_moments, sequence_count, sequence_rows, summarise
+from ..monitor.moments import KLSummary, prompt_moments, sequence_count, sequence_rows, summarise
 from .checkpoints import (
     STATE_FILE,
-    WholeCheckpoints,
-    discard,
     read_state,
     unreadable,
     write_state,
 )
-from .health import HealthAlarms, start_metrics
 from .kl_budget import KLBudget
 from .kl_groups import group_numbers
-from .step_guard import LOSS, GuardedSteps, drop_non_finite
 
 logger = get_logger(__name__)
 
@@ -82,6 +76,12 @@ class KLControl:
         self._is_first = True  # whether the next reading is of the policy before its first update
 
     @property
+    def coef_max(self) -> float | None:
+        """The largest beta that a controller may set, the same for all groups; None without a bound."""
+        bounds = [controller.state_dict().get("coef_max") for controller in self.controllers.values()]
+        return bounds[0] if bounds else None
+
+    @property
     def coef(self) -> float:
         """Beta; the mean over the groups where each has its own."""
         return sum(self._coefs.values()) / len(self._coefs)
@@ -92,11 +92,6 @@ class KLControl:
             return self.coef
         coefs = torch.tensor([self._coefs[name] for name in self.groups], device=groups.device)
         return coefs[groups].unsqueeze(1)
-
-    @property
-    def coef_max(self) -> float | None:
-        """The largest beta that a controller may set; None without a bound."""
-        return max((c.state_dict().get("coef_max", math.inf) for c in self.controllers.values()), default=None)
 
     @property
     def controller(self) -> Controller | None:
@@ -132,11 +127,8 @@ class KLControl:
         for name, part in moments.items():
             if part.isfinite().all():  # one infinite KL would hide all others until the next log
                 self._pools[name] = self._pools[name] + part if name in self._pools else part
-        summary = summarise(moments[_ALL], self.names)
-        metrics = {"kl/coef": self.coef}
-        if self._is_first and self._args.kl_health:
-            metrics |= start_metrics(summary)
-        self._is_first = False
+        whole = summarise(moments[_ALL], self.names)
+        metrics = {"kl/coef": self.coef, **self._first_metrics(whole)}
         if not self.groups and self._args.kl_target is not None:
             error = self._reading(moments[_ALL]) - self._args.kl_target
             metrics |= {"kl/target": self._args.kl_target, "kl/error": error}
@@ -149,7 +141,7 @@ class KLControl:
         for name, controller in self.controllers.items():
             if name in moments:  # a group that no answer of the step belongs to waits
                 self._coefs[name] = controller.update(self._reading(moments[name]), n=sequence_count(moments[name]))
-        if self.budget.read(summary[self._args.kl_reading].per_sequence):
+        if self.budget.read(whole[self._args.kl_reading].per_sequence):
             logger.warning(self.budget.message())
         return _numbers(metrics)
 
@@ -157,6 +149,17 @@ class KLControl:
         """The KL in the target's unit."""
         summary = summarise(moments, self.names)[self._args.kl_reading]
         return summary.per_token if self._args.kl_target_unit == "token" else summary.per_sequence
+
+    def _first_metrics(self, summary: dict[str, KLSummary]) -> dict[str, float]:
+        """The KL before the first update, once in a run: what the reference differs from the policy by.
+
+        By the estimator with the least noise there; k1 may have any sign.
+        """
+        if not (self._is_first and self._args.kl_health):
+            return {}
+        self._is_first = False
+        first = summary[next(name for name in ("k3", "exact", "k2", "k1") if name in summary)]
+        return {"kl/start": abs(first.per_token), "kl/start_sequence": abs(first.per_sequence)}
 
     def _step_unmeasured(self) -> dict[str, float]:
         if not self._args.kl_is_penalised:
@@ -264,85 +267,3 @@ def _numbers(metrics: dict[str, float]) -> dict[str, float]:
     """Without NaN (no sequence had a token that counts, or an error bar of one sequence) and infinity: JSON loggers
     choke on them."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
-class KLControlledTrainer(HealthAlarms, GuardedSteps, WholeCheckpoints):
-    """The hooks of `transformers.Trainer` that carry a `KLControl`. Mix in before the trainer class.
-
-    The trainer sets `self.kl` and `self.guard`, and implements `_apply_kl_coef` to put beta where its loss reads it.
-    """
-
-    kl: KLControl
-    args: Any
-    _eval_prefix = "eval"  # of the evaluation that runs
-    _saves_for_budget = False  # whether the budget asks for a checkpoint of this step
-    _metrics: dict[str, defaultdict[str, list[float]]]
-
-    def _apply_kl_coef(self, coef: float) -> None:
-        raise TypeError(f"{type(self).__name__} must say where its loss reads beta.")
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self.kl.restart()
-        self.guard.restart()
-        self._apply_kl_coef(self.kl.coef)
-        return super().train(*args, **kwargs)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.kl.start(self.state.max_steps)
-        loss = super().training_step(*args, **kwargs)
-        self.guard.watch(LOSS, loss)
-        if self.accelerator.sync_gradients:
-            self._end_kl_step()
-        return loss
-
-    def _end_kl_step(self) -> None:
-        """Move beta by the KL that the step measured, and end the run where the budget says so."""
-        for name, value in self.kl.step().items():
-            self._metrics["train"][name].append(value)
-        drop_non_finite(self._metrics["train"])
-        self._apply_kl_coef(self.kl.coef)
-        for folder in self.kl.budget.superseded:
-            if self.args.should_save:
-                discard(Path(folder))
-        self.kl.budget.superseded.clear()
-        self._saves_for_budget = self.kl.budget.ends_run or self.kl.budget.checkpoint_is_due()
-        self.control.should_save |= self._saves_for_budget
-        self.control.should_training_stop |= self.kl.budget.ends_run
-
-    def _wrote_checkpoint(self, folder: Path) -> None:
-        super()._wrote_checkpoint(folder)
-        every = self.state.save_steps if self.args.save_strategy == SaveStrategy.STEPS else 0
-        is_regular = every > 0 and self.state.global_step % every == 0
-        self.kl.budget.wrote(folder, extra=self._saves_for_budget and not is_regular)
-
-    def _kept_checkpoints(self) -> set[Path]:
-        kept = self.kl.budget.checkpoint
-        return super()._kept_checkpoints() | ({Path(kept)} if kept else set())
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
-        prefix = "" if mode == "train" else f"{self._eval_prefix}_"
-        logs.update({f"{prefix}{name}": value for name, value in self.kl.metrics(mode).items()})
-        super().log(logs, *args, **kwargs)
-
-    def _checkpoint_state(self) -> dict[str, Any]:
-        return {**super()._checkpoint_state(), **self.kl.state(), "skipped_steps": self.guard.skipped}
-
-    def _load_checkpoint_state(self, state: dict[str, Any]) -> None:
-        """Take what else the state file holds; what an older one does not hold starts afresh."""
-        self.guard.restart(int(state.get("skipped_steps", 0)))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._check_weights()  # the last good checkpoint must stay the last
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.kl.start(self.state.max_steps)
-            self.kl.load(checkpoint)
-            try:
-                self._load_checkpoint_state(read_state(checkpoint))
-            except (ValueError, TypeError, OverflowError) as error:
-                raise unreadable(checkpoint, str(error)) from error
-            self._apply_kl_coef(self.kl.coef)

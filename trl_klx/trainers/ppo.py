@@ -7,7 +7,6 @@ advantages (`_shape`), and update policy and value model (`_update`). Shape lege
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +19,12 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import entropy_from_logits
 
 from ..kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
-from .kl_control import KLControlledTrainer
+from .gold import check_gold_reward
 from .kl_groups import group_names
+from .kl_trainer import KLControlledTrainer
 from .ppo_config import KLXPPOConfig
 from .ppo_loop import check_arguments, load_tokenizer
 from .ppo_loss import (
-    Batch,
     Clipping,
     generalized_advantages,
     mean_and_std,
@@ -43,30 +42,10 @@ from .ppo_model import (
     value_model_like,
     with_adapter,
 )
-from .ppo_rollout import Rollout, RolloutFunction, Rows
+from .ppo_rollout import Experience, Rollout, RolloutFunction, Rows
 from .ppo_sampler import PPOSampler
 from .reward_functions import RewardFunctions
 from .step_guard import ADVICE, KL, LOSS
-
-
-@dataclass
-class _Experience:
-    """A rollout with its advantages and returns, (B, T), and the factor that keeps the KL loss in their scale."""
-
-    rollout: Rollout
-    advantages: Tensor
-    returns: Tensor
-    scale: Tensor
-
-    def batch(self, index: Tensor) -> Batch:
-        rollout = self.rollout
-        return Batch(
-            mask=rollout.mask[index],
-            sampler_logps=rollout.sampler_logps[index],  # type: ignore[index]
-            advantages=self.advantages[index],
-            returns=self.returns[index],
-            values=rollout.values[index],  # type: ignore[index]
-        )
 
 
 class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
@@ -94,6 +73,8 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         reward_processing_classes: tokenizers of the reward models among `reward_funcs`, None for each other.
         rollout_func: as GRPO's: samples the answers itself; `env_mask` marks what the policy produced (1) and what
             tools did (0), which counts nowhere.
+        gold_reward_func: a function like those of `reward_funcs`, which the reward stands for. It scores the answers of
+            every evaluation and is never trained on; `overoptimisation` follows it: see docs/overoptimisation.md.
 
     Raises:
         TypeError: `args` is no `KLXPPOConfig`.
@@ -121,10 +102,12 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         reward_funcs: Any = None,
         reward_processing_classes: Any = None,
         rollout_func: RolloutFunction | None = None,
+        gold_reward_func: Any = None,
         quantization_config: Any = None,
     ) -> None:
         check_arguments(args, model, ref_model, train_dataset, reward_model, value_model, data_collator)
         kl_groups = group_names(args, train_dataset, eval_dataset)
+        check_gold_reward(args, gold_reward_func)
         loading = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         quantized = {**loading, **({} if quantization_config is None else {"quantization_config": quantization_config})}
         base = load_policy(model, quantized)  # type: ignore[arg-type]
@@ -167,6 +150,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         self._token_sums: dict[str, list[Tensor]] = defaultdict(list)
         self._watch_health(self.model.policy, gain="reward", entropy="policy/entropy_avg", tokenizer=tokenizer)
         self._weights: list[Tensor] = []  # importance weights on the KL loss, of the step's updates
+        self._watch_gold(gold_reward_func)
 
     def _apply_kl_coef(self, coef: float) -> None:
         self.kl_coef = coef
@@ -214,7 +198,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
     # Rewards and KL to advantages
 
     @torch.no_grad()
-    def _shape(self, rollout: Rollout) -> _Experience:
+    def _shape(self, rollout: Rollout) -> Experience:
         mask = rollout.mask
         rewards, direct = self._shape_rewards(rollout)
         scale = torch.ones_like(rewards[0, 0])
@@ -226,7 +210,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         if self.args.whiten_advantages:
             mean, std = mean_and_std(advantages, mask, self._sum)
             advantages, scale = torch.where(mask, (advantages - mean) / std, 0.0), scale / std
-        return _Experience(rollout, advantages, returns, scale)
+        return Experience(rollout, advantages, returns, scale)
 
     def _shape_rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """(B, T) reward after each token, for the value model to predict; and what goes to the advantages directly.
@@ -263,7 +247,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
 
     # Updates
 
-    def _update(self, model: Any, experience: _Experience) -> Tensor:
+    def _update(self, model: Any, experience: Experience) -> Tensor:
         """All optimizer steps of a rollout but the last; returns their mean loss."""
         total = torch.zeros((), device=self.accelerator.device)
         minibatches = list(self._minibatches(len(experience.rollout.scores)))
@@ -286,7 +270,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         self.optimizer.step()
         model.zero_grad()
 
-    def _accumulate(self, model: Any, experience: _Experience, rows: Tensor) -> Tensor:
+    def _accumulate(self, model: Any, experience: Experience, rows: Tensor) -> Tensor:
         """Add up the gradients of a minibatch, by micro-batches: of the mean over its tokens on all processes."""
         tokens = self._sum(experience.rollout.mask[rows].sum()).clamp(min=1) / self.accelerator.num_processes
         micro_batches = rows.split(self.args.per_device_train_batch_size)
@@ -303,7 +287,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         self.guard.watch(LOSS, total)
         return total
 
-    def _loss(self, model: Any, experience: _Experience, rows: Tensor) -> Tensor:
+    def _loss(self, model: Any, experience: Experience, rows: Tensor) -> Tensor:
         """Sum of the loss over the tokens of some answers."""
         part, batch = experience.rollout.rows(rows), experience.batch(rows)
         with self._exact_kl(model, part, with_grad=True) as exact:

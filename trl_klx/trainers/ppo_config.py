@@ -11,10 +11,11 @@ check_trl_has_ppo()
 from trl.experimental.ppo import PPOConfig  # noqa: E402  (the check says why it cannot be imported)
 
 from ..config import KLArguments  # noqa: E402
+from .gold import GoldArguments  # noqa: E402
 
 
 @dataclass
-class KLXPPOConfig(KLArguments, PPOConfig):
+class KLXPPOConfig(KLArguments, GoldArguments, PPOConfig):
     """`PPOConfig` plus the KL arguments. `kl_coef` keeps TRL's name and is where a controller starts.
 
     With its defaults (k1 in the reward, return-to-go through GAE) the KL is TRL's. `kl_coef` means the same in every
@@ -90,6 +91,7 @@ class KLXPPOConfig(KLArguments, PPOConfig):
 
     def __post_init__(self) -> None:
         self.check_kl()
+        self.check_gold()
         self._check_ppo_numbers()
         self._check_ppo_choices()
         super().__post_init__()

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
 
 from .generation import generating_with
+from .ppo_loss import Batch
 from .ppo_model import PolicyAndValue
 
 Rows = Sequence[dict[str, Any]]
@@ -64,6 +65,26 @@ class Rollout:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+@dataclass
+class Experience:
+    """A rollout with its advantages and returns, (B, T), and the factor that keeps the KL loss in their scale."""
+
+    rollout: Rollout
+    advantages: Tensor
+    returns: Tensor
+    scale: Tensor
+
+    def batch(self, index: Tensor) -> Batch:
+        rollout = self.rollout
+        return Batch(
+            mask=rollout.mask[index],
+            sampler_logps=rollout.sampler_logps[index],  # type: ignore[index]
+            advantages=self.advantages[index],
+            returns=self.returns[index],
+            values=rollout.values[index],  # type: ignore[index]
+        )
 
 
 def read_prompts(

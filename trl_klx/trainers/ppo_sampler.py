@@ -18,7 +18,9 @@ from trl.trainer.utils import print_prompt_completions_sample, selective_log_sof
 from ..kl import kl_estimate, masked_sum
 from ..kl.estimators import SAMPLED_ESTIMATORS
 from .exact_forward import ExactKLForward, check_sharding
+from .gold import GoldWatch
 from .kl_control import KLControl
+from .ppo_config import KLXPPOConfig
 from .ppo_loop import PPOLoop
 from .ppo_rollout import (
     Answers,
@@ -40,7 +42,7 @@ from .step_guard import KL, POLICY, REFERENCE, REWARDS, VALUES, StepGuard
 _PRINTED = 5  # answers that num_sample_generations shows at a time
 
 
-class PPOSampler(PPOLoop):
+class PPOSampler(GoldWatch, PPOLoop):
     """Makes rollouts, the same way for training and for evaluation, and records their rewards and their KL.
 
     Args:
@@ -49,6 +51,8 @@ class PPOSampler(PPOLoop):
         kl_groups: the groups of `kl_group_column`.
         *args, **kwargs: see `PPOLoop`.
     """
+
+    args: KLXPPOConfig
 
     def __init__(
         self,
@@ -167,6 +171,11 @@ class PPOSampler(PPOLoop):
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * (~finished).float()
         self._record_rewards(rewards, scores, finished, completion_mask)
+        if self.gold_reward_func is not None and not self.model.training:
+            gold = self._rewards_of(
+                answers, {}, RewardFunctions([self.gold_reward_func], None, None, self.processing_class)
+            )
+            self._measure_gold(answers.prompts, *self.accelerator.gather((scores, gold[:, 0])))
         times = self.args.num_sample_generations
         if times and self.model.training and self.state.global_step % max(1, self.state.max_steps // times) == 0:
             self._print(answers, rewards, extra)
@@ -178,8 +187,8 @@ class PPOSampler(PPOLoop):
             scores=scores,
         )
 
-    def _rewards_of(self, answers: Answers, extra: dict[str, list]) -> Tensor:
-        """(B, F) rewards; `extra` takes what the functions log beside them."""
+    def _rewards_of(self, answers: Answers, extra: dict[str, list], functions: RewardFunctions | None = None) -> Tensor:
+        """(B, F) rewards, of `functions` where given; `extra` takes what they log beside them."""
         logged: dict[str, list[float]] = defaultdict(list)
         columns = {
             **answers.columns,
@@ -188,7 +197,9 @@ class PPOSampler(PPOLoop):
             "log_extra": extra.__setitem__,
         }
         device = self.accelerator.device
-        rewards = self._rewards(answers.prompts, answers.completions, answers.completion_ids, columns, device)
+        rewards = (functions or self._rewards)(
+            answers.prompts, answers.completions, answers.completion_ids, columns, device
+        )
         if logged:  # the same names on every process, as TRL's GRPO requires too
             pairs = {name: torch.tensor([sum(v), len(v)], device=device) for name, v in sorted(logged.items())}
             self._record_means({name: (pair[0], pair[1]) for name, pair in pairs.items()})

@@ -78,7 +78,7 @@ class RewardFunctions:
         if unscored.any():
             row = int(unscored.nonzero()[0])
             logger.warning(
-                f"No reward applies to {int(unscored.sum())} of {len(prompts)} answers, which count as 0; the first is "
+                f"No reward applies to {int(unscored.sum())} of {len(prompts)} answers; the first is "
                 f"{completions[row]!r}, to the prompt {prompts[row]!r}."
             )
         return out

@@ -126,9 +126,8 @@ class Plants:
         if course == "learning":
             return self.target, np.full_like(self.target, 4.0 ** (2 * update / LENGTH[course] - 1))
         phase = update // LENGTH[course]
-        return self.target * (self.factor if phase >= 1 else 1.0), self.factor if phase >= 2 else np.ones_like(
-            self.factor
-        )
+        pull = self.factor if phase >= 2 else np.ones_like(self.factor)
+        return self.target * (self.factor if phase >= 1 else 1.0), pull
 
     def steady(self, beta: Array, pull: Array) -> Array:
         """KL at which a constant beta ends."""

@@ -478,7 +478,7 @@ def test_a_spoilt_state_file_is_named_and_refused(model_path: str, tmp_path: Pat
 def test_resume_takes_settings_from_the_recipe(model_path: str, tmp_path: Path) -> None:
     """Gains, target and the length of a schedule may change; what the controller had learnt stays."""
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    pid = {**options, "kl_controller": "pid", "kl_target": 0.01}
+    pid = {**options, "kl_controller": "pid", "kl_target": 0.01, "kl_ki": 0.0}
     first = make_trainer(model_path, tmp_path / "pid", **pid)
     first.train()
     checkpoint = str(tmp_path / "pid" / "checkpoint-2")

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VENV_TRL116 := .venv-trl116
 # What TRL 1.16 can run: it has no PPO.
 TESTS_TRL116 := $(addprefix tests/test_,grpo.py grpo_parity.py dpo.py dpo_parity.py kl_control.py config.py bad_input.py \
-	recipes.py distributed.py)
+	recipes.py distributed.py gold.py overoptimisation.py)
 
 .PHONY: demo test test-trl116 lint clean
 

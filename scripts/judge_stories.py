@@ -50,7 +50,7 @@ def agreement(proxy: NDArray, gold: NDArray, draws: int = 1000) -> str:
     for _ in range(draws):
         rows = rng.integers(len(proxy), size=len(proxy))
         resampled.append(spearmanr(proxy[rows].ravel(), gold[rows].ravel()).statistic)
-    low, high = np.quantile(resampled, (0.025, 0.975))
+    low, high = np.nanquantile(resampled, (0.025, 0.975))  # a draw of equal rewards only has no rank correlation
     return f"{spearmanr(proxy.ravel(), gold.ravel()).statistic:.2f} ({low:.2f} to {high:.2f})"
 
 

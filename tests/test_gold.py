@@ -191,7 +191,12 @@ def test_a_spoilt_state_is_named(model: str, tmp_path: Path) -> None:
     make_trainer("grpo", tmp_path, model, **settings).train()
     path = tmp_path / "checkpoint-1" / STATE_FILE
     state = json.loads(path.read_text())
-    for spoilt in ({}, {"evaluations": [{"step": 1}], "turned_at": None}, {"evaluations": 3, "turned_at": None}, []):
+    for spoilt in (
+        {},
+        {"evaluations": [{"step": 1}], "turned_at": None, "planned": 1},
+        {"evaluations": 3, "turned_at": None, "planned": 1},
+        [],
+    ):
         path.write_text(json.dumps({**state, "overoptimisation": spoilt}))
         with pytest.raises(CheckpointError, match="is not a readable controller state"):
             make_trainer("grpo", tmp_path, model, **settings).train(resume_from_checkpoint=str(path.parent))
@@ -405,8 +410,8 @@ def test_a_monitor_survives_a_checkpoint(tmp_path: Path) -> None:
     monitor = fed([0.0, 1.0, 1.2, 1.1, 0.4], [0.0, 1.0, 2.0, 3.0, 4.0])
     assert monitor.turn is not None
     again = OveroptimisationMonitor()
-    begin(again, 5)
     again.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    assert again._planned == 5
     assert again.evaluations == monitor.evaluations
     assert again.turn == monitor.turn
     assert again.fit is not None

@@ -111,7 +111,7 @@ class OveroptimisationMonitor(TrainerCallback):
 
         The number of a prompt has to be the same at every evaluation. A reward that is not finite does not count.
         """
-        self._rows.append((prompts.cpu().numpy(), proxy.double().cpu().numpy(), gold.double().cpu().numpy()))
+        self._rows.append((prompts.cpu().numpy(), proxy.cpu().double().numpy(), gold.cpu().double().numpy()))
 
     def end_evaluation(self, step: int, kl: float | None, kl_se: float | None) -> dict[str, float]:
         """Close the running evaluation; returns its metrics, without those that there is too little data for.
@@ -254,7 +254,8 @@ class OveroptimisationMonitor(TrainerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-serialisable."""
-        return {"evaluations": [asdict(evaluation) for evaluation in self.evaluations], "turned_at": self.turned_at}
+        evaluations = [asdict(evaluation) for evaluation in self.evaluations]
+        return {"evaluations": evaluations, "turned_at": self.turned_at, "planned": self._planned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
@@ -262,7 +263,7 @@ class OveroptimisationMonitor(TrainerCallback):
         for row in state["evaluations"]:
             by_prompt = {int(prompt): float(value) for prompt, value in row["by_prompt"].items()}
             self.evaluations.append(Evaluation(**{**row, "by_prompt": by_prompt}))
-        self.turned_at = state["turned_at"]
+        self.turned_at, self._planned = state["turned_at"], int(state["planned"])
         if self.evaluations:
             self._judge()
 

@@ -88,7 +88,7 @@ class GoldWatch(WholeCheckpoints):
         overoptimisation: the monitor of the run; None without a gold reward.
     """
 
-    overoptimisation: OveroptimisationMonitor | None = None
+    overoptimisation: OveroptimisationMonitor | None
     gold_reward_func: Callable[..., Any] | None = None
     reward_func_names: list[str]
     kl: "KLControl"

@@ -135,11 +135,13 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
             self.kl_coef = coef
 
     def _checkpoint_state(self) -> dict[str, Any]:
-        return {**super()._checkpoint_state(), "num_tokens": int(self._total_train_tokens)}
+        kept = {"num_tokens": int(self._total_train_tokens), "pairs": self._pairs.state()}
+        return {**super()._checkpoint_state(), **kept}
 
     def _load_checkpoint_state(self, state: dict[str, Any]) -> None:
-        """Also TRL's count of tokens, which it does not keep."""
+        """Also TRL's count of tokens, which it does not keep, and the pairs that are not yet logged."""
         super()._load_checkpoint_state(state)
+        self._pairs.load(state.get("pairs", {}))
         self._total_train_tokens = int(state.get("num_tokens", 0))
 
     @property

@@ -105,6 +105,14 @@ class PairStatistics:
             out["length/margin_correlation"] = covariance / math.sqrt(margin_variance * length_variance)
         return {name: value for name, value in out.items() if math.isfinite(value)}
 
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps: the pairs that were pooled and not yet logged; the same on every process."""
+        return dict(self._kept)
+
+    def load(self, state: dict[str, float]) -> None:
+        """Continue from `state`."""
+        self._kept = {name: float(value) for name, value in state.items()}
+
     def _pool(self) -> None:
         new = self._sums.take()
         self._kept = {name: self._kept.get(name, 0.0) + value for name, value in new.items()}

@@ -51,7 +51,7 @@ def find_turn(gold: ArrayLike, evaluations: int, *, false_alarm_rate: float = FA
     fall_se = np.sqrt(squares.sum(1) / np.maximum(prompts - 1, 1) / np.maximum(prompts, 1))
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0: nothing has changed
         chance = np.where(fall == 0, 1.0, student.sf(fall / fall_se, np.maximum(prompts - 1, 1)))
-    significant = (prompts > 1) & (np.maximum(chance, 0.5**prompts) < threshold)
+    significant = np.maximum(chance, 0.5**prompts) < threshold
     if not significant.any():
         return None
     best = int(np.argmax(np.where(significant, np.nanmean(by_prompt[:-1], axis=1), -np.inf)))

@@ -436,3 +436,31 @@ def test_a_prompts_number_is_its_own() -> None:
     picture = [{"role": "user", "content": [{"type": "image", "image": object()}]}]
     assert prompt_number(picture) == prompt_number(picture)
     assert 0 <= prompt_number("1+1=") < 2**63
+
+
+# A budget that the monitor finds
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_auto_budget_is_the_monitors_safe_budget(
+    algorithm: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known from the third evaluation on, far below the KL that the run has by then: it ends at the next step."""
+    known = property(lambda monitor: 1e-6 if len(monitor.evaluations) >= 3 else None)
+    monkeypatch.setattr(OveroptimisationMonitor, "safe_budget", known)
+    options = {"kl_budget": "auto", "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(algorithm, tmp_path, model, **options)
+    trainer.train()
+    assert [e.step for e in trainer.overoptimisation.evaluations] == [0, 1, 2, 3]
+    assert trainer.state.global_step == 3
+    assert trainer.kl.budget.limit == 1e-6
+    assert trainer.kl.budget.ends_run
+    resumed = make_trainer(algorithm, tmp_path, model, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.kl.budget.limit == 1e-6
+    assert resumed.state.global_step == 4  # the first reading after it ends the run again
+
+
+def test_an_auto_budget_needs_a_gold_reward(model: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kl_budget='auto' is half the KL at which a gold reward peaks"):
+        make_trainer("grpo", tmp_path, model, gold=None, kl_budget="auto")

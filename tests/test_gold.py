@@ -186,6 +186,14 @@ def test_an_evaluation_made_again_replaces_the_first(model: str, tmp_path: Path)
     assert [evaluation.step for evaluation in again.overoptimisation.evaluations] == [0, 1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_begins_with_train(model: str, tmp_path: Path) -> None:
+    trainer = make_trainer("grpo", tmp_path, model, max_steps=1, eval_on_start=False)
+    trainer.evaluate()
+    assert [evaluation.step for evaluation in trainer.overoptimisation.evaluations] == [0]
+    trainer.train()
+    assert [evaluation.step for evaluation in trainer.overoptimisation.evaluations] == [1]
+
+
 def test_a_spoilt_state_is_named(model: str, tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     make_trainer("grpo", tmp_path, model, **settings).train()

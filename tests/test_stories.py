@@ -8,6 +8,7 @@ import struct
 import subprocess
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from test_benchmarks import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_klx import cli, stories
-from trl_klx.stories import StoriesError, convert_model, convert_tokenizer, make_stories
+from trl_klx.stories import StoriesError, convert_model, convert_tokenizer, make_stories, sample_stories
 from trl_klx.story_rewards import StoryJudge, cheer, cheerful_story, vader_sentiment
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, POSITIONS = 8, 12, 2, 2, 1, 256
@@ -25,7 +26,7 @@ WORDS = ["▁the", "▁a", "▁big", "▁good", "▁happy", "▁cat", "▁dog", 
 # Pieces by falling score, so that each is made of two that are merged before it.
 PIECES = [" ", "t", "h", "e", "a", "b", "i", "g", "o", "d", "p", "y", "c", "s", "r", "n", "."]
 PIECES += [" t", " th", " the", " a", "ig", " b", " big", "oo", " g", " goo", " good", "ap", "apy", " h", "at", " c"]
-PIECES += [" cat", " d", "og", " dog", " s", " sa", " sad", " sat", "an", " r", " ran"]
+PIECES += [" cat", " d", "og", " dog", " s", " sa", " sad", " sat", "an", " r", " ran", "ra"]
 VOCABULARY = 259 + len(PIECES)
 
 
@@ -123,6 +124,8 @@ def test_a_converted_tokenizer_merges_by_score(tmp_path: Path) -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer("hapy é")["input_ids"]) == [
         *("<s>", "▁h", "apy", "▁", "<0xC3>", "<0xA9>")
     ]
+    # "an" scores higher than "ra", so it is merged first.
+    assert tokenizer.convert_ids_to_tokens(tokenizer("bran")["input_ids"]) == ["<s>", "▁b", "r", "an"]
     for written in (text, "hapy é", "sad\nsat"):
         assert tokenizer.decode(tokenizer(written)["input_ids"], skip_special_tokens=True) == written
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 1, 2)
@@ -154,6 +157,17 @@ def test_stories_are_made_whole_and_kept(package: Path, tmp_path: Path, capsys: 
     assert (folder / "corpus.jsonl").read_text() == before  # one seed, one set of stories
     make_stories(folder, package=package, seed=1, force=True)
     assert (folder / "corpus.jsonl").read_text() != before
+
+
+def test_two_stories_of_one_opening_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stories, "OPENING_WORDS", 2)
+    sampled = iter([["One day he ran", "One day she sat", "too short"], ["A cat sat down", "A dog sat down", "x"]])
+    model = SimpleNamespace(config=SimpleNamespace(bos_token_id=1), generate=lambda *_, **__: None)
+    tokenizer = SimpleNamespace(batch_decode=lambda *_, **__: next(sampled))
+    assert sample_stories(model, tokenizer, 2, seed=0) == [
+        {"opening": "One day", "rest": "he ran"},
+        {"opening": "A cat", "rest": "sat down"},
+    ]
 
 
 def test_what_cannot_be_made_is_said_in_one_sentence(
@@ -222,7 +236,7 @@ def test_a_story_has_to_be_cheerful_fluent_and_varied(judge: StoryJudge) -> None
     assert judge.parts(shuffled)["fluency"] < 0.1
     assert judge.parts(shuffled)["cheer"] == parts["cheer"]
     repeated = "It was a happy day. " * 6
-    assert judge.parts(repeated)["fluency"] > 0.9
+    assert judge.parts(repeated)["fluency"] == 1.0  # smoother than a story is no better
     assert judge.parts(repeated)["variety"] < 0.25
     collapsed = "love " * 12
     assert vader_sentiment([collapsed])[0] > vader_sentiment([story])[0]
@@ -238,6 +252,12 @@ def test_fluency_is_that_of_stories_which_the_judge_has_not_read(judge: StoryJud
         assert sum(judge._probability(*context, word) for word in words) == pytest.approx(1.0)
     left_out = [f"The boy played in the {place}. It was a happy day." for place in ("park", "house", "garden")]
     assert np.mean([judge.parts(text)["fluency"] for text in left_out]) == pytest.approx(1.0, abs=0.1)
+
+
+def test_the_last_quarter_of_the_stories_is_not_read() -> None:
+    rests = ["The cat ran home.", "The dog ran home.", "The boy ran home.", "The girl ran home."]
+    judge = StoryJudge(["Once."] * 4, rests)
+    assert set(judge._words) == {"once", "the", "cat", "dog", "boy", "ran", "home", "."}
 
 
 def test_a_judge_needs_stories() -> None:

@@ -19,8 +19,9 @@ ALLOWED = {
     "config_rules": ({"config", "kl"}, set()),
     "rewards": (set(), set()),
     "answers": ({"rewards"}, {"torch", "transformers"}),
-    "starter": ({"answers"}, {"torch", "transformers", "tokenizers", "tqdm"}),
-    "stories": (set(), {"torch", "transformers", "tokenizers", "tqdm", "numpy"}),
+    "command_line": (set(), set()),
+    "starter": ({"answers", "command_line"}, {"torch", "transformers", "tokenizers", "tqdm"}),
+    "stories": ({"command_line"}, {"torch", "transformers", "tokenizers", "tqdm", "numpy"}),
     "story_rewards": (set(), {"afinn", "vaderSentiment"}),
     "monitor": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
     "trainers": (

@@ -1,53 +1,69 @@
-"""The command `trl-klx`. Thin: every subcommand is a function elsewhere."""
+"""The command `trl-klx`. Thin: every command is the `main(argv, program)` of another module, imported when called."""
 
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
-USAGE = """\
+
+class Command(NamedTuple):
+    """A command: the module whose `main` it runs, one line of help, and whether `accelerate launch` may start it."""
+
+    module: str
+    help: str
+    launched: bool = False
+
+
+COMMANDS = {
+    "starter": Command(
+        "trl_klx.starter", "make a small, really trained model, its data and its reward (20 s on two cores)"
+    ),
+    "stories": Command(
+        "trl_klx.stories", "fetch a 15M model of children's stories, and make prompts for it (two minutes)"
+    ),
+    "grpo": Command("trl_klx.run.grpo", "train with GRPO, on prompts and reward functions", launched=True),
+    "ppo": Command(
+        "trl_klx.run.ppo", "train with PPO, on prompts and reward functions or a reward model (TRL 1.12)", launched=True
+    ),
+    "dpo": Command("trl_klx.run.dpo", "train with DPO, on pairs of chosen and rejected answers", launched=True),
+    "measure": Command(
+        "trl_klx.analysis.command", "compare checkpoints with a reference on given responses", launched=True
+    ),
+}
+_ACCELERATE_CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
+
+
+def usage() -> str:
+    """What `trl-klx --help` prints."""
+    lines = "\n".join(f"  {name:<11} {command.help}" for name, command in COMMANDS.items())
+    return f"""\
 usage: trl-klx COMMAND [options]
 
-  starter   make a small, really trained model, its data and its reward (about 20 s on two cores)
-  stories   fetch a 15-million-parameter model of children's stories, and make prompts for it (about two minutes)
-  grpo      train with GRPO, on prompts and reward functions
-  ppo       train with PPO, on prompts and reward functions or a reward model (TRL 1.12 only)
-  dpo       train with DPO, on pairs of chosen and rejected answers
-  measure   compare checkpoints with a reference on given responses, token by token
+{lines}
 
 Training: trl-klx grpo --config RECIPE.yaml [--accelerate_config cpu] [--field value ...], and ppo and dpo alike.
 `trl-klx COMMAND --help` says what a command takes.
 """
-_ALGORITHMS = ("grpo", "ppo", "dpo")
-_LAUNCHED = {**{name: f"trl_klx.run.{name}" for name in _ALGORITHMS}, "measure": "trl_klx.analysis.command"}
-_ACCELERATE_CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status."""
-    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command in ("--help", "-h"):
-        print(USAGE, end="")
+    """Run a command; returns the exit status."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("--help", "-h"):
+        print(usage(), end="")
         return 0
-    if command == "starter":
-        from .starter import main as starter
-
-        return starter(rest)
-    if command == "stories":
-        from .stories import main as stories
-
-        return stories(rest)
-    if command in _LAUNCHED:
+    if name not in COMMANDS:
+        print(f"error: the command {name!r} does not exist: use {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    if command.launched and "--accelerate_config" in rest:
         return _launch(command, rest)
-    known = ", ".join(("starter", "stories", *_LAUNCHED))
-    print(f"error: the command {command!r} does not exist: use {known}.", file=sys.stderr)
-    return 2
+    return import_module(command.module).main(rest, program=f"trl-klx {name}")
 
 
-def _launch(command: str, argv: list[str]) -> int:
-    """Train or measure in this process, or under `accelerate launch` where --accelerate_config asks for it."""
-    if "--accelerate_config" not in argv:
-        return import_module(_LAUNCHED[command]).main(argv, program=f"trl-klx {command}")
+def _launch(command: Command, argv: list[str]) -> int:
+    """Train or measure under `accelerate launch`, as --accelerate_config asks."""
     position = argv.index("--accelerate_config")
     name = (argv[position + 1 : position + 2] or [""])[0]
     config = _accelerate_config(name)
@@ -57,7 +73,7 @@ def _launch(command: str, argv: list[str]) -> int:
         return 2
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
     rest = argv[:position] + argv[position + 2 :]
-    return subprocess.call([*launch, "-m", _LAUNCHED[command], *rest])
+    return subprocess.call([*launch, "-m", command.module, *rest])
 
 
 def _accelerate_config(name: str) -> Path | None:

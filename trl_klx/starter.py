@@ -6,7 +6,6 @@ purpose, so that reinforcement learning has something to improve.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
@@ -16,9 +15,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from .answers import Problems, accuracy, preference_pairs
+from .command_line import CommandParser, UsageError
 
 if TYPE_CHECKING:  # imported on first use, so that `trl-klx starter --help` answers at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,16 +106,21 @@ def is_held_out(prompt: str) -> bool:
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 10 == 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """`trl-klx starter`: make the starter and say where it is. Returns the exit status: 0, or 2 for bad input."""
-    parser = _Parser(prog="trl-klx starter", description="Make a small trained model that sorts digits, and its data.")
+def command_parser(program: str) -> CommandParser:
+    """What `trl-klx starter` takes."""
+    parser = CommandParser(prog=program, description="Make a small trained model that sorts digits, and its data.")
     parser.add_argument("--output_dir", default=DEFAULT_OUTPUT_DIR, help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="whole number, 0 or greater (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="make the starter anew, replacing the one in output_dir")
+    return parser
+
+
+def main(argv: list[str] | None = None, program: str = "trl-klx starter") -> int:
+    """Make the starter and say where it is. Returns the exit status: 0, or 2 for bad input."""
     try:
-        args = parser.parse_args(argv)
+        args = command_parser(program).parse_args(argv)
         report = make_starter(args.output_dir, seed=args.seed, force=args.force)
-    except StarterError as error:
+    except (UsageError, StarterError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -133,11 +138,6 @@ def main(argv: list[str] | None = None) -> int:
         f"{report.test_pairs} held out)\nNext:\n  {command}"
     )
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise StarterError(f"{message}; see `{self.prog} --help`.")
 
 
 def _existing_results(folder: Path, settings: dict[str, float], force: bool) -> dict[str, Any] | None:

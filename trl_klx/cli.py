@@ -28,6 +28,7 @@ COMMANDS = {
         "trl_klx.run.ppo", "train with PPO, on prompts and reward functions or a reward model (TRL 1.12)", launched=True
     ),
     "dpo": Command("trl_klx.run.dpo", "train with DPO, on pairs of chosen and rejected answers", launched=True),
+    "controllers": Command("trl_klx.controllers", "list the controllers of beta, and try settings on simulated plants"),
     "measure": Command(
         "trl_klx.analysis.command", "compare checkpoints with a reference on given responses", launched=True
     ),

@@ -42,6 +42,7 @@ ALLOWED = {
             *("tqdm", "rich", "jinja2", "markupsafe", "matplotlib", "yaml"),
         },
     ),
+    "completion": ({"cli", "command_line"}, {"shtab"}),
     "cli": ({"starter", "stories", "run", "analysis"}, set()),
     "__init__": ({"trainers"}, set()),
 }

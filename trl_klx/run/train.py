@@ -14,6 +14,7 @@ from ..monitor.history import HistoryCallback
 from ..monitor.progress import KLProgressCallback
 from ..trainers.checkpoints import CheckpointError, NotSavedError, RunError, resolve_checkpoint
 from .arguments import Recipe, parse_recipe
+from .help import help_parser
 from .inputs import Inputs
 from .report import report, write_resolved_recipe
 
@@ -35,8 +36,12 @@ def run_recipe(
         load_inputs: checks what the recipe names, and loads all but the models; raises ValueError.
         build_trainer: makes the trainer, and with it loads the models.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        help_parser(program, config).print_help()
+        return 0
     try:
-        recipe = parse_recipe(program, config, sys.argv[1:] if argv is None else argv)
+        recipe = parse_recipe(program, config, argv)
         inputs = load_inputs(recipe)
         resolve_checkpoint(recipe.args.resume_from_checkpoint, recipe.args.output_dir)
         trainer = build_trainer(recipe, inputs)

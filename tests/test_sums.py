@@ -54,7 +54,7 @@ def test_problems_are_all_sums_and_none_is_in_both_splits() -> None:
     assert len(set(asked)) == len(asked) == 19 * 19
     assert len(test) == sums.TEST_SUMS
     for problem in train + test:
-        _, _, first, _, second = problem["prompt"][-1]["content"].rstrip("?").split()
+        first, second = problem["prompt"][-1]["content"].split(" + ")
         assert int(problem["answer"]) == int(first) + int(second)
     # By a hash, so that the held-out sums are not all small.
     assert np.mean([int(problem["answer"]) for problem in test]) == pytest.approx(22, abs=2.5)

@@ -32,7 +32,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LOWEST, HIGHEST = 2, 20  # the numbers that are added
 TEST_SUMS = 64
 PAIR_SUMS, RESPONSE_SUMS = 96, 10  # to train DPO on, and to measure on
-SAMPLES, BATCH_SIZE, MAX_NEW_TOKENS = 8, 64, 16
+SAMPLES, BATCH_SIZE, MAX_NEW_TOKENS = 8, 64, 12
 RECORD_FILE = "sums.json"
 NEXT_COMMAND = (
     "accelerate launch --num_cpu_threads_per_process 1 --config_file recipes/accelerate/cpu.yaml scripts/grpo.py "
@@ -40,7 +40,8 @@ NEXT_COMMAND = (
 )
 # Without an example a small model at temperature 1 talks about anything.
 EXAMPLE = [
-    {"role": "user", "content": "What is 2 plus 3?"},
+    {"role": "system", "content": "Add."},
+    {"role": "user", "content": "2 + 3"},
     {"role": "assistant", "content": "2 + 3 = 5"},
 ]
 
@@ -93,7 +94,7 @@ def make_problems() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     sums.sort(key=lambda pair: hashlib.sha256(str(pair).encode()).digest())
     problems = [
         {
-            "prompt": [*EXAMPLE, {"role": "user", "content": f"What is {first} plus {second}?"}],
+            "prompt": [*EXAMPLE, {"role": "user", "content": f"{first} + {second}"}],
             "answer": str(first + second),
         }
         for first, second in sums

@@ -58,9 +58,9 @@ class Hub:
 
 
 class _Refused(Exception):
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, **more: str) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.more = status, more
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -95,7 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             route(path, body)
         except _Refused as refused:
-            self._send(refused.status, json.dumps({"error": str(refused)}).encode(), {"X-Error-Message": str(refused)})
+            content = json.dumps({"error": str(refused), **refused.more}).encode()
+            self._send(refused.status, content, {"X-Error-Message": str(refused)})
 
     def _chunks(self) -> bytes:
         parts = []
@@ -156,10 +157,11 @@ class _Handler(BaseHTTPRequestHandler):
         if not _NAME.fullmatch(name):
             raise _Refused(400, f"Invalid repo name: {name}")
         full = f"{owner}/{name}"
+        url = f"{self.hub.url}/{full}"
         if full in self.hub.repositories:
-            raise _Refused(409, "You already created this model repo")
-        self.hub.repositories[full] = Repository(private=bool(wanted.get("private")))
-        self._json({"url": f"{self.hub.url}/{full}", "name": full})
+            raise _Refused(409, "You already created this model repo", url=url)
+        self.hub.repositories[full] = Repository("private" in (wanted.get("visibility"), wanted.get("private") and "private"))
+        self._json({"url": url, "name": full})
 
     def _lfs_object(self, name: str, item: dict[str, Any]) -> dict[str, Any]:
         verify = {"href": f"{self.hub.url}/{name}.git/info/lfs/verify"}

@@ -172,8 +172,8 @@ def measured_kl(kl: RecordedKL, history: list[dict]) -> Measured | None:
         group = re.fullmatch(rf"{prefix}kl_groups/(.+)/sequence", name)
         if group:
             token = f"{prefix}kl_groups/{group[1]}/token"
-            both = (_with_error(entry.get(key), entry.get(f"{key}_se")) for key in (token, name))
-            rows.append((f"{reading}, of group {group[1]}", *both))
+            in_tokens, in_sequences = (_with_error(entry.get(key), entry.get(f"{key}_se")) for key in (token, name))
+            rows.append((f"{reading}, of group {group[1]}", in_tokens, in_sequences))
     if not rows:
         return None
     return Measured(_source(kl, entry, prefix), rows)

@@ -161,7 +161,7 @@ def _reason(error: Exception, repo_id: str) -> str:
         if status == 403:
             return f"the token may not write to {repo_id} (403{said}): use one with write access, or another owner"
         return f"the Hub answered {status}{said}"
-    return f"the connection to {_api().endpoint} failed, {type(error).__name__}: {_first_line(error)}"
+    return f"the exchange with {_api().endpoint} failed, {type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

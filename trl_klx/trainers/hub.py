@@ -25,7 +25,7 @@ class HubPushes(WholeCheckpoints):
     """
 
     args: Any
-    hub_model_id: str | None
+    hub_model_id: Any
     reward_func_names: list[str] = []
     recipe: Settings | None = None  # the resolved recipe, where one made the trainer
     given_args: Any = None  # the config as the user gave it, where `args` is a changed copy

@@ -2,7 +2,7 @@
 
 `Hub()` is a context manager around a server on a free port. Weights go the way of large files (batch, PUT, verify),
 everything else into the commit. `token` is the one it takes; `writable` the owner that this token may write to.
-`cut` breaks the connection in the middle of a request whose path contains that text.
+`cut` breaks the connection in the middle of a request whose path contains that text; `read_only` forbids every commit.
 """
 
 import base64
@@ -40,7 +40,7 @@ class Hub:
     """The server; `url` is for HF_ENDPOINT."""
 
     def __init__(self) -> None:
-        self.token, self.writable, self.cut = TOKEN, OWNER, ""
+        self.token, self.writable, self.cut, self.read_only = TOKEN, OWNER, "", False
         self.repositories: dict[str, Repository] = {}
         self.uploads: dict[str, bytes] = {}  # large files by their sha256
         self.requests: list[tuple[str, str]] = []
@@ -160,7 +160,9 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{full}"
         if full in self.hub.repositories:
             raise _Refused(409, "You already created this model repo", url=url)
-        self.hub.repositories[full] = Repository("private" in (wanted.get("visibility"), wanted.get("private") and "private"))
+        self.hub.repositories[full] = Repository(
+            "private" in (wanted.get("visibility"), wanted.get("private") and "private")
+        )
         self._json({"url": url, "name": full})
 
     def _lfs_object(self, name: str, item: dict[str, Any]) -> dict[str, Any]:
@@ -170,6 +172,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, name: str, lines: list[dict[str, Any]]) -> None:
         repository = self._repository(name)
+        if self.hub.read_only:
+            raise _Refused(403, "This token may only read")
         files = dict(repository.files)
         for line in lines:
             value = line["value"]

@@ -1,8 +1,11 @@
 """Pushing, end to end against a local server: what arrives can be downloaded and loaded; failures are one sentence."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -282,3 +285,38 @@ def test_a_run_that_could_not_be_pushed_is_refused_before_a_model_is_loaded(
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     assert "no token is found: run `hf auth login`, or set HF_TOKEN" in refused()
+
+
+ACCELERATE = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+main_process_port: 0
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+use_cpu: true
+"""
+
+
+def test_two_processes_push_once_and_a_refusal_lets_both_end(inputs: Path, hub: Hub, tmp_path: Path) -> None:
+    """Under `accelerate launch`, with HF_ENDPOINT: the Hub takes the repository and refuses the commit."""
+    hub.read_only = True
+    (tmp_path / "two.yaml").write_text(ACCELERATE)
+    run = tmp_path / "run"
+    argv = recipe(inputs, run, "grpo", max_steps=1, per_device_train_batch_size=2)
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    ended = subprocess.run(
+        [sys.executable, "-m", "trl_klx.cli", "grpo", "--accelerate_config", str(tmp_path / "two.yaml"), *argv],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 1, ended.stderr[-4000:]
+    (said,) = set(re.findall(r"error: .*", ended.stderr))
+    assert "me/run was not pushed (the token may not write to me/run (403: This token may only read)" in said
+    assert len([path for _, path in hub.requests if "/commit/" in path]) == 1
+    assert ended.stdout.count("held-out prompts") == 1  # the report came first
+    assert (run / "model.safetensors").is_file()

@@ -22,7 +22,7 @@ from .facts import (
     rewards,
 )
 from .papers import PAPERS
-from .settings import VERSIONS_FILE, Settings, as_yaml, public_settings
+from .settings import VERSIONS_FILE, Settings, as_yaml, public_settings, without_path
 
 CARD_FILE = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -94,8 +94,10 @@ def write_card(
     """
     known = known_from(folder)
     kl, name = recorded_kl(settings), model_name or known.model_name or folder.resolve().name
+    relation = "adapter" if is_adapter else "finetune"
     data = ModelCardData(
         base_model=known.base_model,
+        base_model_relation=relation if known.base_model else None,
         datasets=list(known.datasets) or None,
         library_name="peft" if is_adapter else "transformers",
         model_name=name,
@@ -110,7 +112,7 @@ def write_card(
         .render(
             card_data=data.to_yaml(),
             model_name=name,
-            model_id=repo_id or name,
+            model_id=repo_id or settings.get("hub_model_id") or name,
             is_adapter=is_adapter,
             is_chat=_is_chat(folder),
             **facts,
@@ -125,7 +127,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _tags(kl: RecordedKL, known: tuple[str, ...], is_adapter: bool) -> list[str]:
-    own = ["generated_from_trainer", "trl", kl.algorithm, "trl_klx", *(["lora"] if is_adapter else [])]
+    own = ["generated_from_trainer", "trl", kl.algorithm, "trl_klx", *(["peft"] if is_adapter else [])]
     own += [f"kl-{kl.kl_estimator}"] if kl.kl_is_penalised else []
     kept = [tag for tag in known if not tag.startswith("kl-")]
     return list(dict.fromkeys([*own, *kept]))
@@ -176,7 +178,7 @@ def _data_text(settings: Settings, known: Known) -> str:
 def _reward_names(settings: Settings) -> list[str]:
     names = list(settings.get("reward_funcs") or [])
     model = settings.get("reward_model_path")
-    return [f"`{Path(name).name}`" for name in (*names, *([model] if model else []))]
+    return [f"`{without_path(name)}`" for name in (*names, *([model] if model else []))]
 
 
 def _reference(settings: Settings, known: Known) -> str:

@@ -128,6 +128,8 @@ def kl_rows(kl: RecordedKL, history: list[dict], reference: str) -> list[tuple[s
 
 def _weight(kl: RecordedKL) -> str:
     level = kl.kl_importance_sampling or "none"
+    if level != "none" and not kl.kl_term().takes_weights:
+        return f"{level}: none is applied, for an exact KL averages over the policy's tokens itself"
     if level == "none" or kl.kl_is_cap is None:
         return level
     return f"{level}, {kl.kl_is_mode} above {kl.kl_is_cap:g}"
@@ -145,7 +147,8 @@ def _target(kl: RecordedKL) -> str:
     parts = [] if kl.kl_target is None else [f"{kl.kl_target:g} {unit}"]
     if isinstance(kl.kl_group_targets, dict):
         parts += [f"{group}: {target:g} {unit}" for group, target in kl.kl_group_targets.items()]
-    return "; ".join(parts) or "none"
+    read = f", read by {kl.kl_reading}" if parts else ""
+    return ("; ".join(parts) or "none") + read
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,8 @@ def measured_kl(kl: RecordedKL, history: list[dict]) -> Measured | None:
             rows.append((f"{reading}, of group {group[1]}", in_tokens, in_sequences))
     if not rows:
         return None
-    return Measured(_source(kl, entry, prefix), rows)
+    steps = max(int(logged.get("step", 0)) for logged in history)
+    return Measured(f"{_source(kl, entry, prefix)}, logged at step {entry.get('step', '?')} of {steps}", rows)
 
 
 def _last(history: list[dict]) -> tuple[dict, str]:
@@ -200,7 +204,7 @@ def _source(kl: RecordedKL, entry: dict, prefix: str) -> str:
         prompts = f"to held-out prompts{f' of {split}' if split else ''}"
     else:
         prompts = "to held-out prompts (the probe)" if kl.algorithm == "dpo" else "to training prompts"
-    return f"{answers} {prompts}, after step {entry.get('step', '?')}"
+    return f"{answers} {prompts}"
 
 
 def rewards(history: list[dict]) -> list[tuple[str, str, str]]:

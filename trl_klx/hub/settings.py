@@ -53,7 +53,9 @@ def _is_secret(name: object) -> bool:
 def _without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_secrets(part) for name, part in value.items() if not _is_secret(name)}
-    return [_without_secrets(part) for part in value] if isinstance(value, list) else value
+    if isinstance(value, (list, tuple)):
+        return [_without_secrets(part) for part in value]
+    return value if _plain(value) else str(value)  # a dtype, say
 
 
 def write_settings(folder: Path, settings: Settings) -> None:

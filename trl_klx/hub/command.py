@@ -20,7 +20,7 @@ def command_parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--name", help="title of the card (default: the one it has, else the folder's name)")
     parser.add_argument("--push_to", metavar="REPO_ID", help="repository on the Hub, made where there is none")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", help="branch to push to (default: main)")
+    parser.add_argument("--revision", help="an existing branch to push to (default: main)")
     return parser
 
 

@@ -249,7 +249,7 @@ def draw(runs: list[Run], args: Arguments) -> None:
         for panel in (upper, lower):
             panel.grid(alpha=0.3)
     axes[0][0].set_ylim(bottom=0)
-    axes[0][0].set_ylabel("KL to the reference (nats per sequence)")
+    axes[0][0].set_ylabel("KL, nats per sequence")
     axes[1][0].set_ylabel("beta")
     axes[0][0].legend(loc="upper left", fontsize="small")
     Path(args.picture).parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """What measuring costs over running two models, whether it computes the same, and how much memory it takes.
 
-python scripts/benchmark_measure.py --reference SmolLM2-135M-Instruct --policy runs/dpo/checkpoint-20
+python scripts/benchmark_measure.py --reference runs/sums/model --policy runs/smollm2-135m/dpo_exact_loss/checkpoint-36
 python scripts/benchmark_measure.py --memory --vocabulary 152000 --tokens 4096
 
 `plain` is the forward of both models on the same padded batch, with the logits of all positions and nothing else.

@@ -2,19 +2,10 @@
 
 trl-klx starter --output_dir runs/starter
 python scripts/benchmark_overhead.py --model runs/starter/model
-python scripts/benchmark_overhead.py --model SmolLM2-135M-Instruct --prompt "Write a sentence about the sea." \
+python scripts/benchmark_overhead.py --model runs/sums/model --prompt "Write a sentence about the sea." \
     --batch_size 4 --completion_length 48
 
-`--model` is any causal language model that `from_pretrained` loads. Where there is only a GGUF file, `pip install gguf`
-and copy its weights into a fresh config, because `save_pretrained` refuses a model that was read from GGUF:
-
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    settings = model.config.to_dict()
-    settings.pop("quantization_config", None)
-    copy = type(model)(type(model.config)(**settings))
-    copy.load_state_dict(model.state_dict())
-    copy.save_pretrained("model")
-    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained("model")
+`--model` is any causal language model that `from_pretrained` loads; `trl-klx sums` fetches a real one.
 
 All trainers share policy, reference and optimizer in one process and take turns; a ratio compares with stock in that
 round. `step` is loss, backward, clipping and optimizer on one fixed rollout, the same answers for all; `whole` samples,

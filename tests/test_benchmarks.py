@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from packaging.version import Version
 from rich.console import Console
 from tiny import save_tiny
 
-from trl_klx.control import FixedController
+from trl_klx.plants import PHASES
 from trl_klx.starter import make_problems
 from trl_klx.trainers.trl_compat import TRL_VERSION
 
@@ -106,7 +105,7 @@ def test_benchmark_of_the_controllers(tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads((tmp_path / "figures.json").read_text())["figures"] == results
     shown = capsys.readouterr().out
     for name, phases in results.items():
-        assert list(phases) == benchmark.PHASES
+        assert list(phases) == PHASES
         for phase, found in phases.items():
             assert f"{name}, {phase}" in shown
             assert all(value is None or math.isfinite(value) for value in found.values())
@@ -124,88 +123,6 @@ def test_the_former_pid_of_the_benchmarks_gives_its_anchor() -> None:
     ]  # fmt: skip
     controller = load("benchmark_controllers").make("former pid", 0.05, 0.1)
     assert [controller.update(kl) for kl in readings] == pytest.approx(expected, rel=1e-8)
-
-
-def test_plants_end_at_the_analytic_kl() -> None:
-    """Open loop: a fixed beta ends at pull free (1 + beta / beta_free)^-gain, whatever lag and delay."""
-    benchmark = load("benchmark_controllers")
-    plants = benchmark.make_plants(benchmark.parse(["--plants", "40", "--seed", "3"]))
-    plants.lag /= 20  # so that 500 updates are the end
-    # At beta_star it is the target, without a penalty `free`, and far above beta_free it falls as beta^-gain.
-    assert plants.steady(plants.beta_star, 1.0) == pytest.approx(plants.target)
-    assert plants.steady(0 * plants.beta, 2.0) == pytest.approx(2 * plants.free)
-    slope = np.log(plants.steady(1e6 * plants.beta, 1.0) / plants.steady(1e7 * plants.beta, 1.0)) / np.log(10)
-    assert slope == pytest.approx(plants.gain, rel=1e-3)
-    fixed = [benchmark.make("fixed", beta, 0.0) for beta in plants.beta]
-    relative = benchmark.simulate(plants, fixed, "steps", seed=0)
-    steady = plants.steady(plants.beta, 1.0) / plants.target
-    lag = np.where(plants.paced, plants.lag * np.sqrt(steady), plants.lag)
-    assert relative[0] == pytest.approx(steady * np.expm1(-1 / lag) ** 2)
-    for phase, factor in enumerate((1.0, 1 / plants.factor, 1.0)):  # start; target; target and pull
-        assert relative[500 * phase + 499] == pytest.approx(steady * factor, rel=1e-4)
-    learning = benchmark.simulate(plants, fixed, "learning", seed=0)
-    quick = lag < 1
-    assert quick.sum() > 10
-    for update, pull in ((300, 1.0), (599, 4.0)):
-        assert learning[update, quick] == pytest.approx(pull * steady[quick], rel=0.05)
-
-
-def test_plants_answer_beta_after_delay_and_lag() -> None:
-    benchmark = load("benchmark_controllers")
-    plants = benchmark.make_plants(benchmark.parse(["--plants", "1", "--seed", "0"]))
-    plants.beta[:], plants.delay[:], plants.lag[:], plants.paced[:] = 0.1, 3, 7.0, False
-
-    class Jump(FixedController):
-        def _observe(self, kl: float, n: float) -> None:
-            self.coef = 0.1 if self.readings < 400 else 0.2
-
-    distance = np.sqrt(benchmark.simulate(plants, [Jump(0.1)], "steps", seed=0)[:500, 0])
-    first, second = (math.sqrt(plants.steady(np.array([beta]), 1.0)[0] / plants.target[0]) for beta in (0.1, 0.2))
-    # Reading 400 is the one after update 399, its beta acts on update 400, and 3 later for the delay.
-    assert distance[:403] == pytest.approx(first * (1 - np.exp(-np.arange(1, 404) / 7)), rel=1e-9)
-    assert distance[403:] == pytest.approx(second + (first - second) * np.exp(-np.arange(1, 98) / 7), rel=1e-9)
-
-
-def test_controllers_of_the_benchmark_meet_the_same_noise() -> None:
-    benchmark = load("benchmark_controllers")
-    plants = benchmark.make_plants(benchmark.parse(["--plants", "3", "--seed", "0"]))
-    courses = [
-        benchmark.simulate(plants, [benchmark.make(name, 0.1, 0.1) for _ in range(3)], "learning", seed=5)
-        for name in ("pid", "pid", "former pid")
-    ]
-    assert (courses[0] == courses[1]).all() and not (courses[0] == courses[2]).all()
-
-
-def test_readings_of_plants_are_those_of_k1_and_k3() -> None:
-    """Unbiased, with the standard deviations that Gaussian policies have; a k1 reading may be negative."""
-    benchmark = load("benchmark_controllers")
-    plants = benchmark.make_plants(benchmark.parse(["--plants", "4000", "--seed", "0"]))
-    plants.samples[:] = 128
-    kl = np.full(4000, 0.005)
-    readings = plants.read(kl, np.random.default_rng(0))
-    k1, k3 = readings[~plants.k3], readings[plants.k3]
-    for found, deviation in ((k1, 2 / 0.1), (k3, 1.416575)):  # over the KL; mu is 0.1
-        assert found.std() == pytest.approx(0.005 * deviation / math.sqrt(128), rel=0.1)
-        assert found.mean() == pytest.approx(0.005, abs=4 * found.std() / math.sqrt(len(found)))
-    assert (k1 < 0).mean() > 0.2
-    assert (k3 >= 0).all()
-
-
-def test_figures_of_a_course_by_hand() -> None:
-    benchmark = load("benchmark_controllers")
-    course = np.array([0.1, 0.9, 1.5, 1.1, 1.0, 0.9, 1.2, 1.1, 2.0, 1.0])
-    low = np.full(10, 0.5)
-    found = benchmark.figures(np.stack([course, low], axis=1), window=4)
-    assert found["settling"].tolist() == [3, 10]
-    assert found["never"].tolist() == [0, 1]
-    assert found["overshoot"][0] == pytest.approx(1.0)
-    assert math.isnan(found["overshoot"][1])  # it never reached the target
-    assert found["within"].tolist() == [pytest.approx(0.7), 0]
-    # What comes before the first crossing is no overshoot, and from above there may be none at all.
-    from_above = np.array([[3.0, 2.0, 0.8, 1.1, 1.0], [3.0, 2.0, 1.8, 1.1, 1.2]]).T
-    found = benchmark.figures(from_above, window=4)
-    assert found["overshoot"][0] == pytest.approx(0.1)
-    assert math.isnan(found["overshoot"][1])
 
 
 @pytest.fixture(scope="module")
@@ -286,22 +203,3 @@ def test_memory_of_measuring_is_bounded() -> None:
     """2048 tokens of a vocabulary of 50,000 are 781 MiB of logits; the chunk holds 128 and what a block needs."""
     benchmark = load("benchmark_measure")
     assert benchmark.main(["--memory", "--vocabulary", "50000", "--tokens", "2048"]) < 300
-
-
-def test_pairs_of_sums_are_one_right_and_one_wrong_answer() -> None:
-    sums = load("make_sums")
-    assert sums.is_right("7 plus 8 is 15.", 15)
-    assert not sums.is_right("7 plus 8 is 1", 15)
-    assert not sums.is_right("I do not know.", 15)
-    answers = [
-        {"prompt": "p", "text": text, "correct": correct, "ended": ended}
-        for text, correct, ended in (
-            ("cut 15", True, False),
-            ("12", False, True),
-            ("15", True, True),
-            ("13", False, True),
-        )
-    ]
-    (pair,) = sums.pair(answers)
-    assert [pair[side][0]["content"] for side in ("chosen", "rejected")] == ["15", "12"]
-    assert sums.pair(answers[:2]) == []

@@ -10,6 +10,7 @@ from test_oracle import oracle_table
 from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXPPOConfig
 from trl_klx.analysis.divergence import TokenStatistics
 from trl_klx.analysis.options import MeasureOptions
+from trl_klx.config import KLArguments
 from trl_klx.config_rules import ESTIMATORS
 from trl_klx.kl.gradients import SOUND, expected_gradient
 
@@ -74,6 +75,11 @@ def test_options_in_the_docs_exist() -> None:
     assert named
     columns = set(TokenStatistics._fields)  # of `trl-klx measure`
     assert named <= fields | columns | {"kl_state", "kl_control", "kl_loss", "kl_credit", "kl_groups"}
+
+
+def test_every_option_has_a_row_in_the_page_on_options() -> None:
+    rows = [line for line in (ROOT / "docs" / "options.md").read_text().splitlines() if line.startswith("| `")]
+    assert set(KLArguments.__dataclass_fields__) <= set(re.findall(r"`(\w+)`", " ".join(rows)))
 
 
 def test_options_in_the_page_on_measuring_exist() -> None:

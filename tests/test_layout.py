@@ -15,6 +15,8 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 ALLOWED = {
     "kl": ({"kl"}, {"torch"}),
     "control": (set(), set()),
+    "plants": ({"control"}, {"numpy"}),
+    "controllers": ({"command_line", "control", "plants"}, {"numpy", "yaml", "rich", "matplotlib"}),
     "config": ({"config_rules", "kl"}, set()),
     "config_rules": ({"config", "kl"}, set()),
     "rewards": (set(), set()),
@@ -22,6 +24,7 @@ ALLOWED = {
     "command_line": (set(), set()),
     "starter": ({"answers", "command_line"}, {"torch", "transformers", "tokenizers", "tqdm"}),
     "stories": ({"command_line"}, {"torch", "transformers", "tokenizers", "tqdm", "numpy"}),
+    "sums": ({"answers", "command_line", "rewards"}, {"torch", "transformers"}),
     "story_rewards": (set(), {"afinn", "vaderSentiment"}),
     "monitor": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
     "trainers": (
@@ -43,6 +46,7 @@ ALLOWED = {
             *("tqdm", "rich", "jinja2", "markupsafe", "matplotlib", "yaml"),
         },
     ),
+    "completion": ({"cli", "command_line"}, {"shtab"}),
     "cli": ({"starter", "stories", "run", "analysis", "hub"}, set()),
     "__init__": ({"trainers"}, set()),
 }

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from trl_klx.rewards import exact_match
+from trl_klx.rewards import exact_match, final_number
 
 PROMPTS = ["53331=", "201=", "987="]
 ANSWERS = ["13335", "012", "789"]
@@ -49,6 +49,36 @@ def test_an_answer_that_is_no_string_is_refused() -> None:
 def test_lengths_must_agree() -> None:
     with pytest.raises(ValueError, match="zip"):
         exact_match(PROMPTS, ["13335"], answer=ANSWERS)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "reward"),
+    [
+        ("7 + 5 = 12", "12", 1),
+        ("7 + 5 = 12. 12 + 1 = 13", "12", 0),  # the last number is the answer
+        ("It is 1,200.0.", "1200", 1),
+        ("$1,234,567.5", "1234567.5", 1),
+        ("1, 2, 345", "345", 1),  # an enumeration, not one number
+        ("1234,567", "567", 1),
+        ("-5", "-5", 1),
+        ("10-5", "5", 1),
+        ("5", "-5", 0),
+        ("007", "7", 1),
+        ("twelve", "12", 0),
+        ("", "0", 0),
+        ("so 42", "He has 6 * 7 = <<6*7=42>>42. #### 42", 1),
+        ("so 42", "#### 1,042", 0),
+    ],
+)
+def test_the_last_number_is_compared_as_a_number(completion: str, answer: str, reward: float) -> None:
+    assert final_number([completion], answer=[answer]) == [reward]
+    message = [{"role": "assistant", "content": completion}]
+    assert final_number(prompts=["?"], completions=[message], answer=[answer], other=[1]) == [reward]
+
+
+def test_an_expected_answer_without_a_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="column 'answer' holds 'twelve', which has no number in it"):
+        final_number(["12"], answer=["twelve"])
 
 
 def test_the_module_does_not_import_torch() -> None:

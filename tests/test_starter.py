@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl import DPOConfig, DPOTrainer
 
 from trl_klx import starter
-from trl_klx.answers import Accuracy, preference_pairs
+from trl_klx.answers import Accuracy, preference_pairs, sampled_answers
 from trl_klx.starter import StarterError, StarterReport, accuracy, is_held_out, main, make_problems, make_starter
 
 
@@ -117,14 +117,16 @@ def test_preference_pairs_are_the_models_own_samples(full: StarterReport) -> Non
     tokenizer = AutoTokenizer.from_pretrained(full.model_dir)
     problems = rows(full.data_dir, "train")[:128]
     state = torch.get_rng_state()
-    assert preference_pairs(model, tokenizer, problems, seed=0) == rows(full.preferences_dir, "train")
-    assert preference_pairs(model, tokenizer, problems, seed=1) != rows(full.preferences_dir, "train")
+    answers = [sampled_answers(model, tokenizer, problems, seed=seed) for seed in (0, 1)]
+    assert preference_pairs(problems, answers[0]) == rows(full.preferences_dir, "train")
+    assert preference_pairs(problems, answers[1]) != rows(full.preferences_dir, "train")
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_pairs_follow_the_seed_of_the_starter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = []
-    monkeypatch.setattr(starter, "preference_pairs", lambda *args, seed: seeds.append(seed) or [])
+    monkeypatch.setattr(starter, "sampled_answers", lambda *args, seed: seeds.append(seed))
+    monkeypatch.setattr(starter, "preference_pairs", lambda *args: [])
     report = make_starter(tmp_path / "starter", seed=7, steps=1, progress=False)
     assert seeds == [7, 7]
     assert (report.train_pairs, report.test_pairs) == (0, 0)
@@ -141,7 +143,10 @@ def test_unfinished_and_odd_answers_are_in_no_pair() -> None:
     }
     problems = [{"prompt": prompt, "answer": prompt[0]} for prompt in texts]
     model = Recites(tokenizer, [text for own in texts.values() for text in own])
-    assert preference_pairs(model, tokenizer, problems, samples_per_problem=7, batch_size=5) == [
+    answers = sampled_answers(model, tokenizer, problems, samples_per_problem=7, batch_size=5)
+    assert [answer.text for answer in answers[0]] == [None, None, None, "2", "3", "1", "1"]
+    assert [answer.reward for answer in answers[0]] == [0, 0, 0, 0, 0, 1, 1]
+    assert preference_pairs(problems, answers) == [
         {"prompt": "1=", "chosen": "1", "rejected": "2"},
         {"prompt": "4=", "chosen": "4", "rejected": ""},
     ]

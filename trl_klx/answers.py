@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .rewards import exact_match
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Problems = Sequence[Mapping[str, str]]
+Prompt = str | list[dict[str, str]]  # a text, or messages
+Problems = Sequence[Mapping[str, Any]]
 
 
 class Accuracy(NamedTuple):
@@ -54,50 +55,84 @@ def accuracy(
     return Accuracy(statistics.fmean(means), statistics.stdev(means) / math.sqrt(len(means)))
 
 
-def preference_pairs(
+class Answer(NamedTuple):
+    """A sampled answer: its tokens with the end of text, its text without, and its reward.
+
+    The text is None, and the reward 0, where the answer did not come to its end or holds another special token: the
+    text would be tokenised as something that the model never sampled.
+    """
+
+    tokens: list[int]
+    text: str | None
+    reward: float
+
+
+def sampled_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Problems,
     *,
+    reward: Callable[..., list[float]] = exact_match,
     samples_per_problem: int = 8,
     batch_size: int = 512,
     max_new_tokens: int = 8,
     seed: int = 0,
-) -> list[dict[str, str]]:
-    """Pairs `{"prompt", "chosen", "rejected"}` of the model's own samples: the first right and the first wrong one.
+) -> list[list[Answer]]:
+    """The model's own answers to each problem, at temperature 1, with the random numbers of `seed`.
 
-    Samples at temperature 1, with the random numbers of `seed`. A problem of which all samples are right, or all wrong,
-    gives no pair: both sides are samples of the model, as preference data are in theory. The texts carry no end of text
-    (TRL appends it), and a sample that did not come to its end, or that holds another special token, is in no pair: its
-    text would be tokenised as something that the model never sampled.
+    A problem has a `prompt`, a text or messages for the chat template, and an `answer` for `reward`, a reward function
+    in TRL's form. The random state of PyTorch and the model's mode are left as they were.
     """
-    prompts = [problem["prompt"] for problem in problems for _ in range(samples_per_problem)]
-    samples: list[str | None] = []
+    rows = [problem for problem in problems for _ in range(samples_per_problem)]
+    found: list[tuple[list[int], str | None]] = []
     length = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    for tokens in _completions(model, tokenizer, prompts, sample=True, seed=seed, **length):
-        samples += [_finished_text(tokenizer, row) for row in tokens.tolist()]
+    for tokens in _completions(model, tokenizer, [row["prompt"] for row in rows], sample=True, seed=seed, **length):
+        found += [_finished(tokenizer, row) for row in tokens.tolist()]
+    scores = reward(
+        prompts=[row["prompt"] for row in rows],
+        completions=[text or "" for _, text in found],
+        answer=[row["answer"] for row in rows],
+    )
+    answers = [
+        Answer(tokens, text, 0.0 if text is None else score)
+        for (tokens, text), score in zip(found, scores, strict=True)
+    ]
+    return [answers[i : i + samples_per_problem] for i in range(0, len(answers), samples_per_problem)]
+
+
+def preference_pairs(problems: Problems, answers: Sequence[Sequence[Answer]]) -> list[dict[str, Any]]:
+    """Pairs `{"prompt", "chosen", "rejected"}`: the first right and the first wrong answer to each problem.
+
+    A problem of which all answers are right, or all wrong, gives no pair, so that both sides are samples of the model,
+    as preference data are in theory. An answer without a text is in no pair. A text carries no end of text: TRL
+    appends it. Where the prompt is messages, the sides are.
+    """
     pairs = []
-    for place, problem in enumerate(problems):
-        own = samples[place * samples_per_problem : (place + 1) * samples_per_problem]
-        right = [text for text in own if text == problem["answer"]]
-        wrong = [text for text in own if text is not None and text != problem["answer"]]
+    for problem, own in zip(problems, answers, strict=True):
+        right = [answer.text for answer in own if answer.text is not None and answer.reward == 1]
+        wrong = [answer.text for answer in own if answer.text is not None and answer.reward != 1]
         if right and wrong:
-            pairs.append({"prompt": problem["prompt"], "chosen": right[0], "rejected": wrong[0]})
+            sides: list[Any] = [right[0], wrong[0]]
+            if not isinstance(problem["prompt"], str):
+                sides = [[{"role": "assistant", "content": side}] for side in sides]
+            pairs.append({"prompt": problem["prompt"], "chosen": sides[0], "rejected": sides[1]})
     return pairs
 
 
-def _finished_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str | None:
-    """The text before the end of text; None if there is no end, or another special token before it."""
+def _finished(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> tuple[list[int], str | None]:
+    """The tokens up to the end of text, and their text."""
     if tokenizer.eos_token_id not in tokens:
-        return None
-    before = tokens[: tokens.index(tokenizer.eos_token_id)]
-    return None if set(before) & set(tokenizer.all_special_ids) else str(tokenizer.decode(before))
+        return tokens, None
+    end = tokens.index(tokenizer.eos_token_id)
+    before = tokens[:end]
+    text = None if set(before) & set(tokenizer.all_special_ids) else str(tokenizer.decode(before))
+    return tokens[: end + 1], text
 
 
 def _completions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: list[Prompt],
     *,
     sample: bool,
     seed: int,
@@ -115,8 +150,20 @@ def _completions(
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            inputs = tokenizer(batch, padding=True, padding_side="left", return_tensors="pt").to(model.device)
+            inputs = tokenizer(
+                [_prompt_text(tokenizer, prompt) for prompt in batch],
+                add_special_tokens=isinstance(batch[0], str),  # a chat template writes its own
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            ).to(model.device)
             tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
             completions.append(tokens[:, inputs["input_ids"].shape[1] :])
     model.train(was_training)
     return completions
+
+
+def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))

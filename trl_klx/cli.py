@@ -22,15 +22,18 @@ COMMANDS = {
     "stories": Command(
         "trl_klx.stories", "fetch a 15M model of children's stories, and make prompts for it (two minutes)"
     ),
+    "sums": Command("trl_klx.sums", "fetch a real model of 135M parameters, and make sums for it (five minutes)"),
     "grpo": Command("trl_klx.run.grpo", "train with GRPO, on prompts and reward functions", launched=True),
     "ppo": Command(
         "trl_klx.run.ppo", "train with PPO, on prompts and reward functions or a reward model (TRL 1.12)", launched=True
     ),
     "dpo": Command("trl_klx.run.dpo", "train with DPO, on pairs of chosen and rejected answers", launched=True),
+    "controllers": Command("trl_klx.controllers", "list the controllers of beta, and try settings on simulated plants"),
     "measure": Command(
         "trl_klx.analysis.command", "compare checkpoints with a reference on given responses", launched=True
     ),
     "card": Command("trl_klx.hub.command", "write the model card of a run again, and push what the run left"),
+    "completion": Command("trl_klx.completion", "print the script that makes a shell complete all this"),
 }
 _ACCELERATE_CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 

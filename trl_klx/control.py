@@ -120,13 +120,13 @@ class Controller:
 
 
 class FixedController(Controller):
-    """beta = coef, always; coef >= 0, and 0 turns the penalty off."""
+    """Leave beta at coef, which is >= 0; 0 turns the penalty off."""
 
     kind = "fixed"
 
 
 class LinearController(Controller):
-    """Anneal beta from coef to coef_end over `total` updates, then stay.
+    """Move beta from coef to coef_end on a straight line, whatever the KL is, over `total` updates.
 
     beta_k = (1 - w_k) coef + w_k coef_end, with w_k = min(k / total, 1) after k updates.
     An update with a reading that is not finite counts too, for the law does not look at the KL. Both settings
@@ -154,7 +154,9 @@ class LinearController(Controller):
 
 
 class CosineController(LinearController):
-    """As `linear`, but flat at both ends: w_k = (1 - cos(pi min(k / total, 1))) / 2.
+    """Move beta from coef to coef_end on a cosine, flat at both ends, whatever the KL is, over `total` updates.
+
+    As `linear`, with w_k = (1 - cos(pi min(k / total, 1))) / 2.
 
     Source: Loshchilov and Hutter 2017, "SGDR", equation 5.
     """
@@ -190,13 +192,14 @@ class _TargetController(Controller):
 
 
 class AdaptiveController(_TargetController):
-    """Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2.
+    """Multiply beta by a factor near 1 at each reading, which is above 1 where the KL is above its target.
 
     beta <- clip(beta (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon), coef_min, coef_max)
 
     A pure integrator of log beta. `horizon` counts episodes, as `n` does. From n = 5 horizon the factor may
     be <= 0, and the bounds keep beta positive. Defaults: horizon 1e4, coef_min coef / 100, coef_max 100 coef.
     Raises ValueError unless target and settings are finite and > 0 and coef_min <= coef <= coef_max.
+    Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2.
     """
 
     kind = "adaptive"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .answers import Problems, accuracy, preference_pairs
+from .answers import Problems, accuracy, preference_pairs, sampled_answers
 from .command_line import CommandParser, UsageError
 
 if TYPE_CHECKING:  # imported on first use, so that `trl-klx starter --help` answers at once
@@ -182,7 +182,7 @@ def _make(folder: Path, seed: int, steps: int, progress: bool) -> dict[str, Any]
         greedy = accuracy(model, tokenizer, test, sample=False)
         sampled = accuracy(model, tokenizer, test, sample=True, samples_per_problem=4)
         pairs = [
-            preference_pairs(model, tokenizer, problems, seed=seed)
+            preference_pairs(problems, sampled_answers(model, tokenizer, problems, seed=seed))
             for problems in (train[:PAIR_TRAIN_PROMPTS], test[:PAIR_TEST_PROMPTS])
         ]
     finally:

@@ -36,9 +36,14 @@ class _Parser(HfArgumentParser):
         raise MeasureError(f"{message}; see `{self.prog} --help`.")
 
 
+def command_parser(program: str) -> HfArgumentParser:
+    """What the command takes."""
+    return _Parser((Data, MeasureOptions), prog=program, allow_abbrev=False)  # type: ignore[arg-type]
+
+
 def main(argv: list[str] | None = None, program: str = "measure_kl.py") -> int:
     """Returns the exit status: 0, 1 where a policy was left out, 2 for bad input."""
-    parser = _Parser((Data, MeasureOptions), prog=program, allow_abbrev=False)  # type: ignore[arg-type]
+    parser = command_parser(program)
     try:
         arguments = sys.argv[1:] if argv is None else argv
         data, options, unknown = parser.parse_args_into_dataclasses(

@@ -1,12 +1,19 @@
 """DPO from a recipe: `scripts/dpo.py` and `trl-klx dpo`."""
 
 import sys
+from argparse import ArgumentParser
 
 from ..trainers.dpo import KLXDPOTrainer
 from ..trainers.dpo_config import KLXDPOConfig
 from .arguments import BadInput, Recipe
+from .help import help_parser
 from .inputs import Inputs, check_model, load_splits
 from .train import run_recipe, trainer_arguments
+
+
+def command_parser(program: str) -> ArgumentParser:
+    """What the command takes, for help and completion."""
+    return help_parser(program, KLXDPOConfig)
 
 
 def main(argv: list[str] | None = None, program: str = "dpo.py") -> int:

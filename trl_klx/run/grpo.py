@@ -1,13 +1,20 @@
 """GRPO from a recipe: `scripts/grpo.py` and `trl-klx grpo`."""
 
 import sys
+from argparse import ArgumentParser
 
 from ..trainers.gold import check_gold_reward
 from ..trainers.grpo import KLXGRPOTrainer
 from ..trainers.grpo_config import KLXGRPOConfig
 from .arguments import BadInput, Recipe
+from .help import help_parser
 from .inputs import Inputs, check_model, load_reward_functions, load_splits
 from .train import run_recipe, trainer_arguments
+
+
+def command_parser(program: str) -> ArgumentParser:
+    """What the command takes, for help and completion."""
+    return help_parser(program, KLXGRPOConfig)
 
 
 def main(argv: list[str] | None = None, program: str = "grpo.py") -> int:

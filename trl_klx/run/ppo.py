@@ -1,15 +1,24 @@
 """PPO from a recipe: `scripts/ppo.py` and `trl-klx ppo`."""
 
 import sys
+from argparse import ArgumentParser
 from typing import TYPE_CHECKING
 
 from ..trainers.gold import check_gold_reward
 from .arguments import BadInput, Recipe
+from .help import help_parser
 from .inputs import Inputs, check_model, load_reward_functions, load_splits
 from .train import refuse, run_recipe, trainer_arguments
 
 if TYPE_CHECKING:
     from ..trainers.ppo import KLXPPOTrainer
+
+
+def command_parser(program: str) -> ArgumentParser:
+    """What the command takes, for help and completion; raises ImportError where TRL has no PPO."""
+    from ..trainers.ppo_config import KLXPPOConfig
+
+    return help_parser(program, KLXPPOConfig)
 
 
 def main(argv: list[str] | None = None, program: str = "ppo.py") -> int:

@@ -16,6 +16,7 @@ from ..monitor.history import HistoryCallback
 from ..monitor.progress import KLProgressCallback
 from ..trainers.checkpoints import CheckpointError, NotSavedError, RunError, resolve_checkpoint
 from .arguments import BadInput, Recipe, parse_recipe
+from .help import help_parser
 from .inputs import Inputs
 from .report import report, resolved_recipe
 
@@ -37,8 +38,12 @@ def run_recipe(
         load_inputs: checks what the recipe names, and loads all but the models; raises ValueError.
         build_trainer: makes the trainer, and with it loads the models.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        help_parser(program, config).print_help()
+        return 0
     try:
-        recipe = parse_recipe(program, config, sys.argv[1:] if argv is None else argv)
+        recipe = parse_recipe(program, config, argv)
         inputs = load_inputs(recipe)
         resolve_checkpoint(recipe.args.resume_from_checkpoint, recipe.args.output_dir)
         check_push(recipe.args)

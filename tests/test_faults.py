@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -229,11 +230,17 @@ def test_a_run_that_goes_on_after_its_end_has_one_end(tmp_path: Path) -> None:
 
 
 def test_what_goes_to_the_hub_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import Trainer
+    from trl_klx.trainers import hub
 
-    seen = []
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: seen.append(missing_file(folder)))
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, *_: None)
+    seen: list[str | None] = []
+    done: Future = Future()
+    done.set_result(None)
+
+    def push_checkpoint(checkpoint: Path, *_: object, **__: object) -> Future:
+        seen.append(missing_file(checkpoint))
+        return done
+
+    monkeypatch.setattr(hub, "push_checkpoint", push_checkpoint)
     trainer = make("grpo", tmp_path, max_steps=1, **EVERY_STEP)
     trainer.args.push_to_hub = True
     trainer.train()

@@ -35,6 +35,7 @@ def test_units(mode: str) -> None:
     assert metrics["kl/k1"] == pytest.approx(PER_TOKEN)
     assert metrics["kl/k3"] == metrics["kl"] == pytest.approx(2 * PER_TOKEN)
     assert metrics["kl/sequence"] == pytest.approx(PER_SEQUENCE)
+    assert metrics["kl/sequences"] == 4
     assert kl.metrics(mode) == {}  # starts afresh
 
 

@@ -28,11 +28,15 @@ ALLOWED = {
     "story_rewards": (set(), {"afinn", "vaderSentiment"}),
     "monitor": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
     "trainers": (
-        {"kl", "control", "config", "config_rules", "monitor", "trainers"},
+        {"kl", "control", "config", "config_rules", "monitor", "hub", "trainers"},
         {"torch", "transformers", "trl", "accelerate", "peft", "packaging", "datasets", "deepspeed"},
     ),
+    "hub": (
+        {"command_line", "config", "kl", "monitor", "hub"},
+        {"huggingface_hub", "jinja2", "yaml"},
+    ),
     "run": (
-        {"config", "monitor", "trainers", "run"},
+        {"config", "hub", "monitor", "trainers", "run"},
         {"transformers", "trl", "datasets", "yaml", "rich"},
     ),
     "analysis": (
@@ -43,7 +47,7 @@ ALLOWED = {
         },
     ),
     "completion": ({"cli", "command_line"}, {"shtab"}),
-    "cli": ({"starter", "stories", "run", "analysis"}, set()),
+    "cli": ({"starter", "stories", "run", "analysis", "hub"}, set()),
     "__init__": ({"trainers"}, set()),
 }
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "measure": Command(
         "trl_klx.analysis.command", "compare checkpoints with a reference on given responses", launched=True
     ),
+    "card": Command("trl_klx.hub.command", "write the model card of a run again, and push what the run left"),
     "completion": Command("trl_klx.completion", "print the script that makes a shell complete all this"),
 }
 _ACCELERATE_CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"

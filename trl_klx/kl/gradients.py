@@ -120,3 +120,32 @@ def expected_gradient(estimator: str, placement: str, credit: str = "return_to_g
     if placement in ("reward", "both"):
         total += reward_gradient(estimator, credit_in_use(estimator, placement, credit, weighted))
     return total
+
+
+# With kl_direction "forward" the same sums hold the forward KL of each state in place of the reverse one.
+_FORWARD_EXPLANATION = {
+    "P": EXPLANATION["F"],
+    "KLseq": "has the gradient of the forward KL(reference || policy) summed over the states that the policy visits, "
+    "its effect on which states those are included",
+    "M": "has the prefix term of the forward KL alone: it moves the policy towards states with less KL and never "
+    "towards the reference",
+}
+
+
+def gradient_sentence(
+    estimator: str, placement: str, credit: str = "return_to_go", weighted: bool = True, direction: str = "reverse"
+) -> str:
+    """One sentence that says which gradient a configuration has: the row of the table, in words.
+
+    Args:
+        estimator: k1, k2, k3 or exact.
+        placement: none, loss, reward or both.
+        credit: return_to_go, immediate or sequence.
+        weighted: whether the loss carries an importance weight.
+        direction: reverse or forward (exact only).
+    """
+    if placement == "none":
+        return "The KL is measured and has no gradient."
+    name = expected_gradient(estimator, placement, credit, weighted).name
+    explanation = _FORWARD_EXPLANATION.get(name, EXPLANATION[name]) if direction == "forward" else EXPLANATION[name]
+    return f"In expectation over the policy's own answers the KL penalty {explanation} ({name})."

@@ -1,34 +1,18 @@
-"""What a run leaves behind: the resolved recipe and versions at its start, a table and pictures at its end."""
+"""What a run leaves behind: the resolved recipe at its start, a table and pictures at its end."""
 
-import json
 import math
-import platform
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from ..config import KLArguments
+from ..hub.settings import Settings, plain_settings
 from ..monitor.health import HEALTH_FILE
 from ..monitor.history import HISTORY_FILE, read_history
 from ..monitor.plots import group_names, plot_run
 from .arguments import Recipe
 
-# Computed by TRL from other fields and the number of processes: refused beside them, or wrong, when run again.
-_DERIVED = {
-    "generation_batch_size",
-    "world_size",
-    "num_total_batches",
-    "micro_batch_size",
-    "local_batch_size",
-    "batch_size",
-    "local_mini_batch_size",
-    "mini_batch_size",
-}
-_VOCABULARY_TOKENS = {"pad_token", "eos_token", "stop_token"}
 # Of these, every batch of a run has one: reward in GRPO and PPO, accuracies in DPO.
 _EVERY_BATCH = ("reward", "rewards/accuracies")
 _PREFERENCES = (
@@ -36,24 +20,11 @@ _PREFERENCES = (
     ("implicit reward margin", "rewards/margins"),
     ("log-ratio margin, nats", "log_ratio/margin"),
 )
-_VERSIONED = ("trl_klx", "trl", "torch", "transformers", "accelerate", "datasets", "peft")
 
 
-def write_resolved_recipe(folder: Path, recipe: Recipe) -> None:
-    """Write every field with the value it ended up with (`resolved_recipe.yaml`) and the versions (`versions.json`)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    resolved = {**asdict(recipe.run), **asdict(recipe.model), **recipe.args.to_dict()}
-    # `to_dict` puts a placeholder wherever a name ends in token: right for secrets, wrong for a vocabulary's tokens.
-    secret = {name for name in resolved if name.endswith("_token")} - _VOCABULARY_TOKENS
-    resolved |= {name: getattr(recipe.args, name) for name in _VOCABULARY_TOKENS & set(resolved)}
-    plain = {name: value for name, value in resolved.items() if _plain(value) and name not in _DERIVED | secret}
-    (folder / "resolved_recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=True))
-    versions = {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()}
-    (folder / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
-
-
-def _plain(value: object) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, list, dict))
+def resolved_recipe(recipe: Recipe) -> Settings:
+    """Every field of a recipe, with the value that it ended up with."""
+    return plain_settings(recipe.args, recipe.run, recipe.model)
 
 
 def report(folder: Path, args: KLArguments) -> None:

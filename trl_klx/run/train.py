@@ -10,13 +10,15 @@ from typing import Any
 from transformers import ProgressCallback, Trainer
 from trl import get_peft_config, get_quantization_config
 
+from ..hub.push import HubError, create_repo, push_command
+from ..hub.settings import write_settings
 from ..monitor.history import HistoryCallback
 from ..monitor.progress import KLProgressCallback
 from ..trainers.checkpoints import CheckpointError, NotSavedError, RunError, resolve_checkpoint
-from .arguments import Recipe, parse_recipe
+from .arguments import BadInput, Recipe, parse_recipe
 from .help import help_parser
 from .inputs import Inputs
-from .report import report, write_resolved_recipe
+from .report import report, resolved_recipe
 
 
 def run_recipe(
@@ -44,9 +46,11 @@ def run_recipe(
         recipe = parse_recipe(program, config, argv)
         inputs = load_inputs(recipe)
         resolve_checkpoint(recipe.args.resume_from_checkpoint, recipe.args.output_dir)
+        check_push(recipe.args)
         trainer = build_trainer(recipe, inputs)
-    except ValueError as error:
+    except (ValueError, HubError) as error:
         return refuse(error)
+    status = 0
     try:
         _train(trainer, recipe)
     except CheckpointError as error:
@@ -54,8 +58,10 @@ def run_recipe(
     except RunError as error:
         # One process may find its disk full; that a step is not finite all of them know.
         return refuse(error, status=1, from_any_process=isinstance(error, NotSavedError))
+    except HubError as error:  # the run itself is whole
+        status = refuse(error, status=1)
     _leave_together(trainer)
-    return 0
+    return status
 
 
 def trainer_arguments(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
@@ -78,6 +84,24 @@ def trainer_arguments(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def check_push(args: Any) -> None:
+    """Where the run is to be pushed at its end, find out now whether it can be, before a model is loaded.
+
+    Raises:
+        BadInput: there is no token, the Hub refuses it, or the repository cannot be made.
+    """
+    if not args.push_to_hub or os.environ.get("RANK", "0") != "0":
+        return
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    try:
+        create_repo(name, token=args.hub_token, private=args.hub_private_repo)
+    except HubError as error:
+        later = push_command(args.output_dir, name, private=args.hub_private_repo, revision=args.hub_revision)
+        raise BadInput(
+            f"push_to_hub=true cannot work ({error}); or leave it out, and push later with `{later}`."
+        ) from error
+
+
 def refuse(error: Exception, *, status: int = 2, from_any_process: bool = False) -> int:
     """Print one sentence, from the first process or from any, and return the exit status: that of bad input."""
     if from_any_process or os.environ.get("RANK", "0") == "0":
@@ -90,21 +114,24 @@ def _train(trainer: Any, recipe: Recipe) -> None:
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(KLProgressCallback(coef_name=args.kl_coef_name))
+    trainer.recipe = resolved_recipe(recipe)
     if trainer.accelerator.is_main_process:
-        write_resolved_recipe(folder, recipe)
+        write_settings(folder, trainer.recipe)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
-    dataset_name = str(recipe.run.dataset_name)
-    on_the_hub = None if Path(dataset_name).exists() else dataset_name
-    trainer.create_model_card(model_name=folder.name, dataset_name=on_the_hub)
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=on_the_hub)
+    trainer.save_model(args.output_dir, _internal_call=True)  # not a push of its own
     if trainer.accelerator.is_main_process:
         report(folder, args)
         if trainer.kl.budget.exceeded:
             print(trainer.kl.budget.message())
         if trainer.overoptimisation is not None:
             print(trainer.overoptimisation.summary())
+    # Last, for the card shows the pictures and the push takes them along.
+    dataset_name = str(recipe.run.dataset_name)
+    on_the_hub = None if Path(dataset_name).exists() else dataset_name
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=on_the_hub)
+    else:
+        trainer.create_model_card(dataset_name=on_the_hub)
 
 
 def _leave_together(trainer: Trainer) -> None:

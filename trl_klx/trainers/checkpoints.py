@@ -22,6 +22,8 @@ else:
     _HooksBase = object
 
 STATE_FILE = "kl_state.json"
+# Not needed to resume, and not pushed with a checkpoint: a pickle of all arguments, and PEFT's card.
+_NOT_LISTED = (STATE_FILE, "training_args.bin", "README.md")
 LAST = "last"  # as a checkpoint to resume from: the last whole one in output_dir
 
 
@@ -40,11 +42,11 @@ class NotSavedError(RunError):
 def write_state(folder: str | os.PathLike, state: dict[str, Any]) -> None:
     """Write the state file, whole or not at all; with it the folder becomes a whole checkpoint.
 
-    Call when every other file is written; it lists them.
+    Call when every other file is written; it lists those that resuming needs.
     """
     path = Path(folder) / STATE_FILE
     files = sorted(file.relative_to(folder).as_posix() for file in Path(folder).rglob("*") if file.is_file())
-    files = [name for name in files if name != STATE_FILE]
+    files = [name for name in files if name not in _NOT_LISTED]
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({**state, "saved_at": time.time(), "files": files}, indent=2))
     os.replace(partial, path)
@@ -222,10 +224,6 @@ class WholeCheckpoints(_HooksBase):
         """Which checkpoints rotation must not delete, besides the one just written."""
         best = self.state.best_model_checkpoint
         return set() if best is None else {Path(best)}
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._complete(Path(checkpoint_folder))  # what goes to the Hub is whole, too
-        super()._push_from_checkpoint(checkpoint_folder)
 
     def _complete(self, folder: Path) -> None:
         self.accelerator.wait_for_everyone()  # until all processes have written their files

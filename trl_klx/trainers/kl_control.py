@@ -175,7 +175,8 @@ class KLControl:
         Call on every process. Keys: `kl` (the configured estimator, per token; the one of `kl/sequence` where that is
         not measured), `kl/<name>` (`kl/exact` becomes `kl/exact_forward` where the direction is forward), `kl/sequence`
         and, of each group, `kl_groups/<group>/token` and `/sequence`; each has its standard error beside it, under its
-        name with `_se`. A number that there is too little data for is left out.
+        name with `_se`, and `kl/sequences` and `kl_groups/<group>/sequences` count the answers that were measured. A
+        number that there is too little data for is left out.
         """
         if mode == "train":
             moments, self._pools = self._pools, {}
@@ -194,6 +195,7 @@ class KLControl:
             reading = summarise(part, self.names)[self._args.kl_reading]
             place = "kl" if group == _ALL else f"kl_groups/{group}"
             out |= {f"{place}/sequence": reading.per_sequence, f"{place}/sequence_se": reading.per_sequence_se}
+            out[f"{place}/sequences"] = sequence_count(part)
             if group != _ALL:
                 out |= {f"{place}/token": reading.per_token, f"{place}/token_se": reading.per_token_se}
         return _numbers(out)

@@ -7,13 +7,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.trainer_utils import SaveStrategy
 
-from .checkpoints import WholeCheckpoints, discard, read_state, unreadable
+from .checkpoints import discard, read_state, unreadable
 from .health import health_callback
+from .hub import HubPushes
 from .kl_control import KLControl
 from .step_guard import LOSS, GuardedSteps, drop_non_finite
 
 
-class KLControlledTrainer(GuardedSteps, WholeCheckpoints):
+class KLControlledTrainer(GuardedSteps, HubPushes):
     """The hooks of `transformers.Trainer` that carry a `KLControl`. Mix in before the trainer class.
 
     The trainer sets `self.kl` and `self.guard`, and implements `_apply_kl_coef` to put beta where its loss reads it.

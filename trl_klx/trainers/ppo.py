@@ -108,6 +108,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         check_arguments(args, model, ref_model, train_dataset, reward_model, value_model, data_collator)
         kl_groups = group_names(args, train_dataset, eval_dataset)
         check_gold_reward(args, gold_reward_func)
+        self.given_args = args
         loading = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
         quantized = {**loading, **({} if quantization_config is None else {"quantization_config": quantization_config})}
         base = load_policy(model, quantized)  # type: ignore[arg-type]

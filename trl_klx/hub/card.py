@@ -1,0 +1,200 @@
+"""The model card of a run: TRL's form, and a section on its KL. Written from `card.md.j2`."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..monitor.health import HEALTH_FILE
+from ..monitor.history import HISTORY_FILE, read_history
+from .facts import (
+    RecordedKL,
+    alarms,
+    algorithm_of,
+    gradient_of,
+    kl_rows,
+    measured_kl,
+    read_versions,
+    recorded_kl,
+    rewards,
+)
+from .papers import PAPERS
+from .settings import VERSIONS_FILE, Settings, as_yaml, public_settings, without_path
+
+CARD_FILE = "README.md"
+ADAPTER_CONFIG = "adapter_config.json"
+_TEMPLATE = Path(__file__).parent / "card.md.j2"
+# As TRL's and transformers' cards name the packages.
+_FRAMEWORKS = {
+    "trl_klx": "trl_klx",
+    "trl": "TRL",
+    "transformers": "Transformers",
+    "torch": "Pytorch",
+    "datasets": "Datasets",
+    "tokenizers": "Tokenizers",
+    "accelerate": "Accelerate",
+    "peft": "PEFT",
+    "python": "Python",
+}
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a card that stands already says and no file of the run does: what is on the Hub, tags, trackers' badges."""
+
+    base_model: str | None = None
+    datasets: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    badges: tuple[str, ...] = ()
+    model_name: str | None = None
+
+
+def known_from(folder: Path) -> Known:
+    """Read the card in a folder. TRL's, when a trainer has just written it, or an earlier one of ours."""
+    path = folder / CARD_FILE
+    if not path.is_file():
+        return Known()
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    data = card.data.to_dict()
+    datasets, base = data.get("datasets") or [], data.get("base_model")
+    badges = [line.strip() for line in card.text.splitlines() if line.startswith("[<img ")]
+    return Known(
+        base_model=base if isinstance(base, str) and may_be_on_the_hub(base) else None,
+        datasets=tuple(name for name in _as_list(datasets) if may_be_on_the_hub(name)),
+        tags=tuple(tag for tag in data.get("tags") or [] if not tag.startswith("base_model:")),
+        badges=tuple(badges),
+        model_name=data.get("model_name"),
+    )
+
+
+def may_be_on_the_hub(name: str) -> bool:
+    """Whether a name can be a Hub id, and is no folder here."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def write_card(
+    folder: Path, settings: Settings, *, model_name: str | None = None, repo_id: str | None = None, is_adapter: bool
+) -> Path:
+    """Write the card of a run into its folder, in place of the one that is there; returns its path.
+
+    Args:
+        folder: the run's output_dir; its metrics file, versions, health file and pictures are read.
+        settings: of the run, as `resolved_recipe.yaml` has them.
+        model_name: the title; the name of the folder where None and no card stands there.
+        repo_id: where the model is on the Hub, if anywhere.
+        is_adapter: whether the run trained a PEFT adapter.
+    """
+    known = known_from(folder)
+    kl, name = recorded_kl(settings), model_name or known.model_name or folder.resolve().name
+    relation = "adapter" if is_adapter else "finetune"
+    data = ModelCardData(
+        base_model=known.base_model,
+        base_model_relation=relation if known.base_model else None,
+        datasets=list(known.datasets) or None,
+        library_name="peft" if is_adapter else "transformers",
+        model_name=name,
+        pipeline_tag="text-generation",
+        tags=_tags(kl, known.tags, is_adapter),
+    )
+    path = folder / CARD_FILE
+    facts = _facts(folder, settings, kl, known)
+    text = (
+        _environment()
+        .from_string(_TEMPLATE.read_text())
+        .render(
+            card_data=data.to_yaml(),
+            model_name=name,
+            model_id=repo_id or settings.get("hub_model_id") or name,
+            is_adapter=is_adapter,
+            is_chat=_is_chat(folder),
+            **facts,
+        )
+    )
+    ModelCard(text).save(path)
+    return path
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def _tags(kl: RecordedKL, known: tuple[str, ...], is_adapter: bool) -> list[str]:
+    own = ["generated_from_trainer", "trl", kl.algorithm, "trl_klx", *(["peft"] if is_adapter else [])]
+    own += [f"kl-{kl.kl_estimator}"] if kl.kl_is_penalised else []
+    kept = [tag for tag in known if not tag.startswith("kl-")]
+    return list(dict.fromkeys([*own, *kept]))
+
+
+def _facts(folder: Path, settings: Settings, kl: RecordedKL, known: Known) -> dict[str, Any]:
+    history = read_history(folder / HISTORY_FILE)
+    base = settings.get("model_name_or_path")
+    versions = read_versions(folder / VERSIONS_FILE)
+    return {
+        "algorithm": algorithm_of(settings),
+        "paper": PAPERS[algorithm_of(settings)],
+        "base_model": known.base_model,
+        "base_text": _model_text(base, known.base_model),
+        "base_folder": Path(base).name if base else "the base model",
+        "datasets": known.datasets,
+        "data_text": _data_text(settings, known),
+        "reward_names": _reward_names(settings),
+        "badges": known.badges,
+        "kl": kl,
+        "kl_rows": kl_rows(kl, history, _reference(settings, known)),
+        "gradient": gradient_of(kl),
+        "measured": measured_kl(kl, history),
+        "rewards": rewards(history),
+        "alarms": alarms(read_history(folder / HEALTH_FILE)),
+        "watched": kl.kl_health,
+        "pictures": [path.name for path in sorted(folder.glob("*.png"))],
+        "recipe": as_yaml(public_settings(settings)).rstrip(),
+        "from_recipe": bool(settings.get("dataset_name")),
+        "versions": {_FRAMEWORKS[name]: versions[name] for name in _FRAMEWORKS if name in versions},
+    }
+
+
+def _model_text(name: str | None, on_the_hub: str | None) -> str:
+    if on_the_hub is not None:
+        return f"[{on_the_hub}](https://huggingface.co/{on_the_hub})"
+    return f"`{Path(name).name}`, a local model that is not on the Hub" if name else "a model given in memory"
+
+
+def _data_text(settings: Settings, known: Known) -> str:
+    if known.datasets:
+        links = [f"[{name}](https://huggingface.co/datasets/{name})" for name in known.datasets]
+        return f"the {', '.join(links)} dataset"
+    name = settings.get("dataset_name")
+    return f"`{Path(name).name}`, a local dataset" if name else "a dataset given in memory"
+
+
+def _reward_names(settings: Settings) -> list[str]:
+    names = list(settings.get("reward_funcs") or [])
+    model = settings.get("reward_model_path")
+    return [f"`{without_path(name)}`" for name in (*names, *([model] if model else []))]
+
+
+def _reference(settings: Settings, known: Known) -> str:
+    """What the KL is measured against."""
+    given = settings.get("reference")
+    text = f"`{Path(given).name}`" if given else "the model that training started from"
+    if not given and settings.get("use_peft"):
+        text += ", which is the base without the adapter"
+    if settings.get("sync_ref_model"):
+        text += f", moved towards the policy every {settings.get('ref_model_sync_steps')} steps"
+    return text
+
+
+def _is_chat(folder: Path) -> bool:
+    """Whether the tokenizer has a chat template."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and '"chat_template"' in config.read_text()

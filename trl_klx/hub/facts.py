@@ -1,0 +1,247 @@
+"""The facts of a run, as a card states them: from its settings and its metrics file, and from nothing else."""
+
+import json
+import math
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ..config import KLArguments
+from ..kl.gradients import gradient_sentence
+from .settings import Settings
+
+# A field that only one algorithm's config has.
+_TELLING = {"grpo": "num_generations", "ppo": "num_ppo_epochs", "dpo": "kl_probe_steps"}
+_ESTIMATORS = {
+    "k1": "k1, the log-ratio of the sampled token",
+    "k2": "k2, half the squared log-ratio of the sampled token",
+    "k3": "k3, r - 1 - log r with r = reference / policy at the sampled token",
+    "exact": "exact, the sum over the whole vocabulary",
+}
+_PLACEMENTS = {
+    "none": "none: measured, without a penalty",
+    "loss": "in the loss",
+    "reward": "in the reward",
+    "both": "in both, loss and reward",
+}
+_SEQUENCE = re.compile(r"(eval_(?:.+_)?)kl/sequence")
+_TOKEN_NAMES = {
+    "kl/k1": "k1",
+    "kl/k2": "k2",
+    "kl/k3": "k3",
+    "kl/exact": "exact",
+    "kl/exact_forward": "exact, forward: KL(reference \\|\\| policy)",
+    "kl/data_exact": "exact, at the prefixes of the training data (teacher-forced)",
+}
+
+
+def algorithm_of(settings: Settings) -> str:
+    """grpo, ppo or dpo: whose fields the settings are.
+
+    Raises:
+        ValueError: they are of none of them.
+    """
+    for name, field in _TELLING.items():
+        if field in settings:
+            return name
+    raise ValueError(
+        f"the settings have none of the fields {', '.join(_TELLING.values())}, so no trainer of trl_klx wrote them: "
+        "give the output_dir of a run."
+    )
+
+
+@dataclass
+class RecordedKL(KLArguments):
+    """The KL arguments that a run had. They were checked when it began, and are not checked again."""
+
+    coef: float = 0.0
+    coef_name: str = "beta"
+    algorithm: str = "grpo"
+    dpo_beta: float = 0.0
+    steers_beta: bool = False  # whether the controller drives DPO's own beta
+
+    @property
+    def kl_coef_start(self) -> float:
+        return self.coef
+
+    @property
+    def kl_coef_name(self) -> str:
+        return self.coef_name
+
+
+def recorded_kl(settings: Settings) -> RecordedKL:
+    """The KL arguments among the settings of a run."""
+    algorithm = algorithm_of(settings)
+    kl = {field.name: settings[field.name] for field in fields(KLArguments) if field.name in settings}
+    name = "beta" if algorithm == "grpo" else "kl_coef"
+    return RecordedKL(
+        **kl,
+        coef=float(settings.get(name) or 0.0),
+        coef_name=name,
+        algorithm=algorithm,
+        dpo_beta=float(settings.get("beta") or 0.0),
+        steers_beta=settings.get("kl_controls") == "beta",
+    )
+
+
+def gradient_of(kl: RecordedKL) -> str:
+    """One sentence: the gradient that the run's KL had, from the table."""
+    if kl.algorithm != "dpo":
+        if not kl.kl_is_penalised:
+            return f"At {kl.coef_name} {kl.coef:g} with placement {kl.kl_placement} no KL reached the policy."
+        weighted = kl.kl_importance_sampling != "none"
+        return gradient_sentence(kl.kl_estimator, kl.kl_placement, kl.kl_credit, weighted, kl.kl_direction)
+    own = f"DPO's own loss holds the policy by its beta of {kl.dpo_beta:g}"
+    if not kl.kl_is_penalised:
+        return f"{own}, and no KL was added to it."
+    direction = "reverse KL(policy || reference)"
+    if kl.kl_direction == "forward":
+        direction = "forward KL(reference || policy)"
+    return (
+        f"The added KL has the gradient of the {direction} at the prefixes of the training data, which the policy did "
+        f"not sample; beside it, {own}."
+    )
+
+
+def kl_rows(kl: RecordedKL, history: list[dict], reference: str) -> list[tuple[str, str]]:
+    """(what, value) of every choice about the KL, for a table."""
+    in_reward = kl.kl_placement in ("reward", "both")
+    estimator = _ESTIMATORS[kl.kl_estimator]
+    if kl.kl_estimator == "exact":
+        estimator += f", {kl.kl_direction}"
+    rows = [
+        ("Estimator", estimator),
+        ("Placement", _PLACEMENTS[kl.kl_placement]),
+        ("Credit", kl.kl_credit if in_reward else "none: no KL in the reward"),
+        ("Importance weight", _weight(kl)),
+        ("Coefficient", _coefficient(kl, history)),
+        ("Controller", f"{kl.kl_controller}, of DPO's beta" if kl.steers_beta else kl.kl_controller),
+        ("Target", _target(kl)),
+    ]
+    if kl.kl_budget is not None:
+        unit = "" if isinstance(kl.kl_budget, str) else " nats per sequence"
+        rows.append(("Budget", f"{kl.kl_budget}{unit}; beyond it: {kl.kl_budget_action}"))
+    if kl.kl_value_cap is not None:
+        rows.append(("Bound on a token's KL loss", f"{kl.kl_value_cap:g} nats"))
+    return [*rows, ("Reference model", reference)]
+
+
+def _weight(kl: RecordedKL) -> str:
+    level = kl.kl_importance_sampling or "none"
+    if level != "none" and not kl.kl_term().takes_weights:
+        return f"{level}: none is applied, for an exact KL averages over the policy's tokens itself"
+    if level == "none" or kl.kl_is_cap is None:
+        return level
+    return f"{level}, {kl.kl_is_mode} above {kl.kl_is_cap:g}"
+
+
+def _coefficient(kl: RecordedKL, history: list[dict]) -> str:
+    name, start = ("beta", kl.dpo_beta) if kl.steers_beta else (kl.coef_name, kl.coef)
+    last = [entry["kl/coef"] for entry in history if "kl/coef" in entry][-1:]
+    moved = kl.kl_controller != "fixed" and last
+    return f"{name} {start:g} at the start, {last[0]:.3g} at the end" if moved else f"{name} {start:g}"
+
+
+def _target(kl: RecordedKL) -> str:
+    unit = f"nats per {kl.kl_target_unit}"
+    parts = [] if kl.kl_target is None else [f"{kl.kl_target:g} {unit}"]
+    if isinstance(kl.kl_group_targets, dict):
+        parts += [f"{group}: {target:g} {unit}" for group, target in kl.kl_group_targets.items()]
+    read = f", read by {kl.kl_reading}" if parts else ""
+    return ("; ".join(parts) or "none") + read
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Where a KL was measured, and (estimator, nats per token, nats per sequence) as text, with standard errors."""
+
+    source: str
+    rows: list[tuple[str, str, str]]
+
+
+def measured_kl(kl: RecordedKL, history: list[dict]) -> Measured | None:
+    """The KL of the last evaluation, else of the last log that has one; None where none was measured."""
+    entry, prefix = _last(history)
+    rows = []
+    sequences = (entry.get(f"{prefix}kl/sequence"), entry.get(f"{prefix}kl/sequence_se"))
+    # The estimator of kl/sequence is the reading; DPO falls back to k3 where its probe leaves the exact KL out.
+    reading = kl.kl_reading if f"{prefix}kl/{kl.kl_reading}" in entry else "k3"
+    for name, label in _TOKEN_NAMES.items():
+        value = entry.get(f"{prefix}{name}")
+        if value is not None:
+            in_sequences = _with_error(*sequences) if name == f"kl/{reading}" else ""
+            rows.append((label, _with_error(value, entry.get(f"{prefix}{name}_se")), in_sequences))
+    for name in entry:
+        group = re.fullmatch(rf"{prefix}kl_groups/(.+)/sequence", name)
+        if group:
+            token = f"{prefix}kl_groups/{group[1]}/token"
+            in_tokens, in_sequences = (_with_error(entry.get(key), entry.get(f"{key}_se")) for key in (token, name))
+            rows.append((f"{reading}, of group {group[1]}", in_tokens, in_sequences))
+    if not rows:
+        return None
+    steps = max(int(logged.get("step", 0)) for logged in history)
+    return Measured(f"{_source(kl, entry, prefix)}, logged at step {entry.get('step', '?')} of {steps}", rows)
+
+
+def _last(history: list[dict]) -> tuple[dict, str]:
+    """The log entry to read, and the prefix of its names."""
+    for entry in reversed(history):
+        found = [match[1] for name in entry if (match := _SEQUENCE.fullmatch(name))]
+        if found:
+            return entry, found[0]
+    for wanted in ("kl/sequence", "kl", "kl/data_exact"):
+        for entry in reversed(history):
+            if wanted in entry:
+                return entry, ""
+    return {}, ""
+
+
+def _source(kl: RecordedKL, entry: dict, prefix: str) -> str:
+    count = entry.get(f"{prefix}kl/sequences")
+    answers = "answers that the policy sampled" if count is None else f"{count:g} answers that the policy sampled"
+    if prefix:
+        split = prefix.removeprefix("eval_").rstrip("_")
+        prompts = f"to held-out prompts{f' of {split}' if split else ''}"
+    else:
+        prompts = "to held-out prompts (the probe)" if kl.algorithm == "dpo" else "to training prompts"
+    return f"{answers} {prompts}"
+
+
+def rewards(history: list[dict]) -> list[tuple[str, str, str]]:
+    """(name, first, last) of every reward function's mean, or of DPO's accuracy: held out where the run evaluated."""
+    wanted = re.compile(r"((?:eval_(?:.+_)?)?)rewards/(?:(.+)/mean|(accuracies))")
+    for held_out in (True, False):
+        seen: dict[str, list[float]] = {}
+        for entry in history:
+            for name, value in entry.items():
+                match = wanted.fullmatch(name)
+                if match and bool(match[1]) == held_out and isinstance(value, (int, float)):
+                    label = match[2] or "pairs ranked right"
+                    split = match[1].removeprefix("eval_").rstrip("_")
+                    seen.setdefault(f"{label} ({split})" if split else label, []).append(value)
+        if seen:
+            where = "held-out prompts" if held_out else "training batches"
+            return [(f"{label}, {where}", f"{values[0]:.3f}", f"{values[-1]:.3f}") for label, values in seen.items()]
+    return []
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return "not measured"
+    has_error = isinstance(error, (int, float)) and math.isfinite(error)
+    return f"{value:.3g} ± {error:.2g}" if has_error else f"{value:.3g}"
+
+
+def alarms(events: list[dict]) -> list[str]:
+    """The health alarms of a run, each once, with the step of its beginning."""
+    begun = [event for event in events if "ends" not in event]
+    return [f"{event['alarm']} at step {event['step']}" for event in begun]
+
+
+def read_versions(path: Path) -> dict[str, str]:
+    """What `versions.json` holds; nothing where there is none."""
+    try:
+        versions = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return versions if isinstance(versions, dict) else {}

@@ -1,0 +1,113 @@
+"""The settings of a run as plain fields: what `resolved_recipe.yaml` holds, and what of it may leave the machine."""
+
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RECIPE_FILE, VERSIONS_FILE = "resolved_recipe.yaml", "versions.json"
+Settings = dict[str, Any]
+# Computed by TRL from other fields and the number of processes: refused beside them, or wrong, when run again.
+_DERIVED = {
+    "generation_batch_size",
+    "world_size",
+    "num_total_batches",
+    "micro_batch_size",
+    "local_batch_size",
+    "batch_size",
+    "local_mini_batch_size",
+    "mini_batch_size",
+}
+_VOCABULARY_TOKENS = {"pad_token", "eos_token", "stop_token"}
+_SECRETS = ("token", "api_key", "password", "secret")  # as a name, or its last part
+_VERSIONED = ("trl_klx", "trl", "torch", "transformers", "accelerate", "datasets", "peft", "tokenizers")
+
+
+def plain_settings(args: Any, *others: Any) -> Settings:
+    """Every field of a trainer's config and of other dataclasses, with the value it ended up with; no secrets."""
+    settings: Settings = {}
+    for other in others:
+        settings |= asdict(other)
+    settings |= args.to_dict()
+    # `to_dict` puts a placeholder wherever a name ends in token: right for secrets, wrong for a vocabulary's tokens.
+    settings |= {name: getattr(args, name) for name in _VOCABULARY_TOKENS & set(settings)}
+    return {
+        name: _without_secrets(value)
+        for name, value in settings.items()
+        if _plain(value) and name not in _DERIVED and not _is_secret(name)
+    }
+
+
+def _plain(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list, dict))
+
+
+def _is_secret(name: object) -> bool:
+    return name not in _VOCABULARY_TOKENS and str(name).lower().endswith(_SECRETS)
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_secrets(part) for name, part in value.items() if not _is_secret(name)}
+    if isinstance(value, (list, tuple)):
+        return [_without_secrets(part) for part in value]
+    return value if _plain(value) else str(value)  # a dtype, say
+
+
+def write_settings(folder: Path, settings: Settings) -> None:
+    """Write the settings (`resolved_recipe.yaml`) and the versions of what runs here (`versions.json`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECIPE_FILE).write_text(as_yaml(settings))
+    versions = {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()}
+    (folder / VERSIONS_FILE).write_text(json.dumps(versions, indent=2) + "\n")
+
+
+def read_settings(folder: Path) -> Settings:
+    """The settings that a run left.
+
+    Raises:
+        ValueError: there are none, or they cannot be read.
+    """
+    path = folder / RECIPE_FILE
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"there is no {path}, which every run writes: give the output_dir of a run.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must be a YAML mapping of field: value, and is a {type(settings).__name__}.")
+    return settings
+
+
+def as_yaml(settings: Settings) -> str:
+    return yaml.safe_dump(settings, sort_keys=True)
+
+
+def public_settings(settings: Settings) -> Settings:
+    """The settings without secrets, and without where this machine keeps its files."""
+    kept = {name: value for name, value in settings.items() if not _is_secret(name)}
+    return {name: _without_paths(_without_secrets(value)) for name, value in kept.items()}
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_paths(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(part) for part in value]
+    return without_path(value) if isinstance(value, str) else value
+
+
+def without_path(text: str) -> str:
+    """A path that only this machine has becomes `./<its last part>`; all other text stays.
+
+    A relative path below the working directory stays: it says no more than the recipe that was written by hand. A path
+    is never made a bare name, which from_pretrained would look up on the Hub.
+    """
+    if text.startswith(("/", "~", "../", "file:")):
+        return f"./{Path(text).name}"
+    return text

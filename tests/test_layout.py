@@ -20,6 +20,7 @@ ALLOWED = {
     "rewards": (set(), set()),
     "answers": ({"rewards"}, {"torch", "transformers"}),
     "command_line": (set(), set()),
+    "shipped": (set(), set()),
     "starter": ({"answers", "command_line"}, {"torch", "transformers", "tokenizers", "tqdm"}),
     "stories": ({"command_line"}, {"torch", "transformers", "tokenizers", "tqdm", "numpy"}),
     "story_rewards": (set(), {"afinn", "vaderSentiment"}),
@@ -29,7 +30,7 @@ ALLOWED = {
         {"torch", "transformers", "trl", "accelerate", "peft", "packaging", "datasets", "deepspeed"},
     ),
     "run": (
-        {"config", "monitor", "trainers", "run"},
+        {"config", "monitor", "trainers", "run", "shipped"},
         {"transformers", "trl", "datasets", "yaml", "rich"},
     ),
     "analysis": (
@@ -39,7 +40,7 @@ ALLOWED = {
             *("tqdm", "rich", "jinja2", "markupsafe", "matplotlib", "yaml"),
         },
     ),
-    "cli": ({"starter", "stories", "run", "analysis"}, set()),
+    "cli": ({"starter", "stories", "run", "analysis", "shipped"}, set()),
     "__init__": ({"trainers"}, set()),
 }
 

@@ -6,6 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from .shipped import RECIPES
+
 
 class Command(NamedTuple):
     """A command: the module whose `main` it runs, one line of help, and whether `accelerate launch` may start it."""
@@ -31,7 +33,7 @@ COMMANDS = {
         "trl_klx.analysis.command", "compare checkpoints with a reference on given responses", launched=True
     ),
 }
-_ACCELERATE_CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
+_ACCELERATE_CONFIGS = RECIPES / "accelerate"
 
 
 def usage() -> str:

@@ -59,6 +59,12 @@ def _escaped(line: str) -> str:
     return line if head else "".join(p if p.startswith("`") else re.sub(r"([*|])", r"\\\1", p) for p in parts)
 
 
+def _outside(app, name, source: list[str]) -> None:
+    """Files of the repository outside this folder are no pages: the site offers them as they are."""
+    source[0] = source[0].replace("](../", "](path:../")
+
+
 def setup(app) -> None:
+    app.connect("source-read", _outside)
     app.connect("autodoc-process-docstring", _as_rst, priority=400)  # before napoleon's 500
     app.connect("autodoc-process-signature", _short_signature)

@@ -16,15 +16,13 @@ import torch
 
 from trl_klx.kl import KLTerm, exact_kl, kl_estimate
 
-torch.set_default_dtype(torch.float64)
-torch.set_num_threads(1)
-
 answers = torch.tensor(list(itertools.product(range(5), repeat=3)))  # (N, T)
 states = torch.stack([0 * answers[:, 0], 1 + answers[:, 0], 6 + 5 * answers[:, 0] + answers[:, 1]], dim=1)
 mask = torch.ones_like(answers, dtype=torch.bool)
 
 # One row of five logits for each of the 31 states that an answer passes through.
-s, a = torch.arange(31.0)[:, None], torch.arange(5.0)[None, :]
+s, a = (torch.arange(size, dtype=torch.float64) for size in (31, 5))
+s, a = s[:, None], a[None, :]
 policy = torch.sin(0.7 * s + 1.3 * a).requires_grad_()
 
 
@@ -69,8 +67,8 @@ for estimator in ("k1", "k2", "k3", "exact"):
 
 # %% [markdown]
 # ## The gradient
-# What training sees is the gradient of one sampled answer. Its mean should be that of the KL, and its variance is what a
-# batch has to average away. `KLTerm` is the function that the trainers use.
+# What training sees is the gradient of one sampled answer. Its mean should be that of the KL, and its variance is what
+# a batch has to average away. `KLTerm` is the function that the trainers use.
 
 
 # %%

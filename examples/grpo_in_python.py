@@ -1,8 +1,8 @@
 # %% [markdown]
 # # GRPO with a KL target, in Python
 #
-# The starter model, which learns to sort digits, is trained for twenty steps while a PID controller moves beta towards a
-# KL of 0.1 nats per sequence. About half a minute on two CPU cores, most of it for making the starter once:
+# The starter model, which learns to sort digits, is trained for twenty steps while a PID controller moves beta towards
+# a KL of 0.1 nats per sequence. About half a minute on two CPU cores, most of it for making the starter once:
 #
 #     python examples/grpo_in_python.py
 #

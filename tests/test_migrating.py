@@ -1,4 +1,4 @@
-"""docs/migrating.md: each row's gradient, by enumeration through the other library's formula, and the options for it here.
+"""docs/migrating.md: each row's gradient, by enumeration through the other library's formula, and our options for it.
 
 The formulas are those of TRL 1.12.0, verl 0.9.1 (`kl_penalty`, `apply_kl_penalty`) and OpenRLHF 0.11.2
 (`compute_approx_kl`), written again as functions of the two log-probs, with their clamps.

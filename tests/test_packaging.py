@@ -64,14 +64,15 @@ def tracked(folder: str) -> list[Path]:
 
 def test_the_sdist_holds_the_sources_and_no_runs(built: Path) -> None:
     [sdist] = built.glob("*.tar.gz")
-    names = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "Makefile", "tests/test_oracle.py"} <= names
     assert {"docs/index.md", "examples/estimators_by_enumeration.py", "recipes/accelerate/cpu.yaml"} <= names
     assert not [name for name in names if name.startswith(("runs/", ".venv", "docs/_build", "dist/"))]
 
 
 def test_the_installed_command_finds_its_recipes_in_any_folder(installed: Path, tmp_path: Path) -> None:
-    """With the accelerate file and the recipe that came in the wheel: it gets as far as the starter, which is not there."""
+    """With the accelerate file and the recipe of the wheel it gets as far as the starter, which is not there."""
     code = "import json, trl_klx.shipped as s; print(json.dumps([s.__file__, str(s.RECIPES)]))"
     where = subprocess.check_output([installed / "python", "-c", code], cwd=tmp_path, env=ENVIRONMENT, text=True)
     assert all(path.startswith(str(installed.parent)) for path in json.loads(where))
@@ -131,7 +132,12 @@ def test_the_workflow_runs_what_ci_runs() -> None:
     [python] = [step["with"]["python-version"] for step in job["steps"] if "setup-python" in step.get("uses", "")]
     assert f">={python}" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     ci = (ROOT / ".ci" / "run").read_text().split("\n")
-    assert [line for line in ci if line.startswith("make ")] == ["make test", "make lint", "make docs", "make test-trl116"]
+    assert [line for line in ci if line.startswith("make ")] == [
+        "make test",
+        "make lint",
+        "make docs",
+        "make test-trl116",
+    ]
 
 
 def test_pre_commit_has_the_locked_ruff() -> None:

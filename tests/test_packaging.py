@@ -72,18 +72,22 @@ def test_the_sdist_holds_the_sources_and_no_runs(built: Path) -> None:
 
 
 def test_the_installed_command_finds_its_recipes_in_any_folder(installed: Path, tmp_path: Path) -> None:
-    """With the accelerate file and the recipe of the wheel it gets as far as the starter, which is not there."""
-    code = "import json, trl_klx.shipped as s; print(json.dumps([s.__file__, str(s.RECIPES)]))"
-    where = subprocess.check_output([installed / "python", "-c", code], cwd=tmp_path, env=ENVIRONMENT, text=True)
-    assert all(path.startswith(str(installed.parent)) for path in json.loads(where))
+    """With the recipe of the wheel it gets as far as the starter, which is not there."""
+
+    def run(*argv: str) -> subprocess.CompletedProcess:
+        command = [str(installed / argv[0]), *argv[1:]]
+        return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True)
+
+    code = "import json, trl_klx.cli as c; print(json.dumps([c.__file__, str(c._accelerate_config('cpu'))]))"
+    module, config = json.loads(run("python", "-c", code).stdout)
+    assert Path(config) == Path(module).parent / "recipes" / "accelerate" / "cpu.yaml"
+    assert config.startswith(str(installed.parent))
     for argv in (["--help"], ["starter", "--help"]):
-        output = subprocess.check_output([installed / "trl-klx", *argv], cwd=tmp_path, env=ENVIRONMENT, text=True)
-        assert output.startswith("usage: trl-klx")
-    recipe = "recipes/starter/grpo_k3_loss.yaml"
-    command = [installed / "trl-klx", "grpo", "--accelerate_config", "cpu", "--config", recipe]
-    run = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True)
-    assert "run `trl-klx starter` first" in run.stderr
-    assert run.returncode == 2
+        assert run("trl-klx", *argv).stdout.startswith("usage: trl-klx")
+    refused = run("trl-klx", "grpo", "--config", "recipes/starter/grpo_k3_loss.yaml")
+    assert "dataset_name='runs/starter/data'" in refused.stderr
+    assert "run `trl-klx starter` first" in refused.stderr
+    assert refused.returncode == 2
 
 
 def test_a_recipe_of_ones_own_comes_before_the_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,10 +73,11 @@ def test_names_of_the_package_in_the_docs_exist() -> None:
 
 
 def test_the_tree_in_the_readme_is_the_tree() -> None:
+    places = (ROOT, ROOT / "trl_klx", ROOT / "tests", ROOT / "recipes")
     [block] = [block for block in fenced(ROOT / "README.md", "") if block.startswith("trl_klx/\n")]
     for line in block.splitlines():
         for name in re.findall(r"(?<!\S)(\w+/|\w+\.py)(?=\s)", line):
-            assert [folder for folder in (ROOT, ROOT / "trl_klx", ROOT / "tests") if (folder / name).exists()], name
+            assert any((place / name).exists() for place in places), name
 
 
 def test_the_index_links_every_page() -> None:

@@ -8,7 +8,7 @@ VENV_TRL116 := .venv-trl116
 TESTS_TRL116 := $(addprefix tests/test_,grpo.py grpo_parity.py dpo.py dpo_parity.py kl_control.py kl_groups.py kl_budget.py \
 	config.py bad_input.py health.py gold.py recipes.py distributed.py)
 
-.PHONY: demo test test-trl116 lint clean
+.PHONY: demo test test-trl116 lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/trl-klx starter --output_dir runs/starter
@@ -25,6 +25,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every warning is an error: a broken link, a page that no list has, a docstring that does not parse.
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx --quiet --nitpicky --fail-on-warning --builder html docs docs/_build/html
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(call install,$(VENV),cat)
@@ -43,4 +47,4 @@ define install
 endef
 
 clean:
-	rm -rf $(VENV) $(VENV_TRL116) runs
+	rm -rf $(VENV) $(VENV_TRL116) runs docs/_build

@@ -1,6 +1,8 @@
 """Every rule about the KL arguments: what is accepted, what is refused, and the one sentence it says."""
 
+import inspect
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from tiny import Arguments
 from trl_klx import KLXGRPOConfig
 from trl_klx.config import KLArguments
 from trl_klx.config_rules import CHOICES, ESTIMATORS
+from trl_klx.control import KINDS
 from trl_klx.kl.gradients import EXPLANATION, SOUND, expected_gradient
 from trl_klx.trainers import grpo_config
 
@@ -211,3 +214,13 @@ def test_group_targets_may_be_json_as_on_a_command_line() -> None:
     arguments = Arguments(**GROUPS, kl_group_targets='{"a": 1, "2": 0.5}', kl_target=0.1)
     assert arguments.kl_group_targets == {"a": 1.0, "2": 0.5}
     assert [arguments.kl_target_of(name) for name in ("a", "2", "b")] == [1.0, 0.5, 0.1]
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "pid"])
+def test_help_states_the_controllers_defaults(kind: str) -> None:
+    """`--help` and the API page say `Default 2.` where the controller's own signature has 2.0."""
+    for name, parameter in inspect.signature(KINDS[kind].__init__).parameters.items():
+        if isinstance(parameter.default, float):
+            stated = re.search(r"Default ([\d.]+)\.$", KLArguments.__dataclass_fields__[f"kl_{name}"].metadata["help"])
+            assert stated, name
+            assert float(stated[1]) == parameter.default, name

@@ -1,10 +1,13 @@
 """The docs say what the code does: tables as printed, paths that exist, commands that the Makefile has."""
 
+import inspect
+import pkgutil
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from commands import PAGES, ROOT, fenced
 from test_oracle import oracle_table
 
 from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXPPOConfig
@@ -13,10 +16,12 @@ from trl_klx.analysis.options import MeasureOptions
 from trl_klx.config import KLArguments
 from trl_klx.config_rules import ESTIMATORS
 from trl_klx.kl.gradients import SOUND, expected_gradient
+from trl_klx.monitor import detect_course, detect_setup
+from trl_klx.monitor.readings import Finding
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md")]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+FOLDERS = (".ci", ".github", "docs", "examples", "recipes", "scripts", "tests", "trl_klx")
+# What a run writes: named in the docs, not in the repository.
+WRITTEN_BY_RUNS = ("resolved_recipe.yaml", "README.md")
 
 
 def test_gradient_page_is_what_the_oracle_prints() -> None:
@@ -45,16 +50,53 @@ def test_readme_table_has_the_verdict_of_the_code(estimator: str, placement: str
     assert cell.startswith("_refused") == (gradient not in SOUND)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_paths_in_docs_exist(page: Path) -> None:
+    """Links, relative to the page as on GitHub; and whatever stands in code and looks like a file of the repository."""
     text = page.read_text()
-    linked = re.findall(r"\]\(([^)#:]+)\)", text)
-    quoted = re.findall(r"`((?:recipes|scripts|tests|docs|trl_klx|\.ci)/[\w./]*)`", text)
-    launched = re.findall(r"(?:recipes|scripts)/[\w/]+\.(?:yaml|py)", text)
-    for name in linked:
-        assert (page.parent / name).exists() or (ROOT / name).exists(), name
-    for name in quoted + launched:
-        assert (ROOT / name).exists(), name
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http", "#")):
+            assert (page.parent / target.split("#")[0]).exists(), target
+    inside = rf"(?<![\w/.-])((?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]*)"
+    for code in re.findall(r"`([^`\n]+)`|^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for name in re.findall(inside, "".join(code)):
+            assert (ROOT / name.rstrip(".")).exists(), name
+        if re.fullmatch(r"[\w-]+\.(py|md|lock|toml|yaml|cff)", code[0]) and code[0] not in WRITTEN_BY_RUNS:
+            assert [*ROOT.glob(code[0]), *(path for folder in FOLDERS for path in (ROOT / folder).rglob(code[0]))], code
+
+
+def test_names_of_the_package_in_the_docs_exist() -> None:
+    """`trl_klx.analysis.measure_kl` and its like."""
+    names = {name for page in PAGES for name in re.findall(r"`(trl_klx(?:\.\w+)+)", page.read_text())}
+    assert len(names) > 1
+    for name in sorted(names):
+        assert pkgutil.resolve_name(name), name
+
+
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    places = (ROOT, ROOT / "trl_klx", ROOT / "tests", ROOT / "recipes")
+    [block] = [block for block in fenced(ROOT / "README.md", "") if block.startswith("trl_klx/\n")]
+    for line in block.splitlines():
+        for name in re.findall(r"(?<!\S)(\w+/|\w+\.py)(?=\s)", line):
+            assert any((place / name).exists() for place in places), name
+
+
+def test_the_index_links_every_page() -> None:
+    """The site's sidebar has all pages by itself; the list in words is written by hand."""
+    linked = re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs" / "index.md").read_text())
+    assert sorted(linked) == sorted(page.name for page in (ROOT / "docs").glob("*.md") if page.stem != "index")
+
+
+def test_every_alarm_is_in_the_pages_on_trouble() -> None:
+    """An alarm is a function of `detect_course` or `detect_setup` that may find something."""
+    detectors = [item for module in (detect_course, detect_setup) for item in vars(module).values() if callable(item)]
+    returns = {item.__name__: inspect.get_annotations(item).get("return") for item in detectors}
+    alarms = {name for name, found in returns.items() if found == Finding | None and not name.startswith("_")}
+    assert len(alarms) > 5
+    for name in ("health.md", "troubleshooting.md"):
+        rows = [line for line in (ROOT / "docs" / name).read_text().splitlines() if line.startswith("|")]
+        named = {cell for row in rows for cell in re.findall(r"\| `(\w+)` \|", row)}
+        assert named == alarms, name
 
 
 def test_make_targets_in_the_readme_exist() -> None:
@@ -65,7 +107,8 @@ def test_make_targets_in_the_readme_exist() -> None:
 
 
 def test_options_in_the_docs_exist() -> None:
-    pages = "".join(page.read_text() for page in PAGES)
+    # The options of other libraries are on migrating.md, which has a test of its own.
+    pages = "".join(page.read_text() for page in PAGES if page.stem != "migrating")
     named = set(re.findall(r"`(kl_\w+|allow_biased_kl)`?[:=`]?", pages))
     fields = {
         *KLXGRPOConfig.__dataclass_fields__,

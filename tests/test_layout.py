@@ -22,6 +22,7 @@ ALLOWED = {
     "rewards": (set(), set()),
     "answers": ({"rewards"}, {"torch", "transformers"}),
     "command_line": (set(), set()),
+    "shipped": (set(), set()),
     "starter": ({"answers", "command_line"}, {"torch", "transformers", "tokenizers", "tqdm"}),
     "stories": ({"command_line"}, {"torch", "transformers", "tokenizers", "tqdm", "numpy"}),
     "sums": ({"answers", "command_line", "rewards"}, {"torch", "transformers"}),
@@ -36,7 +37,7 @@ ALLOWED = {
         {"huggingface_hub", "jinja2", "yaml"},
     ),
     "run": (
-        {"config", "hub", "monitor", "trainers", "run"},
+        {"config", "hub", "monitor", "trainers", "run", "shipped"},
         {"transformers", "trl", "datasets", "yaml", "rich"},
     ),
     "analysis": (
@@ -47,7 +48,7 @@ ALLOWED = {
         },
     ),
     "completion": ({"cli", "command_line"}, {"shtab"}),
-    "cli": ({"starter", "stories", "run", "analysis", "hub"}, set()),
+    "cli": ({"starter", "stories", "run", "analysis", "hub", "shipped"}, set()),
     "__init__": ({"trainers"}, set()),
 }
 

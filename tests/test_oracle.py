@@ -9,7 +9,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from enumeration import World, all_worlds, exact_token_kl, fixture_world, relative_error, targets
+from enumeration import (
+    World,
+    all_worlds,
+    exact_token_kl,
+    expected_token_kl,
+    fixture_world,
+    relative_error,
+    targets,
+)
 from torch import Tensor
 
 from trl_klx.kl import KLTerm, exact_kl, importance_weights, kl_credit, kl_estimate, kl_loss
@@ -108,7 +116,11 @@ def test_unweighted_k1_loss_off_policy_never_sees_the_reference(world: World) ->
 
     here, elsewhere = gradient(world.ref_logps()), gradient(world.sampler_logps())
     torch.testing.assert_close(here, elsewhere, rtol=0, atol=1e-12)
-    assert here.norm() > 1e-3  # it pulls, to the sampler
+    assert here.norm() > 1e-3
+    # It is minus the gradient of KL(mu || pi), states of mu: training pushes the policy away from the sampler.
+    sampler_to_policy_S = exact_token_kl(world.sampler_logits, world.policy_logits(world.theta))
+    pull = world.gradient(expected_token_kl(world, probs_N.detach(), sampler_to_policy_S))
+    torch.testing.assert_close(here, -pull, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda w: w.name)

@@ -388,8 +388,7 @@ def test_command_prints_where_things_are_and_what_comes_next(
     assert "runs/starter/data" in out
     assert "runs/starter/preferences (for DPO: 0 pairs of its own answers to train on, 0 held out)" in out
     assert out.endswith(
-        "accelerate launch --num_cpu_threads_per_process 1 --config_file recipes/accelerate/cpu.yaml scripts/grpo.py "
-        "--config recipes/starter/grpo_exact_both_pid.yaml\n"
+        "\n  OMP_NUM_THREADS=1 trl-klx grpo --accelerate_config cpu --config recipes/starter/grpo_exact_both_pid.yaml\n"
     )
     assert main(["--output_dir", "my runs", "--seed", "1", "--force"]) == 0
     assert capsys.readouterr().out.endswith("--model_name_or_path 'my runs/model' --dataset_name 'my runs/data'\n")

@@ -22,7 +22,6 @@ from trl_klx.stories import StoriesError, convert_model, convert_tokenizer, make
 from trl_klx.story_rewards import StoryJudge, cheer, cheerful_story, vader_sentiment
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, POSITIONS = 8, 12, 2, 2, 1, 256
-WORDS = ["▁the", "▁a", "▁big", "▁good", "▁happy", "▁cat", "▁dog", "▁sad", "▁sat", "▁ran", "."]
 # Pieces by falling score, so that each is made of two that are merged before it.
 PIECES = [" ", "t", "h", "e", "a", "b", "i", "g", "o", "d", "p", "y", "c", "s", "r", "n", "."]
 PIECES += [" t", " th", " the", " a", "ig", " b", " big", "oo", " g", " goo", " good", "ap", "apy", " h", "at", " c"]

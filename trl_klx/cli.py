@@ -6,6 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from .shipped import RECIPES
+
 
 class Command(NamedTuple):
     """A command: the module whose `main` it runs, one line of help, and whether `accelerate launch` may start it."""
@@ -35,7 +37,7 @@ COMMANDS = {
     "card": Command("trl_klx.hub.command", "write the model card of a run again, and push what the run left"),
     "completion": Command("trl_klx.completion", "print the script that makes a shell complete all this"),
 }
-_ACCELERATE_CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
+_ACCELERATE_CONFIGS = RECIPES / "accelerate"
 
 
 def usage() -> str:

@@ -18,7 +18,7 @@ class KLArguments:
     """How the KL to the reference is estimated, where it enters, how it is corrected and what holds it at its target.
 
     All KL values are in nats. Mixed into each trainer's config; see the README's table for the gradient that each
-    combination has. `ValueError`s name the field, its value and the remedy.
+    combination has. A `ValueError` names the field, its value and the remedy.
     """
 
     kl_estimator: str = _option(
@@ -57,11 +57,11 @@ class KLArguments:
         None, "What the controller reads: k1, k3 or exact. Default: exact where it is computed anyway, else k3."
     )
     kl_horizon: float | None = _option(None, "Horizon of the adaptive controller, in episodes. Default 10000.")
-    kl_kp: float | None = _option(None, "Proportional gain of the pid controller. Default 1.5.")
-    kl_ki: float | None = _option(None, "Integral gain of the pid controller. Default 0.06.")
+    kl_kp: float | None = _option(None, "Proportional gain of the pid controller. Default 2.")
+    kl_ki: float | None = _option(None, "Integral gain of the pid controller. Default 0.1.")
     kl_kd: float | None = _option(None, "Derivative gain of the pid controller. Default 0.")
     kl_gain_min: float | None = _option(
-        None, "Factor, at most 1, down to which the pid controller lowers its gains while the KL swings. Default 0.2."
+        None, "Factor, at most 1, down to which the pid controller lowers its gains while the KL swings. Default 0.15."
     )
     kl_coef_min: float | None = _option(None, "Smallest beta of the adaptive and pid controllers. Default beta/100.")
     kl_coef_max: float | None = _option(None, "Largest beta of the adaptive and pid controllers. Default 100*beta.")
@@ -100,7 +100,7 @@ class KLArguments:
 
     @property
     def kl_coef_name(self) -> str:
-        """TRL's name of that field: beta (GRPO, DPO) or kl_coef (PPO)."""
+        """TRL's name of that field, beta (GRPO, DPO) or kl_coef (PPO)."""
         raise TypeError(f"{type(self).__name__} must say which of its fields is beta.")
 
     @property

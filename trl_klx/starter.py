@@ -31,8 +31,7 @@ HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS = 128, 2, 4
 BATCH_SIZE, LEARNING_RATE = 64, 1.5e-3
 PARTS = ("model", "data", "preferences")
 NEXT_COMMAND = (
-    "accelerate launch --num_cpu_threads_per_process 1 --config_file recipes/accelerate/cpu.yaml scripts/grpo.py "
-    "--config recipes/starter/grpo_exact_both_pid.yaml"
+    "OMP_NUM_THREADS=1 trl-klx grpo --accelerate_config cpu --config recipes/starter/grpo_exact_both_pid.yaml"
 )
 
 

@@ -36,8 +36,7 @@ STORY_TOKENS, BATCH_SIZE = 72, 64
 BYTE_TOKENS = 259  # <unk>, <s>, </s> and one token per byte come before the learnt pieces
 STORY_FILE = "stories.json"
 NEXT_COMMAND = (
-    "accelerate launch --num_cpu_threads_per_process 1 --config_file recipes/accelerate/cpu.yaml scripts/grpo.py "
-    "--config recipes/tinystories-15m/grpo_exact_none.yaml"
+    "OMP_NUM_THREADS=1 trl-klx grpo --accelerate_config cpu --config recipes/tinystories-15m/grpo_exact_none.yaml"
 )
 
 

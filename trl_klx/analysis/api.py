@@ -36,7 +36,7 @@ def measure_kl(
         **options: fields of `trl_klx.analysis.options.MeasureOptions`.
 
     Returns:
-        A dataset with a row per policy and response. With T the response's tokens, p the policy and r the reference:
+        A dataset with a row per policy and response. T is the response's tokens, p the policy, r the reference.
 
         - `policy`, `response` (its row in the data), `id`, `group`, `correct`, `num_tokens` (T);
         - lists of T: `token_ids`, `tokens` (text), `class`, `spike`; in nats `kl_policy_ref` = KL(p || r),

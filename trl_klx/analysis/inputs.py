@@ -9,8 +9,6 @@ from datasets import Dataset, DatasetDict, load_dataset
 
 from .errors import MeasureError
 
-Messages = Sequence[Mapping[str, Any]]
-Text = str | Messages
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 

@@ -109,7 +109,7 @@ class KLTerm:
 
     @property
     def credit_kind(self) -> str:
-        """The credit that the reward uses: `reward_credit`, or "future" where the loss has the token's own KL."""
+        """What the reward charges a token for, `reward_credit` or "future" where the loss has the token's own KL."""
         return credit_in_use(self.estimator, self.placement, self.reward_credit, self.weighted)
 
     def penalty(self, logps: Tensor, ref_logps: Tensor, mask: Tensor, *, exact: Tensor | None = None) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser
 
+from ..shipped import shipped_recipe
+
 
 @dataclass
 class RunArguments(ScriptArguments):
@@ -42,12 +44,17 @@ class BadInput(ValueError):
 def parse_recipe(program: str, config: type, argv: list[str]) -> Recipe:
     """Parse `--config recipe.yaml --any_field value …`, with a trainer's `config` class; the command line wins.
 
+    A recipe that is not there but comes with the package (recipes/starter/…) is taken from the package.
+
     Raises:
         BadInput: the file is missing or no mapping, or a field or value does not exist.
     """
     dataclass_types: tuple[Any, ...] = (RunArguments, config, ModelConfig)
     parser = TrlParser(dataclass_types, prog=program, usage=f"{program} --config RECIPE.yaml [--field value ...]")
     argv = [part for text in argv for part in (text.split("=", 1) if text.startswith("--config=") else [text])]
+    if "--config" in argv[:-1]:
+        position = argv.index("--config") + 1
+        argv[position] = str(shipped_recipe(argv[position]))
     known = {f.name for cls in dataclass_types for f in dataclasses.fields(cls) if f.init} | {"env"}
     _check_config_file(argv, known)
     try:

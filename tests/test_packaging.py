@@ -1,0 +1,151 @@
+"""What a user installs: wheel and sdist hold what they should, and the commands work from a wheel in any folder."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import trl_klx
+from trl_klx.shipped import RECIPES, shipped_recipe
+
+ROOT = Path(__file__).parent.parent
+# What a checkout's environment would lend: the tests are about the wheel alone.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel that is built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT]
+    subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of an environment that has the wheel, and borrows only the dependencies from this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = folder / "bin" / "python"
+    [wheel] = built.glob("*.whl")
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run(command, check=True, env=ENVIRONMENT)
+    [own] = (folder / "lib").glob("python*/site-packages")
+    # A path in a .pth file comes after this folder, and its own .pth files (an editable trl_klx) are not read.
+    lent = {str(Path(module.__file__).parent.parent) for module in (pytest, yaml) if module.__file__}
+    (own / "dependencies.pth").write_text("\n".join(sorted(lent)))
+    return folder / "bin"
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
+    [wheel] = built.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"trl_klx", f"trl_klx-{trl_klx.__version__}.dist-info"}
+    inside = {name.removeprefix("trl_klx/") for name in names if name.startswith("trl_klx/")}
+    package = {str(path.relative_to(ROOT / "trl_klx")) for path in tracked("trl_klx")}
+    recipes = {str(path.relative_to(ROOT)) for path in tracked("recipes")}
+    assert {"py.typed", "analysis/page/page.html.j2", "analysis/page/page.css", "analysis/page/page.js"} <= inside
+    assert "recipes/accelerate/cpu.yaml" in inside
+    assert inside == package | recipes
+
+
+def tracked(folder: str) -> list[Path]:
+    """The files of a folder, without what Python leaves in it."""
+    return [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+
+
+def test_the_sdist_holds_the_sources_and_no_runs(built: Path) -> None:
+    [sdist] = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "Makefile", "tests/test_oracle.py"} <= names
+    assert {"docs/index.md", "examples/estimators_by_enumeration.py", "recipes/accelerate/cpu.yaml"} <= names
+    assert not [name for name in names if name.startswith(("runs/", ".venv", "docs/_build", "dist/"))]
+
+
+def test_the_installed_command_finds_its_recipes_in_any_folder(installed: Path, tmp_path: Path) -> None:
+    """With the recipe of the wheel it gets as far as the starter, which is not there."""
+
+    def run(*argv: str) -> subprocess.CompletedProcess:
+        command = [str(installed / argv[0]), *argv[1:]]
+        return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True)
+
+    code = "import json, trl_klx.cli as c; print(json.dumps([c.__file__, str(c._accelerate_config('cpu'))]))"
+    module, config = json.loads(run("python", "-c", code).stdout)
+    assert Path(config) == Path(module).parent / "recipes" / "accelerate" / "cpu.yaml"
+    assert config.startswith(str(installed.parent))
+    for argv in (["--help"], ["starter", "--help"]):
+        assert run("trl-klx", *argv).stdout.startswith("usage: trl-klx")
+    refused = run("trl-klx", "grpo", "--config", "recipes/starter/grpo_k3_loss.yaml")
+    assert "dataset_name='runs/starter/data'" in refused.stderr
+    assert "run `trl-klx starter` first" in refused.stderr
+    assert refused.returncode == 2
+
+
+def test_a_recipe_of_ones_own_comes_before_the_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "recipes/starter/grpo_k3_loss.yaml"
+    assert shipped_recipe(name) == RECIPES / "starter" / "grpo_k3_loss.yaml"
+    assert shipped_recipe("recipes/starter/other.yaml") == Path("recipes/starter/other.yaml")
+    assert shipped_recipe("starter/grpo_k3_loss.yaml") == Path("starter/grpo_k3_loss.yaml")
+    (tmp_path / "recipes" / "starter").mkdir(parents=True)
+    (tmp_path / name).write_text("beta: 1.0\n")
+    assert shipped_recipe(name) == Path(name)
+
+
+def test_every_extra_is_known_and_pinned() -> None:
+    """The extras that the docs name exist, and the lock has a version of all that CI can install."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    locked = {line.split("==")[0].lower() for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    for name, requirements in extras.items():
+        for requirement in requirements:
+            package = requirement.split(";")[0].split(">")[0].split("=")[0].strip().lower()
+            assert package in locked or package.startswith(("trl_klx[", "trl[vllm]")), (name, requirement)
+    for own in extras["dev"][0].split("[")[1].rstrip("]").split(","):
+        assert own in extras
+
+
+def test_citation_and_package_agree() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["type"] == "software"
+    assert citation["license"] == "Apache-2.0"
+    assert citation["version"] == trl_klx.__version__
+    assert citation["title"] == "trl_klx"
+    assert citation["message"]
+    assert citation["authors"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (project["version"], project["license"]) == (citation["version"], citation["license"])
+    assert (ROOT / "LICENSE").read_text().lstrip().startswith("Apache License\n")
+
+
+def test_the_workflow_runs_what_ci_runs() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    [job] = workflow["jobs"].values()
+    runs = [step["run"] for step in job["steps"] if "run" in step]
+    assert runs[-1] == "bash .ci/run"
+    [python] = [step["with"]["python-version"] for step in job["steps"] if "setup-python" in step.get("uses", "")]
+    assert f">={python}" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    ci = (ROOT / ".ci" / "run").read_text().split("\n")
+    assert [line for line in ci if line.startswith("make ")] == [
+        "make test",
+        "make lint",
+        "make docs",
+        "make test-trl116",
+    ]
+
+
+def test_pre_commit_has_the_locked_ruff() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    [ruff] = [repo for repo in hooks if repo["repo"].endswith("/ruff-pre-commit")]
+    assert f"ruff=={ruff['rev'].removeprefix('v')}" in (ROOT / "requirements.lock").read_text().split()
+    assert [hook["id"] for hook in ruff["hooks"]] == ["ruff-check", "ruff-format"]

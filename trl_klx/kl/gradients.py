@@ -120,3 +120,38 @@ def expected_gradient(estimator: str, placement: str, credit: str = "return_to_g
     if placement in ("reward", "both"):
         total += reward_gradient(estimator, credit_in_use(estimator, placement, credit, weighted))
     return total
+
+
+def gradient_sentence(
+    estimator: str,
+    placement: str,
+    credit: str = "return_to_go",
+    weight: str = "token",
+    *,
+    direction: str = "reverse",
+    on_data: bool = False,
+) -> str:
+    """The gradient of a configuration as one sentence in plain words, for reports and model cards.
+
+    Args:
+        estimator, placement, credit: as in `expected_gradient`.
+        weight: the importance weight on the KL loss (kl_importance_sampling), "none" for none.
+        direction: of an exact KL, reverse or forward.
+        on_data: whether the KL is taken at the prefixes of given answers (DPO) and not of sampled ones.
+    """
+    if placement == "none":
+        return "The KL to the reference is measured and logged; no penalty acts on the policy."
+    where = {"loss": "in the loss", "reward": "in the reward", "both": "in the loss and in the reward"}[placement]
+    kind = "exact forward" if direction == "forward" else estimator
+    if on_data:
+        pair = "KL(reference || policy)" if direction == "forward" else "KL(policy || reference)"
+        return f"The {kind} KL {where} has the gradient of {pair} at the data's own prefixes, token by token."
+    if direction == "forward":
+        meaning = {
+            "loss": EXPLANATION["F"],
+            "reward": EXPLANATION["M"],
+            "both": "has the gradient of the forward KL(reference || policy) summed along the policy's own answers",
+        }[placement]
+    else:
+        meaning = EXPLANATION[expected_gradient(estimator, placement, credit, weight != "none").name]
+    return f"In expectation, the {kind} KL {where} {meaning}."

@@ -29,8 +29,8 @@ ALLOWED = {
         {"torch", "transformers", "trl", "accelerate", "peft", "packaging", "datasets", "deepspeed"},
     ),
     "run": (
-        {"config", "monitor", "trainers", "run"},
-        {"transformers", "trl", "datasets", "yaml", "rich"},
+        {"kl", "config", "config_rules", "command_line", "monitor", "trainers", "run"},
+        {"transformers", "trl", "datasets", "yaml", "rich", "torch", "accelerate", "peft", "huggingface_hub"},
     ),
     "analysis": (
         {"kl", "trainers", "analysis"},  # of the trainers, what an architecture does to its logits

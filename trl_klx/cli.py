@@ -27,6 +27,7 @@ COMMANDS = {
         "trl_klx.run.ppo", "train with PPO, on prompts and reward functions or a reward model (TRL 1.12)", launched=True
     ),
     "dpo": Command("trl_klx.run.dpo", "train with DPO, on pairs of chosen and rejected answers", launched=True),
+    "explain": Command("trl_klx.run.explain.command", "say which gradient a recipe has, and what to use instead"),
     "measure": Command(
         "trl_klx.analysis.command", "compare checkpoints with a reference on given responses", launched=True
     ),

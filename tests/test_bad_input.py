@@ -238,7 +238,7 @@ def test_command_line_is_refused(
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["grop"], "the command 'grop' does not exist: use starter, stories, grpo, ppo, dpo, measure."),
+        (["grop"], "the command 'grop' does not exist: use starter, stories, grpo, ppo, dpo, explain, measure."),
         (["grpo", "--accelerate_config", "zero9", "--config", "x"], "neither a file nor one of cpu, fsdp2"),
         (["dpo", "--config", "nowhere.yaml"], "--config nowhere.yaml does not exist"),
         (["grpo", "--accelerate_config"], "neither a file nor one of"),

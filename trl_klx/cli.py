@@ -72,8 +72,10 @@ def _launch(command: Command, argv: list[str]) -> int:
         known = ", ".join(sorted(path.stem for path in _ACCELERATE_CONFIGS.glob("*.yaml")))
         print(f"error: --accelerate_config {name} is neither a file nor one of {known}.", file=sys.stderr)
         return 2
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
     rest = argv[:position] + argv[position + 2 :]
+    if any(text.split("=")[0] == "--dry_run" for text in rest):  # plans for the layout, on one process
+        return import_module(command.module).main([*rest, "--accelerate_config", str(config)])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
     return subprocess.call([*launch, "-m", command.module, *rest])
 
 

@@ -13,7 +13,8 @@ from trl import get_peft_config, get_quantization_config
 from ..monitor.history import HistoryCallback
 from ..monitor.progress import KLProgressCallback
 from ..trainers.checkpoints import CheckpointError, NotSavedError, RunError, resolve_checkpoint
-from .arguments import Recipe, parse_recipe
+from .arguments import BadInput, Recipe, parse_recipe
+from .dry_run.command import dry_run, wants_dry_run
 from .inputs import Inputs
 from .report import report, write_resolved_recipe
 
@@ -25,8 +26,8 @@ def run_recipe(
     load_inputs: Callable[[Recipe], Inputs],
     build_trainer: Callable[[Recipe, Inputs], Any],
 ) -> int:
-    """Check everything, then train, save and report. Returns the exit status: 0, 2 for bad input, or 1 for a run that
-    could not go on.
+    """Check everything, then train, save and report; or with `dry_run`, say what that would be. Returns the exit
+    status: 0, 2 for bad input, or 1 for a run that could not go on (of a dry run: for problems found).
 
     Args:
         argv: the command line, `sys.argv` where None.
@@ -35,8 +36,16 @@ def run_recipe(
         load_inputs: checks what the recipe names, and loads all but the models; raises ValueError.
         build_trainer: makes the trainer, and with it loads the models.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if wants_dry_run(argv):
+        return dry_run(argv, program, config)
     try:
-        recipe = parse_recipe(program, config, sys.argv[1:] if argv is None else argv)
+        recipe = parse_recipe(program, config, argv)
+        if recipe.run.accelerate_config is not None:
+            raise BadInput(
+                f"accelerate_config={recipe.run.accelerate_config!r} starts processes only as `trl-klx` or `accelerate "
+                "launch --config_file`: give it there, or plan for it by dry_run."
+            )
         inputs = load_inputs(recipe)
         resolve_checkpoint(recipe.args.resume_from_checkpoint, recipe.args.output_dir)
         trainer = build_trainer(recipe, inputs)

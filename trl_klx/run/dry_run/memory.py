@@ -18,6 +18,7 @@ PROMPT_TOKENS = 256  # assumed, where no field bounds the prompts
 _GIB = 2**30
 _CHUNKS = 512 * 2**20  # of the exact KL, both models' logits
 _OVERHEAD = 2 * _GIB  # context of the device, kernels, communication, fragmentation
+_VLLM_CACHE = 2 * _GIB  # the least that vLLM needs beside its weights
 _LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
 
 
@@ -31,10 +32,11 @@ class Part(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """All parts, and what vLLM takes of each device beside them, as a fraction of it."""
+    """All parts, and what vLLM takes of each device beside them, as a fraction of it and as bytes of weights in it."""
 
     parts: list[Part]
     vllm_share: float
+    vllm_weights: int
 
     @property
     def peak(self) -> int:
@@ -44,8 +46,10 @@ class Memory(NamedTuple):
 
     @property
     def device(self) -> int:
-        """Bytes that a device must have for the peak and vLLM's share of it."""
-        return round(self.peak / (1 - self.vllm_share))
+        """Bytes that a device must have for the peak beside vLLM's share, and for vLLM's weights within it."""
+        if not self.vllm_share:
+            return self.peak
+        return round(max(self.peak / (1 - self.vllm_share), (self.vllm_weights + _VLLM_CACHE) / self.vllm_share))
 
 
 class _Shape(NamedTuple):
@@ -72,7 +76,8 @@ def estimate(algorithm: str, recipe: Recipe, models: Models, layout: Layout) -> 
     parts.append(Part("context, kernels, fragmentation", _OVERHEAD, ESTIMATE))
     colocated = getattr(args, "use_vllm", False) and args.vllm_mode == "colocate"
     share = args.vllm_gpu_memory_utilization if colocated else 0.0
-    return Memory([part for part in parts if part.bytes], share)
+    weights = 2 * models.base.parameters // args.vllm_tensor_parallel_size if share else 0
+    return Memory([part for part in parts if part.bytes], share, weights)
 
 
 def training_state(weights: Weights, args: Any, layout: Layout) -> list[Part]:

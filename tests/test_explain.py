@@ -204,3 +204,11 @@ def test_figures_are_computed_and_not_typed_in(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(choices, "figures", halved)
     assert "at 10.6 times less variance" in command.advice(KLTerm("k3", "loss"))
+
+
+def test_the_pages_table_is_what_the_enumeration_gives() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "explain.md").read_text()
+    for row in [*rows(KLTerm()), *rows(KLTerm("k3", "loss", weight_level="none"))[:2]]:
+        variance = " ".join(f"{value:.1f}" for value in row.relative_variance)
+        bias, error = (f"{100 * value:.0f} %" for value in (row.figures.bias, row.figures.off_policy_error))
+        assert f"| {row.name} | {row.gradient} | {bias} | {error} | {variance} |" in page

@@ -18,6 +18,7 @@ ALLOWED = {
     "config": ({"config_rules", "kl"}, set()),
     "config_rules": ({"config", "kl"}, set()),
     "rewards": (set(), set()),
+    "tasks": (set(), set()),
     "answers": ({"rewards"}, {"torch", "transformers"}),
     "command_line": (set(), set()),
     "starter": ({"answers", "command_line"}, {"torch", "transformers", "tokenizers", "tqdm"}),

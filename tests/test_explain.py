@@ -143,6 +143,7 @@ def explain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more
         ("grpo_exact_both_pid", [], 0, ["No choice has less variance", "num_iterations=2", "divides by each answer's"]),
         ("grpo_exact_both_pid", [], 0, ["top_p=0.9", "hold 0.02 nats per token", "up to 2 nats in an answer of 100"]),
         ("grpo_k3_none", [], 0, ["no penalty acts on the policy", "No penalty acts (beta=0.0"]),
+        ("grpo_k3_none", ["--kl_placement", "loss"], 0, ["There is no KL to the reference"]),
         ("grpo_exact_loss", [], 0, ["exact forward in loss F", "for the reverse KL use exact in both"]),
         ("dpo_exact_loss", [], 0, ["at the data's own prefixes", "No probe", "exact in loss P on the data"]),
     ],

@@ -1,5 +1,6 @@
 """The course of a dry run: parse to the end, count, estimate, check, print. Nothing is written, no weight loaded."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any, NamedTuple
 import yaml
 from rich.console import Console
 
-from ...kl.gradients import gradient_sentence
 from ..algorithms import ALGORITHMS, config_of
 from ..arguments import BadInput, Recipe, given_option
 from ..explain.command import advice
+from ..explain.notes import sentence
 from . import page
 from .layout import Layout, as_if_on, read_layout
 from .lenient import parse_leniently
@@ -58,7 +59,8 @@ def dry_run(argv: list[str], program: str, config: type) -> int:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _print(algorithm, plan)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, all plan and one prints
+        _print(algorithm, plan)
     return 1 if plan.problems else 0
 
 
@@ -114,20 +116,8 @@ def _print(algorithm: str, plan: Plan) -> None:
         for name, value in page.configuration(plan.recipe):
             say(f"  {name}: {value}")
         say("\ngradient")
-        on_data = algorithm == "dpo"
-        acts = args.kl_is_penalised and (not on_data or args.kl_in_loss)
-        say(
-            "  "
-            + gradient_sentence(
-                args.kl_estimator,
-                args.kl_placement if acts else "none",
-                args.kl_credit,
-                args.kl_importance_sampling,
-                direction=args.kl_direction,
-                on_data=on_data,
-            )
-        )
-        if acts and not on_data:
+        say(f"  {sentence(algorithm, args)}")
+        if args.kl_is_penalised and algorithm != "dpo":
             say(f"  {advice(args.kl_term())}")
         say("\nbatches")
         for line in page.batches(algorithm, args, plan.layout, plan.data.rows if plan.data else None):

@@ -10,13 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ...command_line import CommandParser
-from ...kl.gradients import gradient_sentence
 from ...kl.term import KLTerm
 from ...kl.variance import DISTANCES
 from ..algorithms import ALGORITHMS, algorithm_of, config_of
 from ..arguments import BadInput, Recipe, parse_recipe
 from .choices import Row, best_of, gradient_of, is_sound, name_of, rows, variance_ratio
-from .notes import notes
+from .notes import notes, sentence
 
 _WIDTH = 116  # of the table; narrower terminals wrap its lines
 _LEGEND = """\
@@ -85,15 +84,7 @@ def _print(console: Console, path: Path, algorithm: str, recipe: Recipe, refusal
     on_data = algorithm == "dpo"
     say = console.print
     say(f"{path}: {algorithm.upper()}, {name_of(term)}, {args.kl_controller} {args.kl_coef_name}", markup=False)
-    sentence = gradient_sentence(
-        args.kl_estimator,
-        args.kl_placement if args.kl_is_penalised and (not on_data or args.kl_in_loss) else "none",
-        args.kl_credit,
-        args.kl_importance_sampling,
-        direction=args.kl_direction,
-        on_data=on_data,
-    )
-    say(sentence, markup=False)
+    say(sentence(algorithm, args), markup=False)
     if refusal:
         say(f"Refused: {refusal}", markup=False)
     if not on_data and args.kl_placement != "none":

@@ -3,6 +3,24 @@
 from collections.abc import Iterator
 from typing import Any
 
+from ...kl.gradients import gradient_sentence
+
+
+def sentence(algorithm: str, args: Any) -> str:
+    """The gradient of a recipe's KL, as one sentence."""
+    on_data = algorithm == "dpo"
+    if not args.kl_is_measured and not (on_data and args.kl_is_penalised):
+        return "There is no KL to the reference, neither penalised nor measured."
+    acts = args.kl_in_loss if on_data else args.kl_is_penalised
+    return gradient_sentence(
+        args.kl_estimator,
+        args.kl_placement if acts else "none",
+        args.kl_credit,
+        args.kl_importance_sampling,
+        direction=args.kl_direction,
+        on_data=on_data,
+    )
+
 
 def notes(algorithm: str, args: Any) -> list[str]:
     """Everything beside estimator, placement and weight that changes what the KL does, or says that nothing does."""

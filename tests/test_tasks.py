@@ -1,8 +1,11 @@
 """GSM8K's rows as prompts, and the reward that compares final numbers."""
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from trl_klx.rewards import final_number
+from trl_klx.run.arguments import BadInput
+from trl_klx.run.inputs import prepare_rows
 from trl_klx.tasks import gsm8k_prompts
 
 ROW = {"question": "How many?", "answer": "She has <<3*4=12>>12 of 1,000.\n#### 1,012"}
@@ -73,3 +76,17 @@ def test_what_the_dataset_must_hold() -> None:
 def test_the_real_format_end_to_end() -> None:
     row = gsm8k_prompts(ROW)
     assert final_number([row["prompt"]] * 2, [ROW["answer"], "1,013"], answer=[row["answer"]] * 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_prepared_rows_take_the_place_of_the_datasets_own(streaming: bool) -> None:
+    """Every split, every row, and no column of before is left."""
+    rows = Dataset.from_list([{**ROW, "level": i} for i in range(3)])
+    given = DatasetDict({"train": rows.to_iterable_dataset() if streaming else rows, "test": rows})
+    prepared = prepare_rows(given, "trl_klx.tasks.gsm8k_prompts")
+    assert set(prepared) == {"train", "test"}
+    for split in prepared.values():
+        assert [set(row) for row in split] == [{"prompt", "answer"}] * 3
+    assert prepare_rows(given, None) is given
+    with pytest.raises(BadInput, match=r"dataset_prepare='trl_klx\.tasks\.nothing' cannot be imported"):
+        prepare_rows(given, "trl_klx.tasks.nothing")

@@ -81,18 +81,18 @@ def make_plan(algorithm: str, argv: list[str], program: str = "dry_run") -> Plan
     with as_if_on(layout.processes):
         recipe, complaints = parse_leniently(program, config_of(algorithm), argv)
     found = Collector()
-    for sentence in complaints:
-        found.add(sentence)
+    for complaint in complaints:
+        found.add(complaint)
     if recipe is None:
         return Plan(None, layout, None, None, None, found.sentences)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data = check_inputs(algorithm, recipe, found)
         models = found.ask(count_models, algorithm, recipe)
-    for sentence in check_run(algorithm, recipe, data, models, layout):
-        found.add(sentence)
-    for sentence in check_machine(recipe, layout, models, on_cpu=_asks_for_cpu(argv)):
-        found.add(f"on this machine: {sentence}")
+    for problem in check_run(algorithm, recipe, data, models, layout):
+        found.add(problem)
+    for problem in check_machine(recipe, layout, models, on_cpu=_asks_for_cpu(argv)):
+        found.add(f"on this machine: {problem}")
     memory = None if models is None else estimate(algorithm, recipe, models, layout)
     return Plan(recipe, layout, models, memory, data, found.sentences)
 

@@ -1,12 +1,14 @@
 """`--dry_run`: counts equal real models, exact bytes equal real tensors, all problems are named, nothing is written."""
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from real_models import SHAPES, save_dataset, save_shape
@@ -400,6 +402,20 @@ def test_an_output_folder_with_checkpoints_and_a_full_disk(
     assert any("free: make room" in problem for problem in problems)
     problems = make_plan("grpo", [*argv, "--resume_from_checkpoint", "last"]).problems
     assert not any("another run" in problem for problem in problems)
+
+
+def test_a_hub_that_is_away_is_asked_once(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's own retries would take minutes; a local recipe does not ask at all."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    argv = words(inputs, tmp_path, model_name_or_path="nobody/nothing")
+    began = time.monotonic()
+    problems = make_plan("grpo", argv).problems
+    assert time.monotonic() - began < 20
+    (away,) = (problem for problem in problems if "cannot be reached" in problem)
+    assert "only what is cached of nobody/nothing" in away
+    assert any("model_name_or_path='nobody/nothing' is neither" in problem for problem in problems)
+    assert not constants.HF_HUB_OFFLINE
+    assert make_plan("grpo", words(inputs, tmp_path)).problems == []
 
 
 def test_a_shape_alone_is_counted(tmp_path: Path, inputs: Path) -> None:

@@ -3,10 +3,12 @@
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from huggingface_hub import constants
 from rich.console import Console
 
 from ..algorithms import ALGORITHMS, config_of
@@ -20,6 +22,7 @@ from .machine import check_machine
 from .memory import Memory, estimate
 from .parameters import Models, count_models
 from .problems import Collector, Data, check_inputs, check_run
+from .reach import from_the_cache_only, hub_answers, on_the_hub
 
 
 class Plan(NamedTuple):
@@ -85,7 +88,14 @@ def make_plan(algorithm: str, argv: list[str], program: str = "dry_run") -> Plan
         found.add(complaint)
     if recipe is None:
         return Plan(None, layout, None, None, None, found.sentences)
-    with warnings.catch_warnings():
+    names = [] if constants.is_offline_mode() else on_the_hub(recipe)
+    hub_is_away = bool(names) and not hub_answers()
+    if hub_is_away:
+        found.add(
+            f"on this machine: {constants.ENDPOINT} cannot be reached, and only what is cached of {', '.join(names)} "
+            "was looked at."
+        )
+    with warnings.catch_warnings(), from_the_cache_only() if hub_is_away else nullcontext():
         warnings.simplefilter("ignore")
         data = check_inputs(algorithm, recipe, found)
         models = found.ask(count_models, algorithm, recipe)

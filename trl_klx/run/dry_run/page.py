@@ -98,7 +98,7 @@ def batches(algorithm: str, args: Any, layout: Layout, rows: int | None) -> Iter
         prompts = rollout // args.num_generations
         steps = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
         yield f"a step: {effective} answers; a rollout: {prompts} prompts, {args.num_generations} answers each"
-        yield f"a rollout serves {steps:g} optimizer steps"
+        yield f"optimizer steps per rollout: {steps:g}"
     if rows is None:
         yield "the dataset does not say how many rows it has: steps per epoch unknown"
         return

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from trl import get_peft_config, get_quantization_config
 
 from ..arguments import BadInput, Recipe
+from ..inputs import check_model
 
 
 class Weights(NamedTuple):
@@ -98,13 +99,9 @@ def read_config(path: str | None, option: str, recipe: Recipe, revision: str | N
     Raises:
         BadInput: it is not there.
     """
-    if path is None:
-        raise BadInput(f"{option} is missing: nothing can be counted.")
-    try:
-        trusts = bool(getattr(recipe.args, "trust_remote_code", False))
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trusts)
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{option}={path!r} has no config that can be read here: nothing can be counted.") from error
+    trusts = bool(getattr(recipe.args, "trust_remote_code", False))
+    check_model(path, option=option, revision=revision, trust_remote_code=trusts)
+    return AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trusts)
 
 
 def _needs_reference(algorithm: str, args: Any) -> bool:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from datasets import Dataset, IterableDataset
 from huggingface_hub import constants
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
@@ -26,6 +27,7 @@ from trl_klx.run.dry_run.layout import Layout, read_layout
 from trl_klx.run.dry_run.memory import EXACT, Memory, Part, training_state
 from trl_klx.run.dry_run.page import memory_sentence
 from trl_klx.run.dry_run.parameters import Weights
+from trl_klx.run.dry_run.problems import count_rows
 from trl_klx.trainers.trl_compat import TRL_VERSION
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -416,6 +418,18 @@ def test_a_hub_that_is_away_is_asked_once(inputs: Path, tmp_path: Path, monkeypa
     assert any("model_name_or_path='nobody/nothing' is neither" in problem for problem in problems)
     assert not constants.HF_HUB_OFFLINE
     assert make_plan("grpo", words(inputs, tmp_path)).problems == []
+
+
+def test_rows_of_a_dataset_elsewhere_are_not_downloaded_to_be_counted() -> None:
+    def rows():
+        yield {"prompt": "1"}
+        raise AssertionError("the stream was read")
+
+    stream = IterableDataset.from_generator(rows)
+    assert count_rows(stream, "train", is_local=False) is None
+    stream.info.splits = {"train": SimpleNamespace(num_examples=7473)}
+    assert count_rows(stream, "train", is_local=False) == 7473
+    assert count_rows(Dataset.from_list([{"prompt": "1"}] * 3).to_iterable_dataset(), "train", is_local=True) == 3
 
 
 def test_a_shape_alone_is_counted(tmp_path: Path, inputs: Path) -> None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import IterableDataset, load_dataset
@@ -94,17 +95,18 @@ def _open(algorithm: str, recipe: Recipe) -> Data:
     for option, split in wanted.items():
         if split not in dataset:
             raise BadInput(f"{option}={split!r} is not in {run.dataset_name}, which has {', '.join(dataset)}.")
-    rows = _count(dataset[run.dataset_train_split], run.dataset_train_split)
+    rows = count_rows(
+        dataset[run.dataset_train_split], run.dataset_train_split, is_local=Path(run.dataset_name).exists()
+    )
     dataset = prepare_rows(dataset, run.dataset_prepare)
     return Data({split: dataset[split] for split in wanted.values()}, rows)
 
 
-def _count(stream: IterableDataset, split: str) -> int | None:
-    """Rows as the dataset's own metadata says; of plain local files, none does, and they are counted."""
+def count_rows(stream: IterableDataset, split: str, *, is_local: bool) -> int | None:
+    """Rows as the dataset's own metadata says; local files are counted, others would be downloaded whole for it."""
     known = (stream.info.splits or {}).get(split)
     if known is not None and known.num_examples:
         return known.num_examples
-    is_local = all("://" not in str(name) for name in stream.info.download_checksums or {})
     return sum(1 for _ in stream) if is_local else None
 
 

@@ -15,7 +15,7 @@ from trl_klx import cli
 from trl_klx.hub.card import may_be_on_the_hub, write_card
 from trl_klx.hub.papers import PAPERS
 from trl_klx.hub.settings import plain_settings, public_settings
-from trl_klx.kl.gradients import EXPLANATION, gradient_sentence
+from trl_klx.kl.gradients import EXPLANATION
 from trl_klx.trainers.dpo import KLXDPOTrainer
 from trl_klx.trainers.dpo_config import KLXDPOConfig
 from trl_klx.trainers.grpo import KLXGRPOTrainer
@@ -263,16 +263,6 @@ def test_alarms_pictures_badges_versions_and_a_moving_reference(tmp_path: Path) 
     settings = plain_settings(KLXGRPOConfig(str(folder), **QUICK))
     write_card(folder, settings, is_adapter=False)
     assert f"\n{badge}\n" in (folder / "README.md").read_text()
-
-
-def test_gradient_sentences_are_the_tables_rows() -> None:
-    assert EXPLANATION["KLseq"] in gradient_sentence("k1", "reward", weighted=False)
-    assert EXPLANATION["F"] in gradient_sentence("k3", "loss", weighted=False)
-    assert EXPLANATION["P"] in gradient_sentence("exact", "loss")
-    assert "forward KL(reference || policy) summed over the states" in gradient_sentence(
-        "exact", "both", direction="forward"
-    )
-    assert "has no gradient" in gradient_sentence("k3", "none")
 
 
 def test_papers_are_those_of_trls_cards() -> None:

@@ -20,6 +20,7 @@ ALLOWED = {
     "config": ({"config_rules", "kl"}, set()),
     "config_rules": ({"config", "kl"}, set()),
     "rewards": (set(), set()),
+    "tasks": (set(), set()),
     "answers": ({"rewards"}, {"torch", "transformers"}),
     "command_line": (set(), set()),
     "shipped": (set(), set()),
@@ -37,8 +38,8 @@ ALLOWED = {
         {"huggingface_hub", "jinja2", "yaml"},
     ),
     "run": (
-        {"config", "hub", "monitor", "trainers", "run", "shipped"},
-        {"transformers", "trl", "datasets", "yaml", "rich"},
+        {"kl", "config", "config_rules", "command_line", "hub", "monitor", "trainers", "run", "shipped"},
+        {"transformers", "trl", "datasets", "yaml", "rich", "torch", "accelerate", "peft", "huggingface_hub"},
     ),
     "analysis": (
         {"kl", "trainers", "analysis"},  # of the trainers, what an architecture does to its logits

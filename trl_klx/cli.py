@@ -30,6 +30,7 @@ COMMANDS = {
         "trl_klx.run.ppo", "train with PPO, on prompts and reward functions or a reward model (TRL 1.12)", launched=True
     ),
     "dpo": Command("trl_klx.run.dpo", "train with DPO, on pairs of chosen and rejected answers", launched=True),
+    "explain": Command("trl_klx.run.explain.command", "say which gradient a recipe has, and what to use instead"),
     "controllers": Command("trl_klx.controllers", "list the controllers of beta, and try settings on simulated plants"),
     "measure": Command(
         "trl_klx.analysis.command", "compare checkpoints with a reference on given responses", launched=True
@@ -77,8 +78,10 @@ def _launch(command: Command, argv: list[str]) -> int:
         known = ", ".join(sorted(path.stem for path in _ACCELERATE_CONFIGS.glob("*.yaml")))
         print(f"error: --accelerate_config {name} is neither a file nor one of {known}.", file=sys.stderr)
         return 2
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
     rest = argv[:position] + argv[position + 2 :]
+    if any(text.split("=")[0] == "--dry_run" for text in rest):  # plans for the layout, on one process
+        return import_module(command.module).main([*rest, "--accelerate_config", str(config)])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
     return subprocess.call([*launch, "-m", command.module, *rest])
 
 

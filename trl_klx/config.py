@@ -3,9 +3,11 @@
 What may be combined with what is in `config_rules.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
-from .config_rules import CONTROLLER_SETTINGS, ESTIMATORS, check
+from .config_rules import CONTROLLER_SETTINGS, ESTIMATORS, RULES
 from .kl.term import KLTerm
 
 
@@ -159,6 +161,11 @@ class KLArguments:
             direction=self.kl_direction,  # type: ignore[arg-type]
         )
 
+    def rules(self) -> list[Callable[[], None]]:
+        """Every rule of this package about the fields, in order; the first resolve aliases and defaults."""
+        return [partial(rule, self) for rule in RULES]
+
     def check_kl(self) -> None:
         """Resolve aliases and defaults, then apply every rule. Raises ValueError with one sentence."""
-        check(self)
+        for rule in self.rules():
+            rule()

@@ -1,7 +1,7 @@
 """Every rule about the KL arguments: which values exist, and which combinations have the gradient that they promise.
 
-`check` runs in the config's `__post_init__`, before any model is loaded: `TrlParser` does not enforce types on YAML
-values, so nothing else would.
+`RULES` are applied in the config's `__post_init__`, before any model is loaded: `TrlParser` does not enforce types on
+YAML values, so nothing else would.
 """
 
 from __future__ import annotations
@@ -67,18 +67,6 @@ _REMEDY = {
     ("exact", "reward"): "kl_placement='both' (the whole sequence gradient) or 'loss'",
     ("k2", "both"): "kl_estimator='exact' or 'k3' with kl_placement='both'",
 }
-
-
-def check(args: KLArguments) -> None:
-    """Resolve aliases and defaults, then apply every rule. Raises ValueError with one sentence."""
-    check_names(args)
-    _check_numbers(args)
-    _check_dead_options(args)
-    _check_exact_only_options(args)
-    _check_groups(args)
-    _check_controller(args)
-    _check_gradient(args)
-    _check_kl_is_on(args)
 
 
 def check_names(args: KLArguments) -> None:
@@ -267,7 +255,7 @@ def _check_gradient(args: KLArguments) -> None:
     )
     if not args.allow_biased_kl:
         raise ValueError(f"{verdict}; use {remedy}, or set allow_biased_kl=true to run it all the same.")
-    warnings.warn(f"{verdict} (expected gradient: {gradient.name}).", UserWarning, stacklevel=5)
+    warnings.warn(f"{verdict} (expected gradient: {gradient.name}).", UserWarning, stacklevel=4)
 
 
 def _budget(text: str) -> float:
@@ -294,3 +282,16 @@ def unknown(option: str, value: object, choices: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{option}={value!r} does not exist; {hint}choose one of {', '.join(choices)}."
+
+
+# Every rule, in order: a config applies them one after the other, a dry run collects what all of them say.
+RULES = (
+    check_names,
+    _check_numbers,
+    _check_dead_options,
+    _check_exact_only_options,
+    _check_groups,
+    _check_controller,
+    _check_gradient,
+    _check_kl_is_on,
+)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
-# Commas only between groups of three digits: "1, 2 and 3" are three numbers. A minus after a digit is a subtraction.
-_NUMBER = re.compile(r"(?:(?<![\w.])-)?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|(?:(?<![\w.])-)?\d+(?:\.\d+)?")
 Completion = str | Sequence[dict[str, Any]]
 
 
@@ -40,30 +39,6 @@ def exact_match(
     return [_score(completion, expected) for completion, expected in zip(completions, answer, strict=True)]
 
 
-def final_number(completions: Sequence[Completion], answer: Sequence[str], **kwargs: Any) -> list[float]:
-    """Reward 1.0 for a completion whose last number is the expected one, and 0.0 for any other.
-
-    Numbers are compared as numbers: `1,200.0`, `1200` and `$1200.` are one. A completion without a number gets 0.0.
-
-    Args:
-        completions: the B completions, strings or lists of messages, as for `exact_match`.
-        answer: the dataset column `answer`, B strings that each hold the expected number as their last (of a solution
-            in the form of GSM8K, `... #### 42`, that is 42).
-        **kwargs: the other columns and what else TRL passes, not read.
-
-    Returns:
-        B floats, each 0.0 or 1.0.
-
-    Raises:
-        ValueError: if an answer holds no number, or if `completions` and `answer` differ in length.
-
-    Example:
-        >>> final_number(["7 + 5 = 12.", "12 + 1 = 13"], answer=["12", "12"])
-        [1.0, 0.0]
-    """
-    return [float(_last_number(_text(c)) == _expected(a)) for c, a in zip(completions, answer, strict=True)]
-
-
 def _score(completion: Completion, expected: str) -> float:
     # A number would never equal the text, and a reward that is always 0.0 looks like a model that does not learn.
     if not isinstance(expected, str):
@@ -71,21 +46,67 @@ def _score(completion: Completion, expected: str) -> float:
             f"exact_match: the dataset column 'answer' holds {expected!r} of type {type(expected).__name__}: "
             "store the answers as strings"
         )
-    return float(_text(completion).strip() == expected)
-
-
-def _text(completion: Completion) -> str:
     # A message that only calls a tool has the content None.
-    return completion if isinstance(completion, str) else completion[-1]["content"] or ""
+    text = completion if isinstance(completion, str) else completion[-1]["content"] or ""
+    return float(text.strip() == expected)
 
 
-def _last_number(text: str) -> float | None:
-    numbers = _NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
+# A minus belongs to a number unless it follows one, or a word: "10-12" is a range.
+_NUMBER = re.compile(r"(?<![\w.)])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<=\d-)\d+(?:\.\d+)?|(?<![\w.])-?\.\d+")
+_BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 
 
-def _expected(answer: str) -> float:
-    number = _last_number(answer)
-    if number is None:
-        raise ValueError(f"final_number: the dataset column 'answer' holds {answer!r}, which has no number in it")
-    return number
+def final_number(
+    prompts: Sequence[Any], completions: Sequence[Completion], answer: Sequence[str], **kwargs: Any
+) -> list[float]:
+    r"""Reward 1.0 for a completion whose final answer is the expected number and 0.0 for any other.
+
+    The final answer is what the last `\boxed{...}` holds; else what follows the last `####`; else the last number of
+    the text. Commas between thousands, currency signs and trailing zeros do not matter: 1,234.50 equals 1234.5. For
+    answers that are formulas use a library that parses them.
+
+    Args:
+        prompts: the B prompts, not read.
+        completions: the B completions, each a string or a list of messages whose last is read.
+        answer: the dataset column `answer`, B numbers as strings.
+        **kwargs: the other columns and what else TRL passes, not read.
+
+    Returns:
+        B floats, each 0.0 or 1.0.
+
+    Raises:
+        ValueError: an expected answer is no number, or `completions` and `answer` differ in length.
+
+    Example:
+        >>> final_number(["", ""], [r"So \boxed{1,234}.", "7 or 8"], answer=["1234", "7"])
+        [1.0, 0.0]
+    """
+    rewards = []
+    for completion, expected in zip(completions, answer, strict=True):
+        wanted = _last_number(expected)
+        if wanted is None:
+            raise ValueError(f"final_number: the dataset column 'answer' holds {expected!r}, which is no number.")
+        text = completion if isinstance(completion, str) else completion[-1]["content"] or ""
+        rewards.append(float(_final_number(text) == wanted))
+    return rewards
+
+
+def _final_number(text: str) -> Decimal | None:
+    boxed = _BOXED.findall(text)
+    if boxed:
+        found = _numbers(boxed[-1])
+        return found[0] if len(found) == 1 else None  # a fraction, say, is no plain number
+    marked = text.rpartition("####")
+    if marked[1]:
+        found = _numbers(marked[2])
+        return found[0] if found else None
+    return _last_number(text)
+
+
+def _last_number(text: str) -> Decimal | None:
+    return next(iter(reversed(_numbers(text))), None)
+
+
+def _numbers(text: str) -> list[Decimal]:
+    plain = text.replace("\u2212", "-").translate(str.maketrans("", "", "$\u20ac\u00a3"))
+    return [Decimal(number.replace(",", "")) for number in _NUMBER.findall(plain)]

@@ -89,8 +89,13 @@ def gradient_of(kl: RecordedKL) -> str:
     if kl.algorithm != "dpo":
         if not kl.kl_is_penalised:
             return f"At {kl.coef_name} {kl.coef:g} with placement {kl.kl_placement} no KL reached the policy."
-        weighted = kl.kl_importance_sampling != "none"
-        return gradient_sentence(kl.kl_estimator, kl.kl_placement, kl.kl_credit, weighted, kl.kl_direction)
+        return gradient_sentence(
+            kl.kl_estimator,
+            kl.kl_placement,
+            kl.kl_credit,
+            kl.kl_importance_sampling or "token",
+            direction=kl.kl_direction,
+        )
     own = f"DPO's own loss holds the policy by its beta of {kl.dpo_beta:g}"
     if not kl.kl_is_penalised:
         return f"{own}, and no KL was added to it."

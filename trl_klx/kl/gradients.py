@@ -122,30 +122,36 @@ def expected_gradient(estimator: str, placement: str, credit: str = "return_to_g
     return total
 
 
-# With kl_direction "forward" the same sums hold the forward KL of each state in place of the reverse one.
-_FORWARD_EXPLANATION = {
-    "P": EXPLANATION["F"],
-    "KLseq": "has the gradient of the forward KL(reference || policy) summed over the states that the policy visits, "
-    "its effect on which states those are included",
-    "M": "has the prefix term of the forward KL alone: it moves the policy towards states with less KL and never "
-    "towards the reference",
-}
-
-
 def gradient_sentence(
-    estimator: str, placement: str, credit: str = "return_to_go", weighted: bool = True, direction: str = "reverse"
+    estimator: str,
+    placement: str,
+    credit: str = "return_to_go",
+    weight: str = "token",
+    *,
+    direction: str = "reverse",
+    on_data: bool = False,
 ) -> str:
-    """One sentence that says which gradient a configuration has: the row of the table, in words.
+    """The gradient of a configuration as one sentence in plain words, for reports and model cards.
 
     Args:
-        estimator: k1, k2, k3 or exact.
-        placement: none, loss, reward or both.
-        credit: return_to_go, immediate or sequence.
-        weighted: whether the loss carries an importance weight.
-        direction: reverse or forward (exact only).
+        estimator, placement, credit: as in `expected_gradient`.
+        weight: the importance weight on the KL loss (kl_importance_sampling), "none" for none.
+        direction: of an exact KL, reverse or forward.
+        on_data: whether the KL is taken at the prefixes of given answers (DPO) and not of sampled ones.
     """
     if placement == "none":
-        return "The KL is measured and has no gradient."
-    name = expected_gradient(estimator, placement, credit, weighted).name
-    explanation = _FORWARD_EXPLANATION.get(name, EXPLANATION[name]) if direction == "forward" else EXPLANATION[name]
-    return f"In expectation over the policy's own answers the KL penalty {explanation} ({name})."
+        return "The KL to the reference is measured and logged; no penalty acts on the policy."
+    where = {"loss": "in the loss", "reward": "in the reward", "both": "in the loss and in the reward"}[placement]
+    kind = "exact forward" if direction == "forward" else estimator
+    if on_data:
+        pair = "KL(reference || policy)" if direction == "forward" else "KL(policy || reference)"
+        return f"The {kind} KL {where} has the gradient of {pair} at the data's own prefixes, token by token."
+    if direction == "forward":
+        meaning = {
+            "loss": EXPLANATION["F"],
+            "reward": EXPLANATION["M"],
+            "both": "has the gradient of the forward KL(reference || policy) summed along the policy's own answers",
+        }[placement]
+    else:
+        meaning = EXPLANATION[expected_gradient(estimator, placement, credit, weight != "none").name]
+    return f"In expectation, the {kind} KL {where} {meaning}."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,23 @@ class RunArguments(ScriptArguments):
             "help": "What the reward stands for, as one more dotted path: scored in evaluation, never trained on. GRPO "
             "and PPO follow it against the KL, and act by gold_action when it has turned."
         },
+    )
+    dataset_prepare: str | None = field(
+        default=None,
+        metadata={
+            "help": "Function of a dataset's row, as a dotted path, whose result takes the row's place, for example "
+            "trl_klx.tasks.gsm8k_prompts."
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Train nothing: print the resolved configuration, parameter counts, a memory estimate, the "
+            "gradient and every problem found. Exit status 1 where there are problems."
+        },
+    )
+    accelerate_config: str | None = field(
+        default=None, metadata={"help": "Accelerate file whose layout a dry run plans for (`trl-klx` starts it)."}
     )
 
 
@@ -55,7 +73,7 @@ def parse_recipe(program: str, config: type, argv: list[str]) -> Recipe:
     if "--config" in argv[:-1]:
         position = argv.index("--config") + 1
         argv[position] = str(shipped_recipe(argv[position]))
-    known = {f.name for cls in dataclass_types for f in dataclasses.fields(cls) if f.init} | {"env"}
+    known = known_fields(config)
     _check_config_file(argv, known)
     try:
         *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
@@ -63,10 +81,16 @@ def parse_recipe(program: str, config: type, argv: list[str]) -> Recipe:
         raise BadInput(str(error)) from error
     fields = [text.lstrip("-").split("=")[0] for text in unknown if text.startswith("--")]
     if fields:
-        raise BadInput(f"on the command line, {_unknown_field(fields[0], known)}")
+        raise BadInput(f"on the command line, {unknown_field(fields[0], known)}")
     if unknown:
         raise BadInput(f"{unknown[0]!r} on the command line belongs to no field: write --field value.")
     return Recipe(*parsed)
+
+
+def known_fields(config: type) -> set[str]:
+    """The fields that a recipe of a trainer's `config` class may have."""
+    dataclass_types = (RunArguments, config, ModelConfig)
+    return {f.name for cls in dataclass_types for f in dataclasses.fields(cls) if f.init} | {"env"}
 
 
 def _check_config_file(argv: list[str], known: set[str]) -> None:
@@ -86,12 +110,22 @@ def _check_config_file(argv: list[str], known: set[str]) -> None:
         raise BadInput(f"{path} must be a YAML mapping of field: value, and is a {type(content).__name__}.")
     for name, value in content.items():
         if name not in known:
-            raise BadInput(f"in {path}, {_unknown_field(name, known)}")
+            raise BadInput(f"in {path}, {unknown_field(name, known)}")
         if isinstance(value, dict) and name != "env" and not name.endswith(("_kwargs", "_config")):
             raise BadInput(f"in {path}, {name} must be a plain value, not a mapping: recipes are flat.")
 
 
-def _unknown_field(name: str, known: set[str]) -> str:
+def unknown_field(name: str, known: set[str]) -> str:
+    """The sentence about a field that does not exist."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else "remove it."
     return f"the field {name!r} does not exist: {hint}"
+
+
+def given_option(argv: list[str], name: str) -> list[str] | None:
+    """The words that a command line gives for `--name`, which may be none; None where it does not name it."""
+    words = [part for text in argv for part in (text.split("=", 1) if text.startswith("--") else [text])]
+    if f"--{name}" not in words:
+        return None
+    after = words[words.index(f"--{name}") + 1 :]
+    return list(itertools.takewhile(lambda word: not word.startswith("--"), after))

@@ -98,7 +98,7 @@ def load_splits(
     """
     run, args, _ = recipe
     gold = load_gold_reward(run.gold_reward_func)
-    dataset = _load_dataset(run)
+    dataset = prepare_rows(load_named_dataset(run), run.dataset_prepare)
     wanted = {"dataset_train_split": run.dataset_train_split}
     if needs_test or args.eval_strategy != "no" or args.eval_on_start:
         wanted["dataset_test_split"] = run.dataset_test_split
@@ -108,32 +108,62 @@ def load_splits(
                 f"{option}={split!r} is not in {run.dataset_name}, which has {', '.join(dataset)}: name one of these."
             )
         read = [*rewards, *([gold] if gold is not None and option == "dataset_test_split" else [])]
-        _check_columns(dataset[split], split, columns, read)
+        if isinstance(dataset[split], Dataset) and len(dataset[split]) == 0:
+            raise BadInput(f"the split {split!r} of the dataset is empty: give it at least one row.")
+        if dataset[split].column_names is not None:  # a stream may not know its columns before it is read
+            check_columns(dataset[split].column_names, split, columns, read)
     test = dataset[run.dataset_test_split] if "dataset_test_split" in wanted else None
     return Inputs(dataset[run.dataset_train_split], test, list(rewards), gold)
 
 
-def _load_dataset(args: RunArguments) -> DatasetDict:
+def prepare_rows(dataset: DatasetDict, name: str | None) -> DatasetDict:
+    """Put the result of the function `name`, a dotted path, in the place of every row.
+
+    Raises:
+        BadInput: it cannot be imported, or fails on the first row.
+    """
+    if name is None:
+        return dataset
+    (function,) = load_reward_functions([name], option="dataset_prepare")
+    prepared = {}
+    for split, rows in dataset.items():
+        first = next(iter(rows), None)
+        if first is None:
+            prepared[split] = rows  # refused later, as empty
+            continue
+        try:
+            function(dict(first))
+        except Exception as error:  # a user's function may raise anything
+            raise BadInput(
+                f"dataset_prepare={name!r} fails on the first row of the split {split!r} "
+                f"({type(error).__name__}: {first_line(error)}): it must take one row and return one."
+            ) from error
+        prepared[split] = rows.map(function, remove_columns=list(first))
+    return type(dataset)(prepared)
+
+
+def load_named_dataset(args: RunArguments) -> DatasetDict:
+    """The dataset that the recipe names, all its splits.
+
+    Raises:
+        BadInput: there is none, with the reason.
+    """
     if args.dataset_name is None:
         raise BadInput("dataset_name is missing: give a folder with train.jsonl, or the name of a dataset on the Hub.")
     try:
         return load_dataset(args.dataset_name, name=args.dataset_config, streaming=args.dataset_streaming)
     except Exception as error:  # `datasets` raises a different class for every way a path can be wrong
         looks_local = args.dataset_name.startswith(("/", ".", "runs/")) and not Path(args.dataset_name).exists()
-        reason = "there is no such folder" if looks_local else f"{type(error).__name__}: {_first_line(error)}"
+        reason = "there is no such folder" if looks_local else f"{type(error).__name__}: {first_line(error)}"
         maker = _maker(args.dataset_name)
         hint = f"; run `{maker}` first" if maker else ""
         raise BadInput(f"dataset_name={args.dataset_name!r} cannot be loaded ({reason}){hint}.") from error
 
 
-def _check_columns(
-    dataset: Dataset | IterableDataset, split: str, wanted: Sequence[tuple[str, ...]], rewards: Sequence[Callable]
+def check_columns(
+    columns: Sequence[str], split: str, wanted: Sequence[tuple[str, ...]], rewards: Sequence[Callable]
 ) -> None:
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise BadInput(f"the split {split!r} of the dataset is empty: give it at least one row.")
-    columns = dataset.column_names
-    if columns is None:  # a stream may not know its columns before it is read
-        return
+    """Refuse the columns of a split that lack one of each tuple of `wanted`, or what a reward function needs."""
     for names in wanted:
         if not set(names) & set(columns):
             either = " or ".join(repr(name) for name in names)
@@ -152,5 +182,6 @@ def _check_columns(
                 )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
     return (str(error).splitlines() or [""])[0]

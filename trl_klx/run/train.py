@@ -16,6 +16,7 @@ from ..monitor.history import HistoryCallback
 from ..monitor.progress import KLProgressCallback
 from ..trainers.checkpoints import CheckpointError, NotSavedError, RunError, resolve_checkpoint
 from .arguments import BadInput, Recipe, parse_recipe
+from .dry_run.command import dry_run, wants_dry_run
 from .help import help_parser
 from .inputs import Inputs
 from .report import report, resolved_recipe
@@ -28,8 +29,8 @@ def run_recipe(
     load_inputs: Callable[[Recipe], Inputs],
     build_trainer: Callable[[Recipe, Inputs], Any],
 ) -> int:
-    """Check everything, then train, save and report. Returns the exit status: 0, 2 for bad input, or 1 for a run that
-    could not go on.
+    """Check everything, then train, save and report; or with `dry_run`, say what that would be. Returns the exit
+    status: 0, 2 for bad input, or 1 for a run that could not go on (of a dry run: for problems found).
 
     Args:
         argv: the command line, `sys.argv` where None.
@@ -42,8 +43,15 @@ def run_recipe(
     if {"-h", "--help"} & set(argv):
         help_parser(program, config).print_help()
         return 0
+    if wants_dry_run(argv):
+        return dry_run(argv, program, config)
     try:
         recipe = parse_recipe(program, config, argv)
+        if recipe.run.accelerate_config is not None:
+            raise BadInput(
+                f"accelerate_config={recipe.run.accelerate_config!r} starts processes only as `trl-klx` or `accelerate "
+                "launch --config_file`: give it there, or plan for it by dry_run."
+            )
         inputs = load_inputs(recipe)
         resolve_checkpoint(recipe.args.resume_from_checkpoint, recipe.args.output_dir)
         check_push(recipe.args)

@@ -1,6 +1,8 @@
 """`KLXDPOConfig`: TRL's `DPOConfig` with the KL arguments that mean something where the data is given."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from trl import DPOConfig
 
@@ -111,17 +113,25 @@ class KLXDPOConfig(KLArguments, DPOConfig):
         reverse = self.kl_direction == "reverse"  # target, budget and kl/sequence are of the reverse KL
         return "exact" if reverse and "exact" in self._probe_estimators else "k3"
 
-    def check_kl(self) -> None:
+    def rules(self) -> list[Callable[[], None]]:
+        first: list[Callable[[], None]] = [self._check_budget, partial(check_names, self), self._check_what_dpo_has]
+        return [
+            *first,
+            self._check_coefficients,
+            self._check_probe,
+            *super().rules(),
+            self._check_forward,
+            self._check_trl_options,
+        ]
+
+    def _check_budget(self) -> None:
         if self.kl_budget == "auto":
             raise ValueError(
                 "kl_budget='auto' needs a gold reward, which GRPO and PPO can follow and DPO cannot: give kl_budget in "
                 "nats per sequence."
             )
-        check_names(self)
-        self._check_what_dpo_has()
-        self._check_coefficients()
-        self._check_probe()
-        super().check_kl()
+
+    def _check_forward(self) -> None:
         if self.kl_direction == "forward" and not self.kl_needs_exact:
             raise ValueError(
                 "kl_direction='forward' is of the exact KL and none is computed: set kl_coef, or add exact to "
@@ -196,8 +206,7 @@ class KLXDPOConfig(KLArguments, DPOConfig):
                 "set kl_probe_steps, or use 'linear' or 'cosine'."
             )
 
-    def __post_init__(self) -> None:
-        self.check_kl()
+    def _check_trl_options(self) -> None:
         if self.precompute_ref_log_probs and self.kl_is_measured:
             raise ValueError(
                 "precompute_ref_log_probs=true keeps no reference during training, and kl_coef, kl_placement='none' "
@@ -208,4 +217,7 @@ class KLXDPOConfig(KLArguments, DPOConfig):
                 "use_liger_kernel=true computes DPO's loss in a fused kernel that takes no KL and no changing beta: "
                 "set it to false, or install trl>=1.16, where it only swaps layers."
             )
+
+    def __post_init__(self) -> None:
+        self.check_kl()
         super().__post_init__()

@@ -1,5 +1,6 @@
 """`KLXGRPOConfig`: TRL's `GRPOConfig` with the KL arguments."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
@@ -31,12 +32,16 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
     def kl_coef_name(self) -> str:
         return "beta"
 
+    def rules(self) -> list[Callable[[], None]]:
+        own = [self.check_gold, self._check_trl_options, self._check_reward_reaches_every_token]
+        return [self._follow_trl_switch, *super().rules(), *own]
+
     def __post_init__(self) -> None:
-        if self.use_bias_correction_kl is not None:
-            self._follow_trl_switch(self.use_bias_correction_kl)
         self.check_kl()
-        self.check_gold()
         self.use_bias_correction_kl = self.kl_importance_sampling != "none"
+        super().__post_init__()
+
+    def _check_trl_options(self) -> None:
         if LIGER_COMPUTES_THE_LOSS and self.use_liger_kernel and self.kl_is_measured:
             raise ValueError(
                 "use_liger_kernel=true computes TRL's loss in a fused kernel with its own k3 KL: set it to false, or "
@@ -47,12 +52,11 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
                 "sync_ref_model=true changes the reference between its scoring and the loss, which an exact KL cannot "
                 "follow: use kl_estimator k1, k2 or k3, or sync_ref_model=false."
             )
-        if self.kl_placement in ("reward", "both") and not self.allow_biased_kl:
-            self._check_reward_reaches_every_token()
-        super().__post_init__()
 
     def _check_reward_reaches_every_token(self) -> None:
         """Refuse TRL options that gate or average the advantages, and with them the KL that is subtracted there."""
+        if self.kl_placement not in ("reward", "both") or self.allow_biased_kl:
+            return
         epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         gates = {
             "importance_sampling_level": (
@@ -76,7 +80,10 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
                 "halves of the KL different scales: use loss_type='dapo', or kl_aggregation='loss_type'."
             )
 
-    def _follow_trl_switch(self, corrected: bool) -> None:
+    def _follow_trl_switch(self) -> None:
+        corrected = self.use_bias_correction_kl
+        if corrected is None:
+            return
         meaning = "token" if corrected else "none"
         if corrected and self.kl_placement in ("none", "reward"):
             raise ValueError(

@@ -1,6 +1,7 @@
 """`KLXPPOConfig`: TRL's `PPOConfig` with the KL arguments, and what a user of TRL's GRPO expects to find."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,13 +90,13 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOConfig):
         """Prompts that one process answers per rollout."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    def rules(self) -> list[Callable[[], None]]:
+        own = [self.check_gold, self._check_ppo_numbers, self._check_ppo_choices, self._check_length]
+        return [*super().rules(), *own]
+
     def __post_init__(self) -> None:
         self.check_kl()
-        self.check_gold()
-        self._check_ppo_numbers()
-        self._check_ppo_choices()
         super().__post_init__()
-        self._check_length()
 
     def _check_ppo_numbers(self) -> None:
         # name: (smallest, largest, whether the smallest itself is allowed)

@@ -1,0 +1,215 @@
+"""`trl-klx explain`: its figures are the enumeration's, its verdicts the table's, and it says what to use instead."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from enumeration import targets
+from packaging.version import Version
+from test_oracle import FIXTURE_VARIANCES, all_terms, exact_values, label, term_gradient
+
+from trl_klx import cli
+from trl_klx.kl import KLTerm
+from trl_klx.kl.gradients import SOUND
+from trl_klx.kl.variance import DISTANCES, SAMPLER_DISTANCE, expected, figures, relative_variance, sequence_kl, world
+from trl_klx.run.explain import choices, command
+from trl_klx.run.explain.choices import best_of, gradient_of, rows
+from trl_klx.trainers.trl_compat import TRL_VERSION
+
+HAS_PPO = Version("1.13") > TRL_VERSION
+
+
+def test_the_policies_are_as_far_apart_as_stated() -> None:
+    for kl, distance in DISTANCES.items():
+        assert sequence_kl(distance) == pytest.approx(kl, rel=1e-6)
+    here = world(0.1)
+    to_sampler = (here.logps(here.policy) - here.logps(here.sampler)).sum(-1)
+    assert float((here.probs(here.policy) * to_sampler).sum()) == pytest.approx(0.01, rel=1e-6)
+    assert SAMPLER_DISTANCE > 0
+
+
+@pytest.mark.parametrize(("term", "variance"), FIXTURE_VARIANCES, ids=[label(t) for t, _ in FIXTURE_VARIANCES])
+def test_variance_is_the_fixture_of_the_oracle(term: KLTerm, variance: float) -> None:
+    """At the oracle's own distance, 0.5, and without a baseline, the two computations meet."""
+    partial = float(targets_at_fixture()["P"].norm()) ** 2
+    assert relative_variance(term, 0.5, baseline=False) * partial == pytest.approx(variance, rel=1e-7)
+
+
+def targets_at_fixture() -> dict:
+    from enumeration import fixture_world
+
+    return targets(fixture_world())
+
+
+@pytest.mark.parametrize("term", all_terms(), ids=label)
+def test_expected_gradient_is_the_oracles(term: KLTerm) -> None:
+    """On-policy, through the same 125 answers but other code: per-answer gradients against one autograd pass."""
+    from enumeration import fixture_world
+
+    wanted = term_gradient(fixture_world(), term, on_policy=True)
+    found = expected(world(0.5), term, on_policy=True).flatten()
+    assert float((found - wanted).norm()) < 1e-12
+    assert exact_values(fixture_world()).shape == (125, 3)
+
+
+def test_a_baseline_lowers_the_variance_of_a_kl_in_the_reward_only() -> None:
+    reward, loss = KLTerm("k1", "reward", weight_level="none"), KLTerm("k2", "loss")
+    assert relative_variance(reward, 1.0) < 0.95 * relative_variance(reward, 1.0, baseline=False)
+    assert relative_variance(loss, 1.0) == relative_variance(loss, 1.0, baseline=False)
+
+
+def test_figures_are_those_measured_before() -> None:
+    """The variances of the specification, on the same policies: k1 loss, k2 loss, exact loss, exact both."""
+    assert figures(KLTerm("k1", "loss", weight_level="none")).variance[1:] == pytest.approx((126, 1150), rel=0.03)
+    assert figures(KLTerm("k2", "loss")).variance == pytest.approx((11, 9.4, 9.1), rel=0.03)
+    assert figures(KLTerm("exact", "loss")).variance == pytest.approx((1.8, 1.8, 1.8), rel=0.02)
+    assert figures(KLTerm("exact", "loss")).bias == pytest.approx(figures(KLTerm("k3", "loss")).bias)
+    assert figures(KLTerm("exact", "both")).bias < 1e-12
+    assert figures(KLTerm("k1", "reward", weight_level="none")).bias < 1e-12
+
+
+def test_off_policy_error_is_nil_only_with_whole_weights() -> None:
+    assert figures(KLTerm("k3", "loss", weight_level="sequence")).off_policy_error < 1e-12
+    assert figures(KLTerm("exact", "loss", weight_level="prefix")).off_policy_error < 1e-12
+    assert (
+        figures(KLTerm("k3", "loss")).off_policy_error
+        < figures(KLTerm("k2", "loss", weight_level="none")).off_policy_error
+    )
+    reward = figures(KLTerm("k1", "reward", weight_level="none")).off_policy_error
+    assert reward > 2 * figures(KLTerm("exact", "both")).off_policy_error > 0.05
+
+
+@pytest.mark.parametrize("own", all_terms(), ids=label)
+def test_rows_have_the_own_gradient_or_the_whole_one(own: KLTerm) -> None:
+    found = rows(own)
+    assert found[0].term is own
+    assert ("refused" in found[0].verdict) == (own.gradient not in SOUND)
+    assert all(row.term.gradient in SOUND for row in found[1:])
+    names = [row.name for row in found]
+    assert len(set(names)) == len(names)
+    assert {"exact in both"} <= {row.name for row in found} or own.placement == "both"
+    for row in found[1:]:
+        assert row.gradient in (gradient_of(own), "KLseq", "P")
+        assert min(row.relative_variance[1:2]) >= 1 - 1e-9
+
+
+def test_the_best_of_each_gradient() -> None:
+    assert best_of("KLseq") == KLTerm("exact", "both", weight_level="none")
+    assert best_of("P") == KLTerm("exact", "loss", weight_level="none")
+    assert best_of("F") == KLTerm("exact", "loss", weight_level="none", direction="forward")
+
+
+RECIPES = {
+    "grpo_k3_loss": {"beta": 0.04, "kl_estimator": "k3", "kl_placement": "loss"},
+    "grpo_k3_reward": {"beta": 0.04, "kl_estimator": "k3", "kl_placement": "reward"},
+    "grpo_k1_loss": {"beta": 0.04, "kl_estimator": "k1", "kl_placement": "loss", "kl_importance_sampling": "none"},
+    "grpo_exact_both_pid": {
+        **{"beta": 0.04, "kl_estimator": "exact", "kl_placement": "both", "kl_controller": "pid", "kl_target": 0.02},
+        **{"num_iterations": 2, "loss_type": "grpo", "top_p": 0.9, "max_completion_length": 100},
+    },
+    "grpo_k3_none": {"kl_placement": "none"},
+    "grpo_exact_loss": {"beta": 0.1, "kl_estimator": "exact", "kl_direction": "forward"},
+    "dpo_exact_loss": {"kl_coef": 0.1},
+    "ppo_k1_reward": {"gamma": 0.99},
+    "grpo_target_alone": {"beta": 0.1, "kl_target": 0.1},
+}
+
+
+def explain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, str]:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "run"), **RECIPES[name]}))
+    status = cli.main(["explain", "--config", str(path), *more])
+    assert not (tmp_path / "run").exists()
+    captured = capsys.readouterr()
+    return status, " ".join(captured.out.split()), captured.err
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "status", "said"),
+    [
+        (
+            "grpo_k3_loss",
+            [],
+            0,
+            ["partial gradient of the reverse KL", "exact in loss has the same gradient at 5.3 times"],
+        ),
+        ("grpo_k3_loss", [], 0, ["k3 in loss, weight token P 11 % 5 % 6.2 5.3 5.1 log-probs this recipe", "is fixed"]),
+        ("grpo_k3_loss", [], 0, ["exact in both KLseq 0 % 8 % 1.0 1.0 1.0 vocabulary + scoring best of KLseq"]),
+        ("grpo_k3_loss", ["--kl_estimator", "k2"], 0, ["k2 in loss, weight token"]),
+        ("grpo_k3_loss", ["--kl_importance_sampling", "none"], 0, ["forward KL(reference || policy)", "4.7x less"]),
+        ("grpo_k3_reward", [], 1, ["Refused: kl_estimator='k3'", "this one: refused", "Instead: exact in both"]),
+        ("grpo_k1_loss", [], 1, ["zero expected gradient", "use kl_estimator='k2'", "Instead: exact in both"]),
+        ("grpo_exact_both_pid", [], 0, ["No choice has less variance", "num_iterations=2", "divides by each answer's"]),
+        ("grpo_exact_both_pid", [], 0, ["top_p=0.9", "hold 0.02 nats per token", "up to 2 nats in an answer of 100"]),
+        ("grpo_k3_none", [], 0, ["no penalty acts on the policy", "No penalty acts (beta=0.0"]),
+        ("grpo_k3_none", ["--kl_placement", "loss"], 0, ["There is no KL to the reference"]),
+        ("grpo_exact_loss", [], 0, ["exact forward in loss F", "for the reverse KL use exact in both"]),
+        ("dpo_exact_loss", [], 0, ["at the data's own prefixes", "No probe", "exact in loss P on the data"]),
+    ],
+)
+def test_what_it_says(
+    name: str, more: list[str], status: int, said: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, out, err = explain(name, tmp_path, capsys, *more)
+    assert (found, err) == (status, "")
+    for text in said:
+        assert text in out, text
+
+
+@pytest.mark.skipif(not HAS_PPO, reason="TRL has PPO up to 1.12")
+def test_ppo_is_explained_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = explain("ppo_k1_reward", tmp_path, capsys)
+    assert status == 0
+    for text in ("whole gradient", "a rollout serves 4 optimizer steps", "gamma=0.99", "log-probs this recipe"):
+        assert text in out, text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "arguments are required: --config"),
+        (["--config", "nowhere/grpo_x.yaml"], "does not exist"),
+        (["--config", "recipe.yaml"], "give --algorithm"),
+        (["--config", "grpo_x.yaml", "--algorithm", "rloo"], "invalid choice: 'rloo'"),
+    ],
+)
+def test_bad_command_lines(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert said in err
+
+
+def test_a_recipe_that_no_gradient_explains_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = explain("grpo_target_alone", tmp_path, capsys)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: kl_target=0.1 has no effect with kl_controller='fixed'")
+
+
+def test_the_algorithm_may_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps({"output_dir": "run", "beta": 0.1}))
+    assert cli.main(["explain", "--config", str(path), "--algorithm", "grpo"]) == 0
+    assert "GRPO, k3 in loss" in capsys.readouterr().out
+
+
+def test_figures_are_computed_and_not_typed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With half the variance enumerated for the exact loss, the advice doubles."""
+    real = choices.figures
+
+    def halved(term: KLTerm):
+        found = real(term)
+        exact = term.estimator == "exact" and term.placement == "loss"
+        return found._replace(variance=tuple(v / 2 for v in found.variance)) if exact else found
+
+    monkeypatch.setattr(choices, "figures", halved)
+    assert "at 10.6 times less variance" in command.advice(KLTerm("k3", "loss"))
+
+
+def test_the_pages_table_is_what_the_enumeration_gives() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "explain.md").read_text()
+    for row in [*rows(KLTerm()), *rows(KLTerm("k3", "loss", weight_level="none"))[:2]]:
+        variance = " ".join(f"{value:.1f}" for value in row.relative_variance)
+        bias, error = (f"{100 * value:.0f} %" for value in (row.figures.bias, row.figures.off_policy_error))
+        assert f"| {row.name} | {row.gradient} | {bias} | {error} | {variance} |" in page

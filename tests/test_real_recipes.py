@@ -1,0 +1,176 @@
+"""The recipes for real models, which cannot be run here: parsed, two real steps on tiny models, and dry-run.
+
+What a test replaces of a recipe is in `REPLACED` and `SMALLER`, with the reason; all else is the recipe's own.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import real_models
+import torch
+import yaml
+from packaging.version import Version
+from real_models import PUBLISHED, SHAPES, save_dataset, save_shape, save_tiny
+
+from trl_klx import rewards
+from trl_klx.run import dpo, grpo, ppo
+from trl_klx.run.arguments import parse_recipe
+from trl_klx.run.dry_run.command import make_plan
+from trl_klx.run.dry_run.page import memory_sentence
+from trl_klx.trainers.kl_trainer import KLControlledTrainer
+from trl_klx.trainers.trl_compat import TRL_VERSION
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+FAMILIES = ("qwen2.5-1.5b", "qwen2.5-7b", "llama3.2-1b", "llama3.1-8b")
+PATHS = [path for family in FAMILIES for path in sorted((RECIPES / family).rglob("*.yaml"))]
+HAS_PPO = Version("1.13") > TRL_VERSION
+MODULES = {"grpo": grpo, "dpo": dpo, "ppo": ppo}
+# What a machine with two cores does not have.
+REPLACED = {
+    "use_cpu": True,  # no GPU, so
+    "bf16": False,  # float32,
+    "use_vllm": False,  # sampling by transformers, and one process
+    "report_to": "none",
+}
+# What would take too long: sizes of batches and lengths, the length of the run, and how often it looks.
+SMALLER = {
+    "grpo": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_completion_length": 6},
+    "ppo": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "response_length": 6},
+    "dpo": {"gradient_accumulation_steps": 2, "kl_probe_steps": 1, "kl_probe_prompts": 4, "kl_probe_max_new_tokens": 4},
+}
+SHORTER = {
+    "grpo": {"max_steps": 2, "eval_steps": 2},
+    "ppo": {"total_episodes": 16},
+    "dpo": {"max_steps": 2, "eval_steps": 2},
+}
+# And a reward that varies: a random model never gives a right answer, and equal rewards have no gradient.
+EVERY_STEP = {"logging_steps": 1, "save_steps": 2, "warmup_steps": 1, "dtype": "float32"}
+
+
+def algorithm_of(path: Path) -> str:
+    return path.stem.split("_")[0]
+
+
+def recipes(paths: list[Path] = PATHS) -> list:
+    return [
+        pytest.param(
+            path,
+            id="-".join(path.relative_to(RECIPES).with_suffix("").parts),
+            marks=pytest.mark.skipif(algorithm_of(path) == "ppo" and not HAS_PPO, reason="TRL has PPO up to 1.12"),
+        )
+        for path in paths
+    ]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Folders with the tiny models and the published shapes, by name on the Hub, and the datasets."""
+    folder = tmp_path_factory.mktemp("real")
+    data = {name: save_dataset(name, folder / "data" / name) for name in real_models._ROWS}
+    return {
+        "tiny": {**{name: save_tiny(name, folder / "tiny" / name) for name in SHAPES}, **data},
+        "shape": {**{name: save_shape(name, folder / "shape" / name) for name in SHAPES}, **data},
+    }
+
+
+def argv(path: Path, where: dict[str, str], *changes: dict) -> list[str]:
+    """The recipe with every name on the Hub replaced by a folder here, and these changes."""
+    fields = yaml.safe_load(path.read_text())
+    here = {name: where[value] for name, value in fields.items() if isinstance(value, str) and value in where}
+    if "dataset_config" in fields:
+        here["dataset_config"] = "default"
+    merged = {name: value for change in (here, *changes) for name, value in change.items()}
+    return ["--config", str(path), *(part for name, value in merged.items() for part in (f"--{name}", str(value)))]
+
+
+_final_number = rewards.final_number
+
+
+def varying_reward(prompts: list, completions: list, answer: list, **kwargs: object) -> list[float]:
+    """The recipe's reward, and a little for an even number of characters."""
+    right = _final_number(prompts, completions, answer)
+    return [r + 0.5 * (len(c[-1]["content"]) % 2) for r, c in zip(right, completions, strict=True)]
+
+
+def test_there_are_recipes_for_two_families_two_sizes_three_algorithms_and_two_machines() -> None:
+    found = {path.relative_to(RECIPES).as_posix() for path in PATHS}
+    names = {"grpo": "grpo_exact_both_pid", "dpo": "dpo_exact_loss", "ppo": "ppo_k1_reward_pid"}
+    for family in FAMILIES:
+        for machine in ("one_gpu", "eight_gpus"):
+            for algorithm, name in names.items():
+                assert f"{family}/{machine}/{name}.yaml" in found, algorithm
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: "-".join(path.relative_to(RECIPES).parts))
+def test_the_machine_and_the_models_are_what_the_header_says(path: Path) -> None:
+    text, fields = path.read_text(), yaml.safe_load(path.read_text())
+    one = path.parent.name == "one_gpu"
+    assert fields.get("use_peft", False) is one
+    assert ("one_gpu.yaml" in text) is one
+    assert ("zero2.yaml" in text and "zero3.yaml" in text) is not one
+    assert "not run on GPUs" in text
+    assert fields["bf16"] is True
+    assert fields["gradient_checkpointing"] is True
+    assert "vllm_mode" in fields or algorithm_of(path) != "grpo"
+    for option in ("model_name_or_path", "reward_model_path", "value_model_path"):
+        assert fields.get(option, "") in ("", *SHAPES), option
+
+
+@pytest.mark.parametrize("path", recipes())
+def test_two_steps_on_a_tiny_model(path: Path, places: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real trainer, built by the recipe's own way, samples, trains two steps and writes a checkpoint."""
+    algorithm = algorithm_of(path)
+    replaced = {name: value for name, value in REPLACED.items() if name != "use_vllm" or algorithm == "grpo"}
+    changes = [replaced, SMALLER[algorithm], SHORTER[algorithm], EVERY_STEP, {"output_dir": tmp_path / "run"}]
+    weights: list[torch.Tensor] = []
+    train = KLControlledTrainer.train
+
+    def watched(self, *args, **kwargs):
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        weights.extend(p.detach().clone() for p in parameters)
+        result = train(self, *args, **kwargs)
+        weights[:] = [(p.detach() - old).abs().max() for p, old in zip(parameters, weights, strict=True)]
+        return result
+
+    monkeypatch.setattr(KLControlledTrainer, "train", watched, raising=False)
+    monkeypatch.setattr(rewards, "final_number", varying_reward)
+    words = argv(path, places["tiny"], *changes)
+    assert MODULES[algorithm].main(words) == 0
+    history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(entry["step"] for entry in history) == 2
+    logged = {name for entry in history for name in entry}
+    assert {"kl/sequence", "kl/coef", "grad_norm"} <= logged or algorithm == "dpo"
+    assert any(name.startswith("eval_kl/") for name in logged) or algorithm == "ppo"
+    if algorithm == "dpo":
+        assert {"kl/data_exact", "kl/loss", "kl/exact", "grad_norm"} <= logged
+    assert max(float(change) for change in weights) > 0
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+
+
+@pytest.mark.parametrize("path", recipes())
+def test_dry_run_finds_no_problem_of_the_recipe(path: Path, places: dict) -> None:
+    """All that is left are problems of this machine: no GPU, no vLLM, perhaps no disk; and its header is right."""
+    layouts = ["one_gpu"] if path.parent.name == "one_gpu" else ["zero2", "zero3"]
+    for layout in layouts:
+        accelerate = {"accelerate_config": RECIPES / "accelerate" / f"{layout}.yaml"}
+        plan = make_plan(algorithm_of(path), argv(path, places["tiny"], accelerate))
+        own = [problem for problem in plan.problems if not problem.startswith("on this machine: ")]
+        assert own == [] or all("prompts and a rollout takes" in problem for problem in own)
+        shape = make_plan(algorithm_of(path), argv(path, places["shape"], accelerate))
+        assert shape.memory is not None
+        if HAS_PPO:  # as the headers were made; newer TRLs keep no logits
+            words = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+            assert memory_sentence(shape.memory) in words, layout
+            assert shape.memory.device < 80 * 2**30, layout
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shapes_are_the_published_ones(name: str, places: dict) -> None:
+    """The parameter counts that the models' cards give come out of the shapes that the headers' estimates rest on."""
+    recipe = next(path for path in PATHS if name in path.read_text() and algorithm_of(path) == "grpo")
+    plan = make_plan("grpo", argv(recipe, places["shape"]))
+    assert plan.models is not None
+    assert plan.models.base.parameters == PUBLISHED[name]
+    assert parse_recipe("test", type(plan.recipe.args), argv(recipe, places["shape"], REPLACED)).run.dataset_prepare  # type: ignore[union-attr]

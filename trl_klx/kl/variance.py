@@ -1,0 +1,138 @@
+r"""How noisy, and off-policy how wrong, the gradient of a configuration is: enumerated exactly on small policies.
+
+The family: answers of three tokens out of five, a table of logits for every state, and a reference whose logits are
+
+    ref(s, a) = theta(s, a) + d cos(1.1 s + 0.6 a + 0.2),    theta(s, a) = sin(0.7 s + 1.3 a)
+
+at three distances d, so that KL(policy || reference) is 0.94, 0.10 and 0.011 nats per answer. All 125 answers are
+summed over in float64, through the loss and the credit that the trainers use; nothing is sampled.
+
+Relative variance is the trace of the covariance of one answer's gradient, over the squared norm of the partial gradient
+P: about the number of answers at which noise and signal are of one size. A KL in the reward has its mean at that
+position as baseline, as GRPO's leave-one-out baseline has with many answers.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .exact import exact_kl
+from .importance import importance_weights
+from .reward import kl_credit
+from .term import KLTerm
+
+VOCAB, LENGTH = 5, 3
+# Distance d of the reference, by the KL in nats per answer that it gives.
+DISTANCES = {0.94: 1.61443431, 0.10: 0.49435146, 0.011: 0.16190663}
+SAMPLER_DISTANCE = 0.13292997  # of the sampling policy: KL(policy || sampler) = 0.01 nats per answer
+
+
+class World(NamedTuple):
+    """All answers (N, T) as states and tokens, and the logits (S, V) of policy, reference and sampler."""
+
+    states: Tensor
+    actions: Tensor
+    policy: Tensor
+    ref: Tensor
+    sampler: Tensor
+
+    def logps(self, logits: Tensor) -> Tensor:
+        """(N, T) log-probs of the tokens."""
+        return logits.log_softmax(-1)[self.states, self.actions]
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """(N,) probabilities of the answers."""
+        return self.logps(logits).sum(-1).exp()
+
+
+class Figures(NamedTuple):
+    """What the enumeration says of one configuration; see the module's docstring. The last two at KL 0.10."""
+
+    variance: tuple[float, ...]  # relative, at the KLs of `DISTANCES`
+    bias: float  # distance of the expected gradient from that of the sequence KL, as a part of the latter
+    off_policy_error: float  # distance of the expected gradient on another policy's answers from that on its own
+
+
+@functools.cache
+def world(distance: float) -> World:
+    """Policy, a reference at `distance`, and a sampler at `SAMPLER_DISTANCE`."""
+    actions = torch.tensor(list(itertools.product(range(VOCAB), repeat=LENGTH)))
+    first, second = actions[:, 0], actions[:, 1]
+    states = torch.stack([torch.zeros_like(first), 1 + first, 6 + 5 * first + second], dim=1)
+    s = torch.arange(31, dtype=torch.float64)[:, None]
+    a = torch.arange(VOCAB, dtype=torch.float64)[None, :]
+    policy = torch.sin(0.7 * s + 1.3 * a)
+    ref = policy + distance * torch.cos(1.1 * s + 0.6 * a + 0.2)
+    return World(states, actions, policy, ref, policy + SAMPLER_DISTANCE * torch.sin(0.5 * s - 0.9 * a + 0.4))
+
+
+def sequence_kl(distance: float) -> float:
+    """KL(policy || reference) in nats per answer."""
+    here = world(distance)
+    log_ratio = here.logps(here.policy) - here.logps(here.ref)
+    return float((here.probs(here.policy)[:, None] * log_ratio).sum())
+
+
+@functools.cache
+def figures(term: KLTerm) -> Figures:
+    """Relative variance, bias and off-policy error of a configuration's gradient."""
+    here = world(DISTANCES[0.10])
+    whole = expected(here, KLTerm("exact", "both"), on_policy=True)
+    mine, reused = (expected(here, term, on_policy=on_policy) for on_policy in (True, False))
+    variance = tuple(relative_variance(term, distance) for distance in DISTANCES.values())
+    bias, error = ((left - right).norm() / whole.norm() for left, right in ((mine, whole), (reused, mine)))
+    return Figures(variance, float(bias), float(error))
+
+
+def relative_variance(term: KLTerm, distance: float, *, baseline: bool = True) -> float:
+    """Trace of the covariance of one answer's gradient over the squared norm of P, which is never zero here."""
+    here = world(distance)
+    samples, probs = _samples(here, term, on_policy=True, baseline=baseline), here.probs(here.policy)
+    mean = _mean(here, samples, probs)
+    # An answer visits three different states: its gradient's norm is that of its three rows.
+    second_moment = (probs * samples.square().sum((1, 2))).sum()
+    partial = expected(here, KLTerm("exact", "loss"), on_policy=True)
+    return float((second_moment - mean.square().sum()) / partial.square().sum())
+
+
+def expected(here: World, term: KLTerm, *, on_policy: bool) -> Tensor:
+    """(S, V) expected gradient with respect to the policy's logits."""
+    probs = here.probs(here.policy if on_policy else here.sampler)
+    return _mean(here, _samples(here, term, on_policy=on_policy), probs)
+
+
+def _mean(here: World, samples: Tensor, probs: Tensor) -> Tensor:
+    """Add up (N, T, V) gradients of answers at their states, by their probabilities."""
+    total = torch.zeros_like(here.policy)
+    return total.index_put((here.states,), probs[:, None, None] * samples, accumulate=True)
+
+
+def _samples(here: World, term: KLTerm, *, on_policy: bool, baseline: bool = True) -> Tensor:
+    """(N, T, V) gradient of every answer's loss with respect to the logits at its own three states.
+
+    Off-policy, answers and the values of a KL in the reward are the sampler's, as where answers are used again after
+    the policy has moved; the policy gradient carries the token's ratio, as GRPO's and PPO's do.
+    """
+    logits = here.policy[here.states].clone().requires_grad_()
+    logps = logits.log_softmax(-1).gather(-1, here.actions[..., None]).squeeze(-1)
+    ref_logps, mask = here.logps(here.ref), torch.ones_like(here.actions, dtype=torch.bool)
+    sampler = here.policy if on_policy else here.sampler
+    sampler_logps = here.logps(sampler)
+    ref_logits = here.ref[here.states]
+    objective = torch.zeros((), dtype=torch.float64)
+    if term.in_loss:
+        exact = exact_kl(logits, ref_logits, term.direction)
+        objective = objective + term.loss(logps, ref_logps, mask, sampler_logps=sampler_logps, exact=exact).sum()
+    if term.in_reward:
+        exact = exact_kl(sampler[here.states], ref_logits, term.direction)
+        penalty = term.penalty(sampler_logps, ref_logps, mask, exact=exact)
+        credit = kl_credit(penalty, mask, credit=term.credit_kind)  # type: ignore[arg-type]
+        if baseline:
+            credit = credit - (here.probs(sampler)[:, None] * credit).sum(0)
+        ratio = importance_weights(logps, sampler_logps, mask, level="token")
+        objective = objective + (ratio * credit * logps).sum()
+    (gradient,) = torch.autograd.grad(objective, logits)
+    return gradient

@@ -1,0 +1,108 @@
+"""A recipe's KL beside the choices it might be exchanged for, with figures that are enumerated, not remembered."""
+
+import itertools
+from typing import NamedTuple
+
+from ...kl.gradients import SOUND
+from ...kl.term import KLTerm
+from ...kl.variance import DISTANCES, Figures, figures
+
+_MIDDLE = list(DISTANCES).index(0.10)
+
+
+class Row(NamedTuple):
+    """One configuration of the table."""
+
+    term: KLTerm
+    name: str
+    gradient: str
+    figures: Figures
+    relative_variance: tuple[float, ...]  # the best of the same gradient is 1
+    cost: str
+    verdict: str
+
+
+def name_of(term: KLTerm) -> str:
+    """Estimator, placement and what else sets the term apart, in a few words."""
+    name = f"{term.estimator}{' forward' if term.direction == 'forward' else ''} in {term.placement}"
+    if term.in_reward and term.reward_credit != "return_to_go":
+        name += f", credit {term.reward_credit}"
+    says_weight = term.in_loss and (term.estimator != "exact" or term.takes_weights)
+    return name + (f", weight {term.weight_level}" if says_weight else "")
+
+
+def gradient_of(term: KLTerm) -> str:
+    """Short name of the expected gradient, also of the forward direction."""
+    if term.direction == "reverse":
+        return term.gradient.name
+    return {"loss": "F", "reward": "M of F", "both": "Fseq"}[term.placement]
+
+
+def is_sound(term: KLTerm) -> bool:
+    """Whether the configuration is accepted."""
+    return term.gradient in SOUND
+
+
+def best_of(gradient: str) -> KLTerm:
+    """The choice of the lowest variance among those with a gradient."""
+    return min(_with_gradient(gradient), key=lambda term: figures(term).variance[_MIDDLE])
+
+
+def variance_ratio(term: KLTerm, other: KLTerm) -> float:
+    """How many times the answers `term` needs for the precision that `other` has, at 0.10 nats."""
+    return figures(term).variance[_MIDDLE] / figures(other).variance[_MIDDLE]
+
+
+def rows(own: KLTerm, *, scores_anyway: bool = False) -> list[Row]:
+    """The recipe's own configuration, then those with its gradient or with the whole one, the least noisy first.
+
+    `scores_anyway` says whether the algorithm scores its answers under the policy after sampling, KL or not (PPO).
+    """
+    gradients = ["KLseq"]
+    if is_sound(own):
+        gradients = list(dict.fromkeys([gradient_of(own), "KLseq"]))
+    else:
+        gradients.append("P")
+    others = [term for gradient in gradients for term in _with_gradient(gradient) if not _is_same(term, own)]
+    return [_row(term, own, scores_anyway) for term in [own, *others]]
+
+
+def _with_gradient(gradient: str) -> list[KLTerm]:
+    found = [term for term in _all_terms() if is_sound(term) and gradient_of(term) == gradient]
+    return sorted(found, key=lambda term: figures(term).variance[_MIDDLE])
+
+
+def _all_terms() -> list[KLTerm]:
+    terms = []
+    for estimator, placement in itertools.product(("exact", "k3", "k2", "k1"), ("both", "reward", "loss")):
+        weights = ("none",) if estimator == "exact" or placement == "reward" else ("token", "none")
+        terms += [KLTerm(estimator, placement, weight_level=weight) for weight in weights]  # type: ignore[arg-type]
+    terms += [KLTerm("exact", placement, weight_level="none", direction="forward") for placement in ("loss", "both")]
+    return terms
+
+
+def _is_same(term: KLTerm, own: KLTerm) -> bool:
+    """The same configuration; to an exact KL, a token weight is none."""
+    return name_of(term) == name_of(own) and term.takes_weights == own.takes_weights
+
+
+def _row(term: KLTerm, own: KLTerm, scores_anyway: bool) -> Row:
+    gradient = gradient_of(term)
+    found = figures(term)
+    peers = _with_gradient(gradient)
+    best = figures(peers[0]).variance if peers else found.variance
+    relative = tuple(mine / other for mine, other in zip(found.variance, best, strict=True))
+    cost = "vocabulary" if term.estimator == "exact" else "log-probs"
+    cost += " + scoring" if term.in_reward and not scores_anyway else ""
+    return Row(term, name_of(term), gradient, found, relative, cost, _verdict(term, own))
+
+
+def _verdict(term: KLTerm, own: KLTerm) -> str:
+    if term is own:
+        return "this recipe" if is_sound(own) else "this one: refused"
+    if is_sound(own) and gradient_of(term) == gradient_of(own):
+        ratio = variance_ratio(own, term)
+        if 0.95 < ratio < 1.05:
+            return "the same variance"
+        return f"{ratio:.1f}x less variance" if ratio > 1 else f"{1 / ratio:.1f}x more variance"
+    return f"best of {gradient_of(term)}" if term == best_of(gradient_of(term)) else ""

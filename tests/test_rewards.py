@@ -71,14 +71,14 @@ def test_lengths_must_agree() -> None:
     ],
 )
 def test_the_last_number_is_compared_as_a_number(completion: str, answer: str, reward: float) -> None:
-    assert final_number([completion], answer=[answer]) == [reward]
+    assert final_number(["?"], [completion], answer=[answer]) == [reward]
     message = [{"role": "assistant", "content": completion}]
     assert final_number(prompts=["?"], completions=[message], answer=[answer], other=[1]) == [reward]
 
 
 def test_an_expected_answer_without_a_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="column 'answer' holds 'twelve', which has no number in it"):
-        final_number(["12"], answer=["twelve"])
+    with pytest.raises(ValueError, match="column 'answer' holds 'twelve', which is no number"):
+        final_number(["?"], ["12"], answer=["twelve"])
 
 
 def test_the_module_does_not_import_torch() -> None:

@@ -30,9 +30,6 @@ def help_parser(program: str, config: type) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="the recipe: a flat YAML file")
-    parser.add_argument(
-        "--accelerate_config", metavar="NAME", help="run under accelerate launch: cpu, zero2, ... or the path of a file"
-    )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for action in list(parser._optionals._group_actions):
         action.option_strings = [name for name in action.option_strings if "-" not in name.lstrip("-")]

@@ -68,14 +68,14 @@ def _in_the_workplace(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def as_it_is(command: str) -> None:
     """In this process: importing torch and TRL again would take most of the time."""
     _, (program, *argv) = words(command)
-    if program == "trl-klx":
-        assert cli.main(argv) == 0
-        return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", argv)
-        patch.syspath_prepend(str(Path(argv[0]).parent))
         try:
-            runpy.run_path(argv[0], run_name="__main__")
+            if program == "trl-klx":
+                assert cli.main(argv) == 0
+            else:
+                patch.setattr(sys, "argv", argv)
+                patch.syspath_prepend(str(Path(argv[0]).parent))
+                runpy.run_path(argv[0], run_name="__main__")
         except SystemExit as end:
             if end.code:
                 raise
@@ -168,7 +168,7 @@ class Rule(NamedTuple):
 
 
 RULES = [
-    Rule(r"trl-klx (starter|starter --output_dir runs/starter)", as_it_is),
+    Rule(r"trl-klx (starter|starter --output_dir runs/starter|\w+ --help)", as_it_is),
     Rule(r"trl-klx measure --reference runs/sft .*", as_it_is),
     Rule(r"python (tests/test_oracle|examples/\w+)\.py", as_it_is),
     Rule(

@@ -81,6 +81,12 @@ def as_it_is(command: str) -> None:
                 raise
 
 
+def looked_at(command: str) -> None:
+    """A command that trains nothing and whose status is a verdict: 0 or 1."""
+    _, (_, *argv) = words(command.replace("…", DEMO))
+    assert cli.main(argv) in (0, 1)
+
+
 class Parsed(Exception):
     """Raised in place of what comes after a script has understood its arguments."""
 
@@ -169,6 +175,7 @@ class Rule(NamedTuple):
 
 RULES = [
     Rule(r"trl-klx (starter|starter --output_dir runs/starter|\w+ --help)", as_it_is),
+    Rule(r"trl-klx (explain .*|grpo .* --dry_run)", looked_at),
     Rule(r"trl-klx measure --reference runs/sft .*", as_it_is),
     Rule(r"python (tests/test_oracle|examples/\w+)\.py", as_it_is),
     Rule(
@@ -176,7 +183,7 @@ RULES = [
     ),
     Rule(r"accelerate launch .* scripts/.*", launch_parsed, "minutes each; tests/test_recipes.py runs the starter's"),
     Rule(r"(OMP_NUM_THREADS=1 )?(trl-klx |python scripts/)(grpo|ppo|dpo)(\.py)? .*", recipe_parsed, "minutes each"),
-    Rule(r"(trl-klx measure|accelerate launch)", named, "is a name in a sentence"),
+    Rule(r"(trl-klx (measure|explain|card)|accelerate launch)", named, "is a name in a sentence"),
     Rule(r"trl-klx .*", parsed, "takes minutes or a model to fetch; the command's own tests run it in small"),
     Rule(r"(OMP_NUM_THREADS=1 )?python scripts/\w+\.py.*", parsed, "minutes to hours; tests/test_benchmarks.py"),
     Rule(r"make [\w-]+", make_dry_run, "these are what CI runs, or make an environment"),

@@ -360,6 +360,7 @@ def test_all_problems_are_named_and_not_only_the_first(
         ("grpo", {"bf16": True, "use_cpu": None}, "bf16=true needs a GPU"),
         ("grpo", {"accelerate_config": ZERO3, "use_cpu": None}, "wants 8 processes"),
         ("grpo", {"use_vllm": True, "vllm_tensor_parallel_size": 3, "accelerate_config": ZERO3}, "must divide the 8"),
+        ("grpo", {"dtype": "bfloat16", "learning_rate": 1e-6}, "steps of learning_rate=1e-06 are rounded away"),
         ("dpo", {"dataset_name": "INPUTS/data"}, "has no column 'chosen'"),
         ("dpo", {"dataset_name": "INPUTS/data"}, "has no column 'rejected'"),
         ("dpo", {"reward_funcs": ["trl_klx.rewards.exact_match"]}, "has no effect in DPO"),
@@ -379,6 +380,14 @@ def test_each_problem(algorithm: str, changes: dict, said: str, inputs: Path, tm
     more = [] if layout is None else ["--accelerate_config", layout]
     plan = make_plan(algorithm, [*words(inputs, tmp_path, algorithm, **changes), *more])
     assert any(said in problem for problem in plan.problems), plan.problems
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"dtype": "bfloat16", **LORA}], ids=["float32", "LoRA"])
+def test_weights_that_can_take_small_steps_are_no_problem(changes: dict, inputs: Path, tmp_path: Path) -> None:
+    """PEFT keeps its adapters in float32, and DeepSpeed its own copy."""
+    assert make_plan("grpo", words(inputs, tmp_path, learning_rate=1e-6, **changes)).problems == []
+    half = words(inputs, tmp_path, learning_rate=1e-6, dtype="bfloat16")
+    assert make_plan("grpo", [*half, "--accelerate_config", ZERO3]).problems == []
 
 
 def test_conversations_need_a_chat_template(tmp_path: Path, inputs: Path) -> None:

@@ -50,6 +50,7 @@ usage: trl-klx COMMAND [options]
 {lines}
 
 Training: trl-klx grpo --config RECIPE.yaml [--accelerate_config cpu] [--field value ...], and ppo and dpo alike.
+With --dry_run they train nothing, and say what a run would need and everything that is wrong with it.
 `trl-klx COMMAND --help` says what a command takes.
 """
 

@@ -13,7 +13,7 @@ from datasets import load_dataset
 
 from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
 from trl_klx.rewards import exact_match
-from trl_klx.starter import make_starter
+from trl_klx.tasks.starter import make_starter
 
 starter = make_starter("runs/starter")  # a folder that holds one is left as it is
 data = load_dataset(starter.data_dir)

@@ -27,9 +27,10 @@ from datasets import load_dataset
 from tiny import Arguments
 
 import trl_klx
-from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig, cli, starter
+from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig, cli
 from trl_klx.rewards import exact_match
 from trl_klx.run.arguments import RunArguments, parse_recipe
+from trl_klx.tasks import starter
 
 CONFIGS: dict[str, type] = {"grpo": KLXGRPOConfig, "ppo": KLXPPOConfig, "dpo": KLXDPOConfig}
 DEMO = "recipes/starter/grpo_exact_both_pid.yaml"

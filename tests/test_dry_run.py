@@ -350,7 +350,7 @@ def test_all_problems_are_named_and_not_only_the_first(
         ("grpo", {"reward_funcs": None}, "there is no reward"),
         ("grpo", {"model_name_or_path": None}, "model_name_or_path is missing"),
         ("grpo", {"gold_reward_func": "nowhere.gold", "beta": 0.1}, "gold_reward_func='nowhere.gold'"),
-        ("grpo", {"dataset_prepare": "trl_klx.tasks.gsm8k_prompts"}, "gsm8k_prompts' fails on the first row"),
+        ("grpo", {"dataset_prepare": "trl_klx.tasks.gsm8k.gsm8k_prompts"}, "gsm8k_prompts' fails on the first row"),
         ("grpo", {**LORA, "lora_target_modules": ["nowhere"]}, "lora_target_modules=nowhere fits no layer"),
         (
             "grpo",

@@ -20,14 +20,12 @@ ALLOWED = {
     "config": ({"config_rules", "kl"}, set()),
     "config_rules": ({"config", "kl"}, set()),
     "rewards": (set(), set()),
-    "tasks": (set(), set()),
-    "answers": ({"rewards"}, {"torch", "transformers"}),
+    "tasks": (
+        {"command_line", "rewards", "tasks"},
+        {"torch", "transformers", "tokenizers", "tqdm", "numpy", "afinn", "vaderSentiment"},
+    ),
     "command_line": (set(), set()),
     "shipped": (set(), set()),
-    "starter": ({"answers", "command_line"}, {"torch", "transformers", "tokenizers", "tqdm"}),
-    "stories": ({"command_line"}, {"torch", "transformers", "tokenizers", "tqdm", "numpy"}),
-    "sums": ({"answers", "command_line", "rewards"}, {"torch", "transformers"}),
-    "story_rewards": (set(), {"afinn", "vaderSentiment"}),
     "monitor": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
     "trainers": (
         {"kl", "control", "config", "config_rules", "monitor", "hub", "trainers"},
@@ -49,7 +47,7 @@ ALLOWED = {
         },
     ),
     "completion": ({"cli", "command_line"}, {"shtab"}),
-    "cli": ({"starter", "stories", "run", "analysis", "hub", "shipped"}, set()),
+    "cli": ({"shipped"}, set()),
     "__init__": ({"trainers"}, set()),
 }
 

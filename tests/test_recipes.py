@@ -9,10 +9,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from packaging.version import Version
 
-from trl_klx import starter as starter_module
 from trl_klx.run import dpo, grpo, ppo
 from trl_klx.run.arguments import Recipe, parse_recipe
-from trl_klx.starter import make_starter
+from trl_klx.tasks import starter as starter_module
+from trl_klx.tasks.starter import make_starter
 from trl_klx.trainers.dpo_config import KLXDPOConfig
 from trl_klx.trainers.grpo_config import KLXGRPOConfig
 from trl_klx.trainers.trl_compat import TRL_VERSION

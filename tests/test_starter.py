@@ -9,9 +9,9 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
-from trl_klx import starter
-from trl_klx.answers import Accuracy, preference_pairs, sampled_answers
-from trl_klx.starter import StarterError, StarterReport, accuracy, is_held_out, main, make_problems, make_starter
+from trl_klx.tasks import starter
+from trl_klx.tasks.answers import Accuracy, preference_pairs, sampled_answers
+from trl_klx.tasks.starter import StarterError, StarterReport, accuracy, is_held_out, main, make_problems, make_starter
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +420,7 @@ def test_command_refuses_bad_input_in_one_sentence(
 
 
 def test_the_module_imports_neither_trl_nor_torch() -> None:
-    code = "import sys, trl_klx.starter; sys.exit(bool({'trl', 'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, trl_klx.tasks.starter; sys.exit(bool({'trl', 'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from test_benchmarks import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_klx import cli, stories
-from trl_klx.stories import StoriesError, convert_model, convert_tokenizer, make_stories, sample_stories
-from trl_klx.story_rewards import StoryJudge, cheer, cheerful_story, vader_sentiment
+from trl_klx import cli
+from trl_klx.tasks import stories
+from trl_klx.tasks.stories import StoriesError, convert_model, convert_tokenizer, make_stories, sample_stories
+from trl_klx.tasks.story_rewards import StoryJudge, cheer, cheerful_story, vader_sentiment
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, POSITIONS = 8, 12, 2, 2, 1, 256
 # Pieces by falling score, so that each is made of two that are merged before it.

@@ -19,12 +19,12 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "starter": Command(
-        "trl_klx.starter", "make a small, really trained model, its data and its reward (20 s on two cores)"
+        "trl_klx.tasks.starter", "make a small, really trained model, its data and its reward (20 s on two cores)"
     ),
     "stories": Command(
-        "trl_klx.stories", "fetch a 15M model of children's stories, and make prompts for it (two minutes)"
+        "trl_klx.tasks.stories", "fetch a 15M model of children's stories, and make prompts for it (two minutes)"
     ),
-    "sums": Command("trl_klx.sums", "fetch a real model of 135M parameters, and make sums for it (five minutes)"),
+    "sums": Command("trl_klx.tasks.sums", "fetch a real model of 135M parameters, and make sums for it (five minutes)"),
     "grpo": Command("trl_klx.run.grpo", "train with GRPO, on prompts and reward functions", launched=True),
     "ppo": Command(
         "trl_klx.run.ppo", "train with PPO, on prompts and reward functions or a reward model (TRL 1.12)", launched=True

@@ -32,7 +32,7 @@ class RunArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "Function of a dataset's row, as a dotted path, whose result takes the row's place, for example "
-            "trl_klx.tasks.gsm8k_prompts."
+            "trl_klx.tasks.gsm8k.gsm8k_prompts."
         },
     )
     dry_run: bool = field(

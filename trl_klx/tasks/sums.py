@@ -18,9 +18,9 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..command_line import CommandParser, UsageError
+from ..rewards import final_number
 from .answers import Answer, preference_pairs, sampled_answers
-from .command_line import CommandParser, UsageError
-from .rewards import final_number
 
 if TYPE_CHECKING:  # imported on first use, so that `trl-klx sums --help` answers at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..command_line import CommandParser, UsageError
 from .answers import Problems, accuracy, preference_pairs, sampled_answers
-from .command_line import CommandParser, UsageError
 
 if TYPE_CHECKING:  # imported on first use, so that `trl-klx starter --help` answers at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command_line import CommandParser, UsageError
+from ..command_line import CommandParser, UsageError
 
 if TYPE_CHECKING:  # imported on first use, so that `trl-klx stories --help` answers at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

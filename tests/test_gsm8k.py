@@ -6,7 +6,7 @@ from datasets import Dataset, DatasetDict
 from trl_klx.rewards import final_number
 from trl_klx.run.arguments import BadInput
 from trl_klx.run.inputs import prepare_rows
-from trl_klx.tasks import gsm8k_prompts
+from trl_klx.tasks.gsm8k import gsm8k_prompts
 
 ROW = {"question": "How many?", "answer": "She has <<3*4=12>>12 of 1,000.\n#### 1,012"}
 
@@ -83,10 +83,10 @@ def test_prepared_rows_take_the_place_of_the_datasets_own(streaming: bool) -> No
     """Every split, every row, and no column of before is left."""
     rows = Dataset.from_list([{**ROW, "level": i} for i in range(3)])
     given = DatasetDict({"train": rows.to_iterable_dataset() if streaming else rows, "test": rows})
-    prepared = prepare_rows(given, "trl_klx.tasks.gsm8k_prompts")
+    prepared = prepare_rows(given, "trl_klx.tasks.gsm8k.gsm8k_prompts")
     assert set(prepared) == {"train", "test"}
     for split in prepared.values():
         assert [set(row) for row in split] == [{"prompt", "answer"}] * 3
     assert prepare_rows(given, None) is given
-    with pytest.raises(BadInput, match=r"dataset_prepare='trl_klx\.tasks\.nothing' cannot be imported"):
-        prepare_rows(given, "trl_klx.tasks.nothing")
+    with pytest.raises(BadInput, match=r"dataset_prepare='trl_klx\.tasks\.gsm8k\.nothing' cannot be imported"):
+        prepare_rows(given, "trl_klx.tasks.gsm8k.nothing")

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .rewards import exact_match
+from ..rewards import exact_match
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ ALLOWED = {
     "kl": ({"kl"}, {"torch"}),
     "control": (set(), set()),
     "plants": ({"control"}, {"numpy"}),
-    "controllers": ({"command_line", "control", "plants"}, {"numpy", "yaml", "rich", "matplotlib"}),
+    "controllers": ({"command_line", "control", "plants", "recipe_files"}, {"numpy", "rich", "matplotlib"}),
     "config": ({"config_rules", "kl"}, set()),
     "config_rules": ({"config", "kl"}, set()),
     "rewards": (set(), set()),
@@ -25,7 +25,7 @@ ALLOWED = {
         {"torch", "transformers", "tokenizers", "tqdm", "numpy", "afinn", "vaderSentiment"},
     ),
     "command_line": (set(), set()),
-    "shipped": (set(), set()),
+    "recipe_files": (set(), {"yaml"}),
     "monitor": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
     "trainers": (
         {"kl", "control", "config", "config_rules", "monitor", "hub", "trainers"},
@@ -36,7 +36,7 @@ ALLOWED = {
         {"huggingface_hub", "jinja2", "yaml"},
     ),
     "run": (
-        {"kl", "config", "config_rules", "command_line", "hub", "monitor", "trainers", "run", "shipped"},
+        {"kl", "config", "config_rules", "command_line", "hub", "monitor", "trainers", "run", "recipe_files"},
         {"transformers", "trl", "datasets", "yaml", "rich", "torch", "accelerate", "peft", "huggingface_hub"},
     ),
     "analysis": (
@@ -47,7 +47,7 @@ ALLOWED = {
         },
     ),
     "completion": ({"cli", "command_line"}, {"shtab"}),
-    "cli": ({"shipped"}, set()),
+    "cli": ({"recipe_files"}, set()),
     "__init__": ({"trainers"}, set()),
 }
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import trl_klx
-from trl_klx.shipped import RECIPES, shipped_recipe
+from trl_klx.recipe_files import RECIPES, shipped_recipe
 
 ROOT = Path(__file__).parent.parent
 # What a checkout's environment would lend: the tests are about the wheel alone.

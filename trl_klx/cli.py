@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from .shipped import RECIPES
+from .recipe_files import RECIPES
 
 
 class Command(NamedTuple):

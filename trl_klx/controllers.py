@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from .command_line import CommandParser, UsageError
 from .control import KINDS, Controller, make_controller
 from .plants import COURSES, DELAY, EPISODES, GAIN, LAG, LENGTH, TOKENS, Figures, Plants, make_plants, measure, simulate
+from .recipe_files import read_recipe
 
 _COEFS = ("beta", "kl_coef")  # names of beta's start: GRPO's, and PPO's and DPO's
 _SETTINGS = ("kl_horizon", "kl_kp", "kl_ki", "kl_kd", "kl_gain_min", "kl_coef_min", "kl_coef_max", "kl_coef_end")
@@ -137,7 +137,7 @@ def _pair(found: Mapping[str, float | None], name: str, form: str) -> str:
 
 def _asked_for(args: Any) -> tuple[str | None, dict[str, float]]:
     """Kind and settings of the recipe and the command line, bounds and ends relative to the start of beta."""
-    given = _read_recipe(args.config) if args.config else {}
+    given = _read_fields(args.config) if args.config else {}
     given |= {name: value for name, value in vars(args).items() if name in _known() and value is not None}
     kind = given.get("kl_controller")
     start = next((given[name] for name in _COEFS if given.get(name) is not None), 1.0)
@@ -154,16 +154,9 @@ def _known() -> set[str]:
     return {"kl_controller", *_COEFS, *_SETTINGS}
 
 
-def _read_recipe(name: str) -> dict[str, Any]:
-    path = Path(name)
-    if not path.is_file():
-        raise UsageError(f"--config {path} does not exist: give the path of a recipe.")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} must be a YAML mapping of field: value, and is a {type(content).__name__}.")
+def _read_fields(name: str) -> dict[str, Any]:
+    """The fields of a recipe that say where beta starts and what moves it."""
+    content = read_recipe(name)
     # Of DPO's two coefficients it is kl_coef that weights the KL.
     if "kl_coef" in content:
         content.pop("beta", None)

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser
 
-from ..shipped import shipped_recipe
+from ..recipe_files import read_recipe, shipped_recipe
 
 
 @dataclass
@@ -100,14 +99,10 @@ def _check_config_file(argv: list[str], known: set[str]) -> None:
     if position == len(argv):
         raise BadInput("--config needs the path of a recipe, for example recipes/starter/grpo_exact_both_pid.yaml.")
     path = Path(argv[position])
-    if not path.is_file():
-        raise BadInput(f"--config {path} does not exist: give the path of a recipe (see recipes/README.md).")
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} must be a YAML mapping of field: value, and is a {type(content).__name__}.")
+        content = read_recipe(path)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
     for name, value in content.items():
         if name not in known:
             raise BadInput(f"in {path}, {unknown_field(name, known)}")

@@ -11,7 +11,6 @@ import json
 import random
 import shlex
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..command_line import CommandParser, UsageError
 from .answers import Problems, accuracy, preference_pairs, sampled_answers
+from .folder import whole_folder
 
 if TYPE_CHECKING:  # imported on first use, so that `trl-klx starter --help` answers at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,16 +75,9 @@ def make_starter(
     settings = {"seed": seed, "steps": steps, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE}
     results = _existing_results(Path(output_dir), settings, force)
     if results is None:
-        target = Path(output_dir).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Renaming is all or nothing only within a file system, hence a temporary folder next to the target.
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
-            made = Path(temporary) / "made"
+        with whole_folder(Path(output_dir)) as made:
             results = _make(made, seed, steps, progress)
             (made / "starter.json").write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
-            if target.exists():
-                target.rename(Path(temporary) / "replaced")
-            made.rename(target)
     model_dir, data_dir, preferences_dir = (str(Path(output_dir) / name) for name in PARTS)
     return StarterReport(model_dir, data_dir, preferences_dir, **results)
 

@@ -12,12 +12,12 @@ import struct
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..command_line import CommandParser, UsageError
+from .folder import whole_folder
 
 if TYPE_CHECKING:  # imported on first use, so that `trl-klx stories --help` answers at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,15 +71,9 @@ def make_stories(
         return json.loads(record.read_text())
     if target.exists() and not record.is_file():
         raise StoriesError(f"output_dir {target} holds something else: choose another --output_dir.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
-        made = Path(temporary) / "made"
-        made.mkdir()
-        found = _make(made, target, Path(package) if package else _fetch(Path(temporary)), seed)
+    with whole_folder(target) as made:
+        found = _make(made, target, Path(package) if package else _fetch(made.parent), seed)
         (made / STORY_FILE).write_text(json.dumps(found, indent=2) + "\n")
-        if target.exists():
-            target.rename(Path(temporary) / "replaced")
-        made.rename(target)
     return found
 
 

@@ -12,7 +12,6 @@ import itertools
 import json
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..command_line import CommandParser, UsageError
 from ..rewards import final_number
 from .answers import Answer, preference_pairs, sampled_answers
+from .folder import whole_folder
 
 if TYPE_CHECKING:  # imported on first use, so that `trl-klx sums --help` answers at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,17 +74,11 @@ def make_sums(output_dir: str | Path, *, model: str | None = None, force: bool =
         return json.loads(record.read_text())
     if target.exists() and not record.is_file():
         raise SumsError(f"output_dir {target} holds something else: choose another --output_dir.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
-        made = Path(temporary) / "made"
-        made.mkdir()
+    with whole_folder(target) as made:
         if model is None:
-            convert_gguf(_fetch(Path(temporary)), made / "model")
+            convert_gguf(_fetch(made.parent), made / "model")
         found = _make(made, model or str(made / "model"))
         (made / RECORD_FILE).write_text(json.dumps(found, indent=2) + "\n")
-        if target.exists():
-            target.rename(Path(temporary) / "replaced")
-        made.rename(target)
     return found
 
 

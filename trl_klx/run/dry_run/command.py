@@ -3,14 +3,14 @@
 import os
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from huggingface_hub import constants
 from rich.console import Console
 
+from ...recipe_files import read_recipe
 from ..algorithms import ALGORITHMS, config_of
 from ..arguments import BadInput, Recipe, given_option
 from ..explain.command import advice
@@ -41,17 +41,15 @@ def wants_dry_run(argv: list[str]) -> bool:
     given = given_option(argv, "dry_run")
     if given is not None:
         return not given or given[0].lower() in ("true", "1", "yes")
-    try:
-        return _recipe_fields(argv).get("dry_run") is True
-    except (OSError, yaml.YAMLError):
-        return False  # parsing says what is wrong
+    return _recipe_fields(argv).get("dry_run") is True
 
 
 def _recipe_fields(argv: list[str]) -> dict[str, Any]:
-    """The content of the recipe's file; empty where there is none, or no mapping in it."""
+    """The fields of the recipe; empty where there is none that can be read, for parsing says what is wrong with it."""
     path = given_option(argv, "config")
-    content = yaml.safe_load(Path(*path).read_text()) if path else None
-    return content if isinstance(content, dict) else {}
+    with suppress(ValueError):
+        return read_recipe(Path(*path)) if path else {}
+    return {}
 
 
 def dry_run(argv: list[str], program: str, config: type) -> int:

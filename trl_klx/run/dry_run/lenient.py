@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from ...recipe_files import read_recipe
 from ..arguments import BadInput, Recipe, known_fields, parse_recipe, unknown_field
 
 _GIVE_UP_AFTER = 12
@@ -79,14 +80,10 @@ def _split(argv: list[str]) -> tuple[dict[str, Any], dict[str, list[str]]]:
             overrides[name] = []
         elif name:
             overrides[name].append(word)
-    path = Path(*overrides.pop("config", []))
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise BadInput(f"--config {path} cannot be read: give the path of a recipe (see recipes/README.md).") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} must be a YAML mapping of field: value, and is a {type(content).__name__}.")
-    return content, overrides
+        return read_recipe(Path(*overrides.pop("config", []))), overrides
+    except ValueError as error:
+        raise BadInput(str(error)) from error
 
 
 def _parse(program: str, config: type, given: dict[str, Any], overrides: dict[str, list[str]]) -> Recipe:

@@ -155,9 +155,10 @@ def test_what_a_recipe_pushes_can_be_downloaded_and_loaded(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_an_adapter_is_pushed_without_its_base(inputs: Path, hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", MAINS)
+def test_an_adapter_is_pushed_without_its_base(algorithm: str, inputs: Path, hub: Hub, tmp_path: Path) -> None:
     run = tmp_path / "adapter"
-    assert grpo.main(recipe(inputs, run, "grpo", hub_model_id=f"{OWNER}/mine", **LORA)) == 0
+    assert MAINS[algorithm](recipe(inputs, run, algorithm, hub_model_id=f"{OWNER}/mine", **LORA)) == 0
     there = Path(snapshot_download(f"{OWNER}/mine", cache_dir=tmp_path / "cache"))
     for name, content in hub.repositories[f"{OWNER}/mine"].files.items():
         assert str(inputs).encode() not in content, name

@@ -75,15 +75,15 @@ class HubPushes(WholeCheckpoints):
             settings = self._settings_in_python(dataset_name)
             write_settings(folder, settings)
         write_card(
-            folder, settings, model_name=model_name, repo_id=self.hub_model_id, is_adapter=is_peft_model(self._policy)
+            folder, settings, model_name=model_name, repo_id=self.hub_model_id, is_adapter=is_peft_model(self._saved_model)
         )
 
     def _settings_in_python(self, dataset_name: str | None) -> Settings:
         """What a recipe would say, of a trainer that was made without one."""
         settings = plain_settings(self.args if self.given_args is None else self.given_args)
-        settings |= {"model_name_or_path": get_config_model_id(self._policy.config) or None}
+        settings |= {"model_name_or_path": get_config_model_id(self._saved_model.config) or None}
         settings |= {"dataset_name": dataset_name, "reward_funcs": self.reward_func_names or None}
-        settings["use_peft"] = is_peft_model(self._policy)
+        settings["use_peft"] = is_peft_model(self._saved_model)
         reference = (
             get_config_model_id(self.accelerator.unwrap_model(self.ref_model).config) if self.ref_model else None
         )
@@ -92,8 +92,8 @@ class HubPushes(WholeCheckpoints):
         return settings
 
     @property
-    def _policy(self) -> Any:
-        """The model that is saved."""
+    def _saved_model(self) -> Any:
+        """The model that `save_model` writes."""
         return self.accelerator.unwrap_model(self.model)
 
     def push_to_hub(

@@ -153,6 +153,10 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         self._weights: list[Tensor] = []  # importance weights on the KL loss, of the step's updates
         self._watch_gold(gold_reward_func)
 
+    @property
+    def _saved_model(self) -> Any:
+        return self._policy  # without the value model beside it
+
     def _apply_kl_coef(self, coef: float) -> None:
         self.kl_coef = coef
 

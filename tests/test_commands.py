@@ -132,7 +132,8 @@ def launched(command: str) -> None:
     """The real launch, for two of the recipe's steps."""
     short = "--max_steps 2 --per_device_train_batch_size 16 --eval_strategy no --eval_on_start false --report_to none"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([*words(command)[1], *short.split()], env=environment, capture_output=True, text=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *words(command)[1][2:]]  # also off the PATH
+    run = subprocess.run([*launch, *short.split()], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     assert Path("runs/grpo_exact_both_pid/metrics.jsonl").read_text()
 

@@ -75,7 +75,11 @@ class HubPushes(WholeCheckpoints):
             settings = self._settings_in_python(dataset_name)
             write_settings(folder, settings)
         write_card(
-            folder, settings, model_name=model_name, repo_id=self.hub_model_id, is_adapter=is_peft_model(self._saved_model)
+            folder,
+            settings,
+            model_name=model_name,
+            repo_id=self.hub_model_id,
+            is_adapter=is_peft_model(self._saved_model),
         )
 
     def _settings_in_python(self, dataset_name: str | None) -> Settings:

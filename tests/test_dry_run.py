@@ -465,7 +465,7 @@ def test_who_asks_for_a_dry_run(tmp_path: Path) -> None:
 
 def test_what_is_no_recipe(tmp_path: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert grpo.main(["--config", str(tmp_path / "nowhere.yaml"), "--dry_run"]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     assert grpo.main([*words(inputs, tmp_path), "--accelerate_config", "nowhere.yaml", "--dry_run"]) == 2
     assert "no readable accelerate file" in capsys.readouterr().err
     assert grpo.main([*words(inputs, tmp_path), "--accelerate_config", ZERO3]) == 2

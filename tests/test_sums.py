@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -116,6 +117,7 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     saved_model(tmp_path / "plain", template=False)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or it is asked five times, for a minute
     assert cli.main(["sums", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs/sums").exists()

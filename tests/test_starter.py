@@ -146,6 +146,11 @@ def test_unfinished_and_odd_answers_are_in_no_pair() -> None:
     answers = sampled_answers(model, tokenizer, problems, samples_per_problem=7, batch_size=5)
     assert [answer.text for answer in answers[0]] == [None, None, None, "2", "3", "1", "1"]
     assert [answer.reward for answer in answers[0]] == [0, 0, 0, 0, 0, 1, 1]
+    model = Recites(tokenizer, ["12345678", "1<eos>"])
+    everything = sampled_answers(
+        model, tokenizer, problems[:1], reward=lambda completions, **_: [1.0] * len(completions), samples_per_problem=2
+    )
+    assert [answer.reward for answer in everything[0]] == [0, 1]  # an answer without an end earns nothing at all
     assert preference_pairs(problems, answers) == [
         {"prompt": "1=", "chosen": "1", "rejected": "2"},
         {"prompt": "4=", "chosen": "4", "rejected": ""},

@@ -32,7 +32,7 @@ ALLOWED = {
         {"torch", "transformers", "trl", "accelerate", "peft", "packaging", "datasets", "deepspeed"},
     ),
     "hub": (
-        {"command_line", "config", "kl", "monitor", "hub"},
+        {"command_line", "config", "kl", "monitor", "hub", "recipe_files"},
         {"huggingface_hub", "jinja2", "yaml"},
     ),
     "run": (

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from ..recipe_files import read_recipe
+
 RECIPE_FILE, VERSIONS_FILE = "resolved_recipe.yaml", "versions.json"
 Settings = dict[str, Any]
 # Computed by TRL from other fields and the number of processes: refused beside them, or wrong, when run again.
@@ -73,15 +75,9 @@ def read_settings(folder: Path) -> Settings:
         ValueError: there are none, or they cannot be read.
     """
     path = folder / RECIPE_FILE
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ValueError(f"there is no {path}, which every run writes: give the output_dir of a run.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must be a YAML mapping of field: value, and is a {type(settings).__name__}.")
-    return settings
+    if not path.is_file():
+        raise ValueError(f"there is no {path}, which every run writes: give the output_dir of a run.")
+    return read_recipe(path)
 
 
 def as_yaml(settings: Settings) -> str:

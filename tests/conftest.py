@@ -1,7 +1,7 @@
 """Threads for tiny models; and `pytest --situations`, the table of what users ran into and how the package answers.
 
-A test marked `situation("what a user does", "right")` is a row of that table. The answers: it is right, it is refused in
-one sentence, or it works and the user is warned.
+A test marked `situation("what a user does", "right")` is a row of that table. The answers: it is right, it is refused
+in one sentence, or it works and the user is warned.
 """
 
 import pytest

@@ -1,8 +1,9 @@
 """The maths of KL to a reference: pure functions of tensors, torch only.
 
-One idea per file: `masking`, `estimators` (k1, k2, k3), `exact` (full vocabulary), `exact_chunked`
-(off-policy weights), `loss` (KL as a loss), `reward` (KL as a penalty in the reward), `term` (one configuration of
-them) and `gradients` (which gradient a configuration has). Everything is in nats.
+One idea per file: `masking`, `estimators` (k1, k2, k3), `exact` (full vocabulary, dense), `exact_chunked` (the same in
+chunks of tokens, with its own backward), `importance` (off-policy weights), `loss` (KL as a loss), `reward` (KL as a
+penalty in the reward), `term` (one configuration of them), `gradients` (which gradient a configuration has) and
+`variance` (how noisy that gradient is). Everything is in nats.
 """
 
 from .estimators import kl_estimate, log_ratio

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .reference import causal_lm
 
@@ -27,3 +27,13 @@ def generating_with(model: nn.Module, config: GenerationConfig) -> Iterator[None
     finally:
         for key, holder in holders.items():
             holder.generation_config = kept[key]
+
+
+def end_tokens(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: the tokenizer's end token and those of the policy's generation config, sorted.
+
+    A chat model has several, of its turns and of its texts (Llama 3: <|eot_id|> and <|end_of_text|>).
+    """
+    config = causal_lm(policy).generation_config
+    own = None if config is None else config.eos_token_id  # an int, a list or None
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})

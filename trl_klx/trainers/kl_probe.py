@@ -18,9 +18,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from ..kl import kl_estimate, masked_sum
 from ..kl.estimators import SAMPLED_ESTIMATORS
 from .exact_forward import ExactKLForward
-from .generation import generating_with
+from .generation import end_tokens, generating_with
 from .health import PooledSums
-from .reference import causal_lm
 from .trl_compat import FUSED_LM_HEAD
 
 
@@ -106,12 +105,10 @@ class KLProbe:
     @contextmanager
     def _plain_generation(self, model: nn.Module) -> Iterator[GenerationConfig]:
         """The policy's own distribution, ended by the tokenizer's end token or the model's own."""
-        model_ends = causal_lm(model).generation_config.eos_token_id  # an int, a list or None
-        ends = {self._tokenizer.eos_token_id, *(model_ends if isinstance(model_ends, list) else [model_ends])} - {None}
         config = GenerationConfig(
             do_sample=False,  # GumbelSampling samples
             max_new_tokens=self._max_new_tokens,
-            eos_token_id=sorted(ends),
+            eos_token_id=end_tokens(model, self._tokenizer),
             pad_token_id=self._tokenizer.pad_token_id,
         )
         with generating_with(model, config):

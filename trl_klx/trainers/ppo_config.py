@@ -39,7 +39,10 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOConfig):
     )
     stop_token: str | None = field(  # type: ignore[assignment]
         default="eos",
-        metadata={"help": "Where an answer ends: 'eos', or null with stop_token_id or for answers of full length."},
+        metadata={
+            "help": "Where an answer ends: 'eos' (the tokenizer's end token or one of the model's generation config), "
+            "or null with stop_token_id, which then is the only end, or for answers of full length."
+        },
     )
     num_sample_generations: int = field(
         default=0, metadata={"help": "How often in the run to print a few sampled answers with their rewards."}

@@ -3,7 +3,7 @@
 Shape legend: B answers, P prompt tokens, T answer tokens, L = P + T, H hidden size, F reward functions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -31,6 +31,12 @@ class Answers:
     completion_ids: list[list[int]]
     policy_made: list[list[int]]  # 1 where the policy produced the token, 0 for tool output
     columns: dict[str, list] = field(default_factory=dict)
+
+    def finished(self, stop_tokens: Collection[int]) -> list[bool]:
+        """Whether the last token that the policy produced is a stop token; all are where there is none."""
+        rows = zip(self.completion_ids, self.policy_made, strict=True)
+        own = [[token for token, made in zip(ids, flags, strict=True) if made] for ids, flags in rows]
+        return [not stop_tokens or (bool(ids) and ids[-1] in stop_tokens) for ids in own]
 
 
 @dataclass
@@ -156,11 +162,12 @@ def check_answers(rows: int, prompt_ids: list, completion_ids: list, policy_made
             )
 
 
-def until_stop(completion: list[int], stop_token_id: int | None) -> list[int]:
+def until_stop(completion: list[int], stop_tokens: Collection[int]) -> list[int]:
     """The answer up to and with its first stop token. What a batch pads finished answers with comes after it."""
-    if stop_token_id is None or stop_token_id not in completion:
-        return completion
-    return completion[: completion.index(stop_token_id) + 1]
+    for place, token in enumerate(completion):
+        if token in stop_tokens:
+            return completion[: place + 1]
+    return completion
 
 
 @torch.no_grad()

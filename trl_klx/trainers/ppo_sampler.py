@@ -18,6 +18,7 @@ from trl.trainer.utils import print_prompt_completions_sample, selective_log_sof
 from ..kl import kl_estimate, masked_sum
 from ..kl.estimators import SAMPLED_ESTIMATORS
 from .exact_forward import ExactKLForward, check_sharding
+from .generation import end_tokens
 from .gold import GoldWatch
 from .kl_control import KLControl
 from .ppo_config import KLXPPOConfig
@@ -67,7 +68,7 @@ class PPOSampler(GoldWatch, PPOLoop):
         self._rewards, self._rollout_func = rewards, rollout_func
         self.reward_func_names = rewards.names
         rewards.rewards = [self._frozen(r) if isinstance(r, nn.Module) else r for r in rewards.rewards]
-        self.stop_token_id = tokenizer.eos_token_id if config.stop_token == "eos" else config.stop_token_id
+        self.stop_tokens = _stop_tokens(config, self._policy, tokenizer)
         self.generation_config = GenerationConfig(
             max_new_tokens=config.response_length,
             do_sample=True,
@@ -76,7 +77,7 @@ class PPOSampler(GoldWatch, PPOLoop):
             top_p=1.0,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=self.stop_token_id,
+            eos_token_id=self.stop_tokens or None,
         )
         self._metrics: dict[str, defaultdict[str, list[float]]] = {
             "train": defaultdict(list),
@@ -136,7 +137,7 @@ class PPOSampler(GoldWatch, PPOLoop):
         prompts, prompt_ids = read_prompts(rows, tokenizer, self.args.chat_template_kwargs)  # type: ignore[arg-type]
         policy_made = None
         if self._rollout_func is None:
-            completion_ids = [until_stop(ids, self.stop_token_id) for ids in self._sample(prompt_ids)]
+            completion_ids = [until_stop(ids, self.stop_tokens) for ids in self._sample(prompt_ids)]
         else:
             given = dict(self._rollout_func(prompts, self))
             prompt_ids, completion_ids, policy_made = take_answers(given)
@@ -166,8 +167,7 @@ class PPOSampler(GoldWatch, PPOLoop):
         extra: dict[str, list] = {}
         rewards = self._finite(self._rewards_of(answers, extra))
         scores = self._rewards.total(rewards)
-        stop = self.stop_token_id
-        finished = torch.tensor([stop is None or stop in ids for ids in answers.completion_ids], device=device)
+        finished = torch.tensor(answers.finished(self.stop_tokens), device=device)
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * (~finished).float()
         self._record_rewards(rewards, scores, finished, completion_mask)
@@ -332,3 +332,10 @@ class PPOSampler(GoldWatch, PPOLoop):
             columns = dict(zip(self._rewards.names, rewards.T.tolist(), strict=True))
             step = self.state.global_step
             print_prompt_completions_sample(answers.prompts, answers.completions, columns, None, step, _PRINTED, extra)
+
+
+def _stop_tokens(config: KLXPPOConfig, policy: nn.Module, tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end an answer; none where answers have full length."""
+    if config.stop_token == "eos":
+        return end_tokens(policy, tokenizer)
+    return [] if config.stop_token_id is None else [config.stop_token_id]

@@ -7,10 +7,11 @@ YAML values, so nothing else would.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_type_hints
 
 from .kl.gradients import EXPLANATION, SOUND, expected_gradient
 
@@ -59,6 +60,8 @@ _POSITIVE = (
     "kl_value_cap",
 )
 _NOT_NEGATIVE = ("kl_kp", "kl_ki", "kl_kd")
+# Options that transformers also reads from a file.
+_MAPPINGS_OR_PATHS = ("accelerator_config", "fsdp_config", "deepspeed")
 # What to use instead of a refused combination, by estimator and placement.
 _REMEDY = {
     ("k1", "loss"): "kl_estimator='k2' (same value, right gradient), or kl_importance_sampling='token'",
@@ -165,13 +168,31 @@ def _check_exact_only_options(args: KLArguments) -> None:
         )
 
 
+@functools.cache
+def fields_of_mappings(config: type) -> tuple[str, ...]:
+    """The fields of a dataclass that take a mapping. (The parser changes the types that the fields themselves name.)"""
+    return tuple(name for name, kind in get_type_hints(config).items() if "dict" in str(kind) and name[0] != "_")
+
+
+def _check_mappings(args: KLArguments) -> None:
+    """What a command line gives for a field that holds a mapping is JSON."""
+    for name in fields_of_mappings(type(args)):
+        given = value = getattr(args, name)
+        if value is None or name in _MAPPINGS_OR_PATHS:
+            continue
+        if isinstance(given, str):
+            try:
+                value = json.loads(given)
+            except ValueError as error:
+                raise ValueError(f'{name}={given!r} is no JSON: write {{"key": value}}.') from error
+        if not isinstance(value, dict) and name != "kl_group_targets":  # which has a sentence of its own
+            raise ValueError(f"{name}={given!r} must be a mapping: write one in YAML, or as JSON on a command line.")
+        # TRL reads its own, and only where the text begins with the brace.
+        setattr(args, name, given.strip() if isinstance(given, str) and name != "kl_group_targets" else value)
+
+
 def _check_groups(args: KLArguments) -> None:
     column, targets = args.kl_group_column, args.kl_group_targets
-    if isinstance(targets, str):
-        try:
-            targets = args.kl_group_targets = json.loads(targets)
-        except ValueError as error:
-            raise ValueError(f'kl_group_targets={targets!r} is no JSON: write {{"group": 0.1}}.') from error
     if column is not None and not args.kl_is_measured:
         raise ValueError(
             f"kl_group_column={column!r} has no KL to group at {args.kl_coef_name}=0: give {args.kl_coef_name} a "
@@ -286,6 +307,7 @@ def unknown(option: str, value: object, choices: tuple[str, ...]) -> str:
 
 # Every rule, in order: a config applies them one after the other, a dry run collects what all of them say.
 RULES = (
+    _check_mappings,
     check_names,
     _check_numbers,
     _check_dead_options,

@@ -3,12 +3,14 @@
 import dataclasses
 import difflib
 import itertools
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trl import ModelConfig, ScriptArguments, TrlParser
 
+from ..config_rules import fields_of_mappings
 from ..recipe_files import read_recipe, shipped_recipe
 
 
@@ -68,12 +70,15 @@ def parse_recipe(program: str, config: type, argv: list[str]) -> Recipe:
     """
     dataclass_types: tuple[Any, ...] = (RunArguments, config, ModelConfig)
     parser = TrlParser(dataclass_types, prog=program, usage=f"{program} --config RECIPE.yaml [--field value ...]")
+    for action in parser._actions:
+        if action.dest in mapping_fields(config) and action.type is not str:  # `dict` would take the text's letters
+            action.type = json.loads
     argv = [part for text in argv for part in (text.split("=", 1) if text.startswith("--config=") else [text])]
     if "--config" in argv[:-1]:
         position = argv.index("--config") + 1
         argv[position] = str(shipped_recipe(argv[position]))
     known = known_fields(config)
-    _check_config_file(argv, known)
+    _check_config_file(argv, config)
     try:
         *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except ValueError as error:
@@ -92,7 +97,12 @@ def known_fields(config: type) -> set[str]:
     return {f.name for cls in dataclass_types for f in dataclasses.fields(cls) if f.init} | {"env"}
 
 
-def _check_config_file(argv: list[str], known: set[str]) -> None:
+def mapping_fields(config: type) -> set[str]:
+    """Those of them that take a mapping; on a command line, as JSON."""
+    return {*fields_of_mappings(config), "env"}
+
+
+def _check_config_file(argv: list[str], config: type) -> None:
     if "--config" not in argv:
         return
     position = argv.index("--config") + 1
@@ -103,10 +113,11 @@ def _check_config_file(argv: list[str], known: set[str]) -> None:
         content = read_recipe(path)
     except ValueError as error:
         raise BadInput(str(error)) from error
+    known, mappings = known_fields(config), mapping_fields(config)
     for name, value in content.items():
         if name not in known:
             raise BadInput(f"in {path}, {unknown_field(name, known)}")
-        if isinstance(value, dict) and name != "env" and not name.endswith(("_kwargs", "_config")):
+        if isinstance(value, dict) and name not in mappings:
             raise BadInput(f"in {path}, {name} must be a plain value, not a mapping: recipes are flat.")
 
 

@@ -7,7 +7,6 @@ YAML values, so nothing else would.
 from __future__ import annotations
 
 import difflib
-import functools
 import json
 import math
 import warnings
@@ -168,7 +167,6 @@ def _check_exact_only_options(args: KLArguments) -> None:
         )
 
 
-@functools.cache
 def fields_of_mappings(config: type) -> tuple[str, ...]:
     """The fields of a dataclass that take a mapping. (The parser changes the types that the fields themselves name.)"""
     return tuple(name for name, kind in get_type_hints(config).items() if "dict" in str(kind) and name[0] != "_")

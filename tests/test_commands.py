@@ -28,6 +28,7 @@ from tiny import Arguments
 
 import trl_klx
 from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig, cli
+from trl_klx.recipe_files import accelerate_file
 from trl_klx.rewards import exact_match
 from trl_klx.run.arguments import RunArguments, parse_recipe
 from trl_klx.tasks import starter
@@ -114,7 +115,7 @@ def recipe_parsed(command: str) -> None:
     argv = parts[2:]
     if "--accelerate_config" in argv:
         position = argv.index("--accelerate_config")
-        assert cli._accelerate_config(argv[position + 1])
+        assert accelerate_file(argv[position + 1])
         del argv[position : position + 2]
     parse_recipe("test", CONFIGS[algorithm], [*argv, "--use_cpu", "true"])  # a recipe for GPUs has to be told
 

@@ -22,12 +22,13 @@ from trl_klx import cli
 from trl_klx.run import grpo
 from trl_klx.run.arguments import BadInput
 from trl_klx.run.dry_run import machine
-from trl_klx.run.dry_run.command import make_plan, wants_dry_run
+from trl_klx.run.dry_run.command import make_plan
 from trl_klx.run.dry_run.layout import Layout, read_layout
 from trl_klx.run.dry_run.memory import EXACT, Memory, Part, training_state
 from trl_klx.run.dry_run.page import memory_sentence
 from trl_klx.run.dry_run.parameters import Weights
 from trl_klx.run.dry_run.problems import count_rows
+from trl_klx.run.early import early_flag
 from trl_klx.trainers.trl_compat import TRL_VERSION
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -454,14 +455,14 @@ def test_a_shape_alone_is_counted(tmp_path: Path, inputs: Path) -> None:
 def test_who_asks_for_a_dry_run(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("dry_run: true\n")
-    assert wants_dry_run(["--dry_run"])
-    assert wants_dry_run(["--dry_run", "--config", "x"])
-    assert wants_dry_run(["--dry_run=true"])
-    assert not wants_dry_run(["--dry_run", "false"])
-    assert wants_dry_run(["--config", str(path)])
-    assert not wants_dry_run(["--config", str(path), "--dry_run=false"])
-    assert not wants_dry_run(["--config", str(tmp_path / "nowhere.yaml")])
-    assert not wants_dry_run([])
+    assert early_flag(["--dry_run"], "dry_run")
+    assert early_flag(["--dry_run", "--config", "x"], "dry_run")
+    assert early_flag(["--dry_run=true"], "dry_run")
+    assert not early_flag(["--dry_run", "false"], "dry_run")
+    assert early_flag(["--config", str(path)], "dry_run")
+    assert not early_flag(["--config", str(path), "--dry_run=false"], "dry_run")
+    assert not early_flag(["--config", str(tmp_path / "nowhere.yaml")], "dry_run")
+    assert not early_flag([], "dry_run")
 
 
 def test_what_is_no_recipe(tmp_path: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,7 @@ ALLOWED = {
         },
     ),
     "completion": ({"cli", "command_line"}, {"shtab"}),
-    "cli": ({"recipe_files"}, set()),
+    "cli": ({"command_line", "recipe_files"}, set()),
     "__init__": ({"trainers"}, set()),
 }
 

@@ -78,7 +78,7 @@ def test_the_installed_command_finds_its_recipes_in_any_folder(installed: Path, 
         command = [str(installed / argv[0]), *argv[1:]]
         return subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True)
 
-    code = "import json, trl_klx.cli as c; print(json.dumps([c.__file__, str(c._accelerate_config('cpu'))]))"
+    code = "import json, trl_klx.recipe_files as f; print(json.dumps([f.__file__, str(f.accelerate_file('cpu'))]))"
     module, config = json.loads(run("python", "-c", code).stdout)
     assert Path(config) == Path(module).parent / "recipes" / "accelerate" / "cpu.yaml"
     assert config.startswith(str(installed.parent))

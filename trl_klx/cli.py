@@ -3,10 +3,10 @@
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import NamedTuple
 
-from .recipe_files import RECIPES
+from .command_line import CommandParser
+from .recipe_files import RECIPES, accelerate_file
 
 
 class Command(NamedTuple):
@@ -38,7 +38,6 @@ COMMANDS = {
     "card": Command("trl_klx.hub.command", "write the model card of a run again, and push what the run left"),
     "completion": Command("trl_klx.completion", "print the script that makes a shell complete all this"),
 }
-_ACCELERATE_CONFIGS = RECIPES / "accelerate"
 
 
 def usage() -> str:
@@ -65,32 +64,36 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: the command {name!r} does not exist: use {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     command = COMMANDS[name]
-    if command.launched and "--accelerate_config" in rest:
-        return _launch(command, rest)
-    return import_module(command.module).main(rest, program=f"trl-klx {name}")
-
-
-def _launch(command: Command, argv: list[str]) -> int:
-    """Train or measure under `accelerate launch`, as --accelerate_config asks."""
-    position = argv.index("--accelerate_config")
-    name = (argv[position + 1 : position + 2] or [""])[0]
-    config = _accelerate_config(name)
+    program = f"trl-klx {name}"
+    layout, others = _layout(rest) if command.launched else (None, rest)
+    if layout is None:
+        return import_module(command.module).main(rest, program=program)
+    config = accelerate_file(layout)
     if config is None:
-        known = ", ".join(sorted(path.stem for path in _ACCELERATE_CONFIGS.glob("*.yaml")))
-        print(f"error: --accelerate_config {name} is neither a file nor one of {known}.", file=sys.stderr)
+        known = ", ".join(sorted(path.stem for path in RECIPES.glob("accelerate/*.yaml")))
+        print(f"error: --accelerate_config {layout} is neither a file nor one of {known}.", file=sys.stderr)
         return 2
-    rest = argv[:position] + argv[position + 2 :]
-    if any(text.split("=")[0] == "--dry_run" for text in rest):  # plans for the layout, on one process
-        return import_module(command.module).main([*rest, "--accelerate_config", str(config)])
+    if _is_dry_run(command, others):  # plans for the layout, on one process
+        return import_module(command.module).main([*others, "--accelerate_config", str(config)], program=program)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-    return subprocess.call([*launch, "-m", command.module, *rest])
+    return subprocess.call([*launch, "-m", command.module, *others])
 
 
-def _accelerate_config(name: str) -> Path | None:
-    for path in (Path(name), _ACCELERATE_CONFIGS / f"{name}.yaml"):
-        if name and path.is_file():
-            return path
-    return None
+def _layout(argv: list[str]) -> tuple[str | None, list[str]]:
+    """What `--accelerate_config` names, None where it is not given, and all other words."""
+    parser = CommandParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--accelerate_config", "--accelerate-config", nargs="?", const="")
+    given, others = parser.parse_known_args(argv)
+    return given.accelerate_config, others
+
+
+def _is_dry_run(command: Command, argv: list[str]) -> bool:
+    if not command.module.startswith("trl_klx.run."):
+        return False
+    try:
+        return import_module("trl_klx.run.early").early_flag(argv, "dry_run")
+    except ValueError:
+        return True  # it is neither true nor false: the command says so, and no process need be started for it
 
 
 if __name__ == "__main__":

@@ -22,6 +22,12 @@ def shipped_recipe(path: str) -> Path:
     return given
 
 
+def accelerate_file(name: str) -> Path | None:
+    """The accelerate file that `--accelerate_config` means: a path, or the name of one that was shipped. None: none."""
+    paths = (Path(name), RECIPES / "accelerate" / f"{name}.yaml")
+    return next((path for path in paths if name and path.is_file()), None)
+
+
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The fields of a recipe's file, which may be one that was shipped.
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +68,8 @@ def parse_recipe(program: str, config: type, argv: list[str]) -> Recipe:
         BadInput: the file is missing or no mapping, or a field or value does not exist.
     """
     dataclass_types: tuple[Any, ...] = (RunArguments, config, ModelConfig)
-    parser = TrlParser(dataclass_types, prog=program, usage=f"{program} --config RECIPE.yaml [--field value ...]")
+    usage = f"{program} --config RECIPE.yaml [--field value ...]"
+    parser = TrlParser(dataclass_types, prog=program, usage=usage, allow_abbrev=False)
     for action in parser._actions:
         if action.dest in mapping_fields(config) and action.type is not str:  # `dict` would take the text's letters
             action.type = json.loads
@@ -83,11 +83,11 @@ def parse_recipe(program: str, config: type, argv: list[str]) -> Recipe:
         *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    fields = [text.lstrip("-").split("=")[0] for text in unknown if text.startswith("--")]
+    fields = [text.lstrip("-").split("=")[0].replace("-", "_") for text in unknown if text.startswith("--")]
     if fields:
         raise BadInput(f"on the command line, {unknown_field(fields[0], known)}")
     if unknown:
-        raise BadInput(f"{unknown[0]!r} on the command line belongs to no field: write --field value.")
+        raise BadInput(stray_word(unknown[0]))
     return Recipe(*parsed)
 
 
@@ -121,17 +121,21 @@ def _check_config_file(argv: list[str], config: type) -> None:
             raise BadInput(f"in {path}, {name} must be a plain value, not a mapping: recipes are flat.")
 
 
+def stray_word(word: str) -> str:
+    """The sentence about a word that is neither an option nor its value."""
+    return f"{word!r} on the command line belongs to no field: write --field value."
+
+
+def starts_no_process(accelerate_config: str) -> str:
+    """The sentence about an accelerate file that is given where it has no effect."""
+    return (
+        f"accelerate_config={accelerate_config!r} starts processes only on the command line of `trl-klx`, or as "
+        "`accelerate launch --config_file`: give it there, or plan for it by --dry_run."
+    )
+
+
 def unknown_field(name: str, known: set[str]) -> str:
     """The sentence about a field that does not exist."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else "remove it."
     return f"the field {name!r} does not exist: {hint}"
-
-
-def given_option(argv: list[str], name: str) -> list[str] | None:
-    """The words that a command line gives for `--name`, which may be none; None where it does not name it."""
-    words = [part for text in argv for part in (text.split("=", 1) if text.startswith("--") else [text])]
-    if f"--{name}" not in words:
-        return None
-    after = words[words.index(f"--{name}") + 1 :]
-    return list(itertools.takewhile(lambda word: not word.startswith("--"), after))

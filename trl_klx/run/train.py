@@ -15,8 +15,9 @@ from ..hub.settings import write_settings
 from ..monitor.history import HistoryCallback
 from ..monitor.progress import KLProgressCallback
 from ..trainers.checkpoints import CheckpointError, NotSavedError, RunError, resolve_checkpoint
-from .arguments import BadInput, Recipe, parse_recipe
-from .dry_run.command import dry_run, wants_dry_run
+from .arguments import BadInput, Recipe, parse_recipe, starts_no_process
+from .dry_run.command import dry_run
+from .early import early_flag
 from .help import help_parser
 from .inputs import Inputs
 from .report import report, resolved_recipe
@@ -43,15 +44,12 @@ def run_recipe(
     if {"-h", "--help"} & set(argv):
         help_parser(program, config).print_help()
         return 0
-    if wants_dry_run(argv):
-        return dry_run(argv, program, config)
     try:
+        if early_flag(argv, "dry_run"):
+            return dry_run(argv, program, config)
         recipe = parse_recipe(program, config, argv)
         if recipe.run.accelerate_config is not None:
-            raise BadInput(
-                f"accelerate_config={recipe.run.accelerate_config!r} starts processes only as `trl-klx` or `accelerate "
-                "launch --config_file`: give it there, or plan for it by dry_run."
-            )
+            raise BadInput(starts_no_process(recipe.run.accelerate_config))
         inputs = load_inputs(recipe)
         resolve_checkpoint(recipe.args.resume_from_checkpoint, recipe.args.output_dir)
         check_push(recipe.args)

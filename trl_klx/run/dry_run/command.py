@@ -4,15 +4,14 @@ import os
 import sys
 import warnings
 from contextlib import nullcontext, suppress
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from huggingface_hub import constants
 from rich.console import Console
 
-from ...recipe_files import read_recipe
 from ..algorithms import ALGORITHMS, config_of
-from ..arguments import BadInput, Recipe, given_option
+from ..arguments import BadInput, Recipe, starts_no_process
+from ..early import early_flag, early_value
 from ..explain.command import advice
 from ..explain.notes import sentence
 from . import page
@@ -34,22 +33,6 @@ class Plan(NamedTuple):
     memory: Memory | None
     data: Data | None
     problems: list[str]
-
-
-def wants_dry_run(argv: list[str]) -> bool:
-    """Whether the command line or the recipe asks for a dry run; read before anything is checked."""
-    given = given_option(argv, "dry_run")
-    if given is not None:
-        return not given or given[0].lower() in ("true", "1", "yes")
-    return _recipe_fields(argv).get("dry_run") is True
-
-
-def _recipe_fields(argv: list[str]) -> dict[str, Any]:
-    """The fields of the recipe; empty where there is none that can be read, for parsing says what is wrong with it."""
-    path = given_option(argv, "config")
-    with suppress(ValueError):
-        return read_recipe(Path(*path)) if path else {}
-    return {}
 
 
 def dry_run(argv: list[str], program: str, config: type) -> int:
@@ -78,12 +61,15 @@ def make_plan(algorithm: str, argv: list[str], program: str = "dry_run") -> Plan
     Raises:
         BadInput: there is no recipe, or no such accelerate file.
     """
-    layout = read_layout(" ".join(given_option(argv, "accelerate_config") or []) or None)
+    accelerate_config, source = early_value(argv, "accelerate_config")
+    layout = read_layout(accelerate_config)
     with as_if_on(layout.processes):
         recipe, complaints = parse_leniently(program, config_of(algorithm), argv)
     found = Collector()
     for complaint in complaints:
         found.add(complaint)
+    if accelerate_config is not None and source != "on the command line":
+        found.add(starts_no_process(accelerate_config))
     if recipe is None:
         return Plan(None, layout, None, None, None, found.sentences)
     names = [] if constants.is_offline_mode() else on_the_hub(recipe)
@@ -107,8 +93,9 @@ def make_plan(algorithm: str, argv: list[str], program: str = "dry_run") -> Plan
 
 def _asks_for_cpu(argv: list[str]) -> bool:
     """Whether the recipe itself asks for the CPU; on a machine without a GPU, it is parsed as if it did."""
-    given = given_option(argv, "use_cpu")
-    return _recipe_fields(argv).get("use_cpu") is True if given is None else given != ["false"]
+    with suppress(ValueError):  # neither true nor false: a problem that parsing has found
+        return early_flag(argv, "use_cpu")
+    return False
 
 
 def _print(algorithm: str, plan: Plan) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
+from ...recipe_files import accelerate_file
 from ..arguments import BadInput
 
 _STAGE_ENV = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
@@ -56,10 +57,11 @@ def read_layout(path: str | None) -> Layout:
     """
     if path is None:
         return _of_environment()
+    file = accelerate_file(str(path))
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load((file or Path(str(path))).read_text())
         processes = int(content.get("num_processes", 1))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise BadInput(
             f"accelerate_config={path!r} is no readable accelerate file ({type(error).__name__})."
         ) from error
@@ -75,7 +77,7 @@ def read_layout(path: str | None) -> Layout:
         fsdp_version=int(fsdp.get("fsdp_version", 1)) if kind == "FSDP" else 0,
         offloads_optimizer=offload["optimizer"],
         offloads_parameters=offload["param"] or bool(fsdp.get("fsdp_offload_params")),
-        source=path,
+        source=str(file or path),
     )
 
 

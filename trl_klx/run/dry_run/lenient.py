@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from ...recipe_files import read_recipe
-from ..arguments import BadInput, Recipe, known_fields, parse_recipe, unknown_field
+from ..arguments import BadInput, Recipe, known_fields, parse_recipe, stray_word, unknown_field
 
 _GIVE_UP_AFTER = 12
 
@@ -38,8 +38,9 @@ def parse_leniently(program: str, config: type, argv: list[str]) -> Lenient:
             return Lenient(parse_recipe(program, config, argv), problems)
         except BadInput:
             given, overrides = _split(argv)
+        problems += [stray_word(word) for word in argv[:1] if not word.startswith("--")]
         known = known_fields(config)
-        for name in [name for name in (*given, *overrides) if name not in known]:
+        for name in [name for name in (*given, *overrides) if name.removeprefix("no_") not in known]:
             problems.append(unknown_field(name, known))
             given.pop(name, None)
             overrides.pop(name, None)
@@ -76,7 +77,7 @@ def _split(argv: list[str]) -> tuple[dict[str, Any], dict[str, list[str]]]:
     name = ""
     for word in (part for text in argv for part in (text.split("=", 1) if text.startswith("--") else [text])):
         if word.startswith("--"):
-            name = word[2:]
+            name = word[2:].replace("-", "_")
             overrides[name] = []
         elif name:
             overrides[name].append(word)

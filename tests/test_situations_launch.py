@@ -1,0 +1,208 @@
+"""Situations at the start of a run: how the command line is read, what is not installed, where a run may write."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.version import Version
+from tiny import save_tiny
+
+from trl_klx import cli
+from trl_klx.run import dpo, grpo, ppo, train
+from trl_klx.run.arguments import BadInput
+from trl_klx.run.dry_run.command import make_plan
+from trl_klx.trainers.trl_compat import TRL_VERSION
+
+ALGORITHMS = {"grpo": grpo, "dpo": dpo} | ({"ppo": ppo} if Version("1.13") > TRL_VERSION else {})
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny(folder / "model")
+    rows = {"data": {"prompt": "1+1=", "answer": "2"}, "pairs": {"prompt": "1+1=", "chosen": "2", "rejected": "3"}}
+    for name, row in rows.items():
+        (folder / name).mkdir()
+        for split in ("train", "test"):
+            (folder / name / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 24)
+    return folder
+
+
+def fields(inputs: Path, algorithm: str = "grpo", **changes: object) -> dict[str, object]:
+    return {
+        "model_name_or_path": str(inputs / "model"),
+        "dataset_name": str(inputs / ("pairs" if algorithm == "dpo" else "data")),
+        "output_dir": str(inputs / "never_written"),
+        "max_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        **({} if algorithm == "dpo" else {"reward_funcs": ["trl_klx.rewards.exact_match"]}),
+        **changes,
+    }
+
+
+def recipe(folder: Path, content: dict[str, object] | str) -> list[str]:
+    path = folder / "recipe.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return ["--config", str(path)]
+
+
+# The command line is read as the parser reads it
+
+
+@pytest.fixture
+def what_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a training command does, instead of doing it."""
+    ran: list[str] = []
+
+    def run(*args: object) -> None:
+        ran.append("run")
+        raise BadInput("a run")
+
+    monkeypatch.setattr(train, "dry_run", lambda *args: ran.append("dry run") or 0)
+    monkeypatch.setattr(train, "parse_recipe", run)
+    return ran
+
+
+@pytest.mark.situation("asks for a dry run in any words that mean true", "right")
+@pytest.mark.parametrize(
+    ("words", "in_recipe"),
+    [
+        *(
+            ([*words.split()], "")
+            for words in ("--dry_run t", "--dry_run y", "--dry_run Yes", "--dry-run", "--dry_run=T")
+        ),
+        *(([], text) for text in ('dry_run: "true"', "dry_run: on", "dry_run: 1", 'dry_run: "Y"')),
+        (["--dry_run", "1"], "dry_run: false"),
+        (["--dry_run", "false", "--dry_run", "true"], ""),
+    ],
+)
+def test_a_dry_run_is_one(tmp_path: Path, words: list[str], in_recipe: str, what_runs: list[str]) -> None:
+    assert grpo.main([*recipe(tmp_path, f"beta: 0.1\n{in_recipe}\n"), *words]) == 0
+    assert what_runs == ["dry run"]
+
+
+@pytest.mark.situation("says false of a dry run, in any words that mean false", "right")
+@pytest.mark.parametrize(
+    ("words", "in_recipe"),
+    [(["--dry_run=F"], ""), (["--dry-run", "no"], "dry_run: true"), ([], "dry_run: 0")],
+)
+def test_a_run_is_one(tmp_path: Path, words: list[str], in_recipe: str, what_runs: list[str]) -> None:
+    assert grpo.main([*recipe(tmp_path, f"beta: 0.1\n{in_recipe}\n"), *words]) == 2
+    assert what_runs == ["run"]
+
+
+@pytest.mark.situation("gives dry_run what is neither true nor false", "refused")
+@pytest.mark.parametrize(
+    ("words", "in_recipe", "value"),
+    [
+        (["--dry_run", "on"], "", "'on'"),
+        (["--dry-run=maybe"], "", "'maybe'"),
+        ([], "dry_run: 2", "2"),
+        ([], 'dry_run: "on"', "'on'"),
+        ([], "dry_run:", "None"),
+        ([], "dry_run: [true]", "[True]"),
+    ],
+)
+def test_what_is_no_boolean(
+    tmp_path: Path,
+    words: list[str],
+    in_recipe: str,
+    value: str,
+    what_runs: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert grpo.main([*recipe(tmp_path, f"beta: 0.1\n{in_recipe}\n"), *words]) == 2
+    assert what_runs == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: dry_run={value} ")
+    assert line.endswith(" must be true or false.")
+
+
+@pytest.mark.situation("writes --accelerate_config=cpu with an equals sign, or with a hyphen", "right")
+@pytest.mark.parametrize("word", [["--accelerate_config=cpu"], ["--accelerate-config", "cpu"]])
+def test_every_spelling_of_accelerate_config(tmp_path: Path, word: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(cli, "_become", lambda command: started.append(command) or 0, raising=False)
+    monkeypatch.setattr(cli.subprocess, "call", lambda command: started.append(command) or 0, raising=False)
+    assert cli.main(["grpo", *recipe(tmp_path, "beta: 0.1"), *word, "--max_steps", "3"]) == 0
+    (command,) = started
+    assert command[command.index("--config_file") + 1].endswith("recipes/accelerate/cpu.yaml")
+    assert command[command.index("-m", 3) :] == [
+        "-m",
+        "trl_klx.run.grpo",
+        *recipe(tmp_path, "beta: 0.1"),
+        "--max_steps",
+        "3",
+    ]
+
+
+@pytest.mark.situation("plans a run of several processes, with dry_run in the recipe", "right")
+@pytest.mark.parametrize("word", [["--accelerate_config=zero3"], ["--accelerate_config", "zero3"]])
+def test_a_dry_run_in_the_recipe_starts_no_process(
+    tmp_path: Path, inputs: Path, word: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_become", lambda command: 99, raising=False)
+    monkeypatch.setattr(cli.subprocess, "call", lambda command: 99, raising=False)
+    rows = fields(inputs, dry_run="t", per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    assert cli.main(["grpo", *recipe(tmp_path, rows), *word]) == 0
+    assert "dry run of GRPO on DeepSpeed ZeRO-3, 8 processes" in capsys.readouterr().out
+
+
+@pytest.mark.situation("starts processes and says --dry_run false", "right")
+def test_dry_run_false_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_become", lambda command: 99, raising=False)
+    monkeypatch.setattr(cli.subprocess, "call", lambda command: 99, raising=False)
+    assert cli.main(["grpo", *recipe(tmp_path, "beta: 0.1"), "--accelerate_config", "cpu", "--dry_run", "false"]) == 99
+
+
+@pytest.mark.situation("writes accelerate_config into the recipe", "refused")
+def test_accelerate_config_in_a_recipe(tmp_path: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = recipe(tmp_path, fields(inputs, accelerate_config="cpu"))
+    assert grpo.main(argv) == 2
+    sentence = capsys.readouterr().err.removeprefix("error: ").strip()
+    assert "give it there" in sentence
+    plan = make_plan("grpo", argv)
+    assert sentence in plan.problems
+    assert plan.layout.source.endswith("recipes/accelerate/cpu.yaml")
+
+
+@pytest.mark.situation("says --use_cpu False in a dry run", "right")
+@pytest.mark.parametrize("words", [["--use_cpu", "False"], ["--use-cpu=no"], ["--use_cpu", "0"]])
+def test_use_cpu_false_counts_as_false(tmp_path: Path, inputs: Path, words: list[str]) -> None:
+    """Eight processes then want eight GPUs, which are not here."""
+    argv = recipe(tmp_path, fields(inputs, per_device_train_batch_size=8))
+    layout = ["--accelerate_config", "zero3"]
+    wants = "wants 8 processes, one per GPU"
+    assert not any(wants in problem for problem in make_plan("grpo", [*argv, *layout]).problems)
+    assert any(wants in problem for problem in make_plan("grpo", [*argv, *layout, *words]).problems)
+
+
+@pytest.mark.situation("shortens an option, as in --max_st 5", "refused")
+def test_a_shortened_option(tmp_path: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*recipe(tmp_path, fields(inputs)), "--max_st", "5"]
+    assert grpo.main(argv) == 2
+    assert "the field 'max_st' does not exist: did you mean 'max_steps'?" in capsys.readouterr().err
+    assert any("did you mean 'max_steps'" in problem for problem in make_plan("grpo", argv).problems)
+
+
+@pytest.mark.situation("gives an option with hyphens, or as --no_field, beside a mistake in another", "right")
+def test_spellings_in_a_dry_run_with_a_mistake(tmp_path: Path, inputs: Path) -> None:
+    argv = [*recipe(tmp_path, fields(inputs, beta=0.1)), "--max-steps", "7", "--no_kl_health", "--kl-estimator", "k9"]
+    plan = make_plan("grpo", argv)
+    assert [problem.split(" ")[0] for problem in plan.problems] == ["kl_estimator='k9'"]
+    assert plan.recipe is not None
+    assert plan.recipe.args.max_steps == 7
+
+
+@pytest.mark.situation("leaves a word before the first option", "refused")
+def test_a_word_that_belongs_nowhere(tmp_path: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", *recipe(tmp_path, fields(inputs))]
+    assert grpo.main(argv) == 2
+    assert "'train' on the command line belongs to no field" in capsys.readouterr().err
+    assert any(
+        "'train' on the command line belongs to no field" in problem for problem in make_plan("grpo", argv).problems
+    )

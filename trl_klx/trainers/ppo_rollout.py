@@ -4,7 +4,7 @@ Shape legend: B answers, P prompt tokens, T answer tokens, L = P + T, H hidden s
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Rollout:
     attention_mask: Tensor  # (B, L)
     mask: Tensor  # (B, T) tokens of the answer that the policy produced
     answer_numbers: Tensor  # (B,)
-    scores: Tensor  # (B,) weighted rewards, less the penalty for answers without an end
+    scores: Tensor  # (B,) weighted rewards, less the penalty for answers without an end; NaN where no reward applies
     sampler_logps: Tensor | None = None  # (B, T) of the policy as it sampled, scored by the trainer
     values: Tensor | None = None  # (B, T)
     ref_logps: Tensor | None = None  # (B, T)
@@ -58,6 +58,11 @@ class Rollout:
     @property
     def length(self) -> int:
         return self.mask.size(1)
+
+    def without_unscored(self) -> "Rollout":
+        """The same, in which nothing of an answer counts to which no reward applies."""
+        unscored = self.scores.isnan()
+        return replace(self, mask=self.mask & ~unscored.unsqueeze(1), scores=self.scores.masked_fill(unscored, 0.0))
 
     def rows(self, index: Tensor | slice) -> "Rollout":
         """The same of some answers only."""

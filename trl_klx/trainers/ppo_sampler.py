@@ -119,7 +119,10 @@ class PPOSampler(GoldWatch, PPOLoop):
 
     @torch.no_grad()
     def _make_rollout(self, rows: Rows) -> Rollout:
-        """Sample, reward and score an answer to each prompt."""
+        """Sample, reward and score an answer to each prompt, and record its rewards and its KL.
+
+        The KL is that of every answer; what the rollout returns counts only where a reward applies.
+        """
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):  # type: ignore[arg-type]
             rollout = self._reward(self._answer(rows))
             rollout.groups = self.kl.group_numbers(rows)
@@ -127,7 +130,7 @@ class PPOSampler(GoldWatch, PPOLoop):
             parts = [self._score(rollout.rows(slice(i, i + size))) for i in range(0, len(rows), size)]
         rollout = Rollout.joined(parts)
         self._record_kl(rollout)
-        return rollout
+        return rollout.without_unscored()
 
     # Answers and rewards
 
@@ -166,7 +169,7 @@ class PPOSampler(GoldWatch, PPOLoop):
         policy_made, _ = padded(answers.policy_made, 0, "right", device)
         extra: dict[str, list] = {}
         rewards = self._finite(self._rewards_of(answers, extra))
-        scores = self._rewards.total(rewards)
+        scores = self._rewards.total(rewards).masked_fill(rewards.isnan().all(1), torch.nan)
         finished = torch.tensor(answers.finished(self.stop_tokens), device=device)
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * (~finished).float()
@@ -293,18 +296,20 @@ class PPOSampler(GoldWatch, PPOLoop):
         return means
 
     def _record_rewards(self, rewards: Tensor, scores: Tensor, finished: Tensor, completion_mask: Tensor) -> None:
-        rows = torch.ones_like(scores)
+        rows, scored = torch.ones_like(scores).sum(), (~scores.isnan()).sum()
         sums = {
-            "reward": (scores.sum(), rows.sum()),
-            "objective/scores": (scores.sum(), rows.sum()),
-            "completions/mean_length": (completion_mask.sum(), rows.sum()),
-            "completions/clipped_ratio": ((~finished).sum(), rows.sum()),
+            "reward": (scores.nansum(), scored),
+            "objective/scores": (scores.nansum(), scored),
+            "completions/mean_length": (completion_mask.sum(), rows),
+            "completions/clipped_ratio": ((~finished).sum(), rows),
         }
         for name, column in zip(self._rewards.names, rewards.unbind(1), strict=True):
             sums[f"rewards/{name}/mean"] = (column.nansum(), (~column.isnan()).sum())
         means = self._record_means(sums)
-        spread = (scores - means["reward"]).square().sum()
-        variance = self.accelerator.reduce(torch.stack([spread, rows.sum()]), reduction="sum")
+        if "reward" not in means:  # on any process
+            return
+        spread = (scores - means["reward"]).square().nansum()
+        variance = self.accelerator.reduce(torch.stack([spread, scored.to(spread)]), reduction="sum")
         self._metrics[self._mode]["reward_std"].append(float((variance[0] / (variance[1] - 1).clamp(min=1)).sqrt()))
 
     def _record_kl(self, rollout: Rollout) -> None:
@@ -322,9 +327,10 @@ class PPOSampler(GoldWatch, PPOLoop):
             sums["objective/kl"] = (kl, rows)
             if self.args.kl_is_penalised:  # what every placement maximises
                 coef = self.kl_coef if rollout.groups is None else self.kl.coef_of(rollout.groups)
-                charged = masked_sum(coef * values[self.kl_term.estimator], mask)
-                sums["objective/non_score_reward"] = (-charged, rows)
-                sums["objective/rlhf_reward"] = (rollout.scores.sum() - charged, rows)
+                charged = masked_sum(coef * values[self.kl_term.estimator], mask, dim=1)
+                scored = ~rollout.scores.isnan()
+                sums["objective/non_score_reward"] = (-charged[scored].sum(), scored.sum())
+                sums["objective/rlhf_reward"] = ((rollout.scores - charged)[scored].sum(), scored.sum())
         self._record_means(sums)
 
     def _print(self, answers: Answers, rewards: Tensor, extra: dict[str, list]) -> None:

@@ -59,11 +59,12 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def make(algorithm: str, folder: Path | str, **changes: Any) -> Any:
-    """A trainer; `reward`, `model`, `ref_model` and `callbacks` are its arguments, the rest fields of its config."""
+    """A trainer; `reward`, `model`, `ref_model`, `peft_config`, `callbacks` are its arguments, others its config's."""
     model, ref_model = changes.pop("model", None), changes.pop("ref_model", None)
     reward, callbacks = changes.pop("reward", digit_reward), changes.pop("callbacks", None)
+    peft_config = changes.pop("peft_config", None)
     fields = {**COMMON, **OWN[algorithm], **changes}
-    shared = {"model": tiny_model() if model is None else model, "callbacks": callbacks}
+    shared = {"model": tiny_model() if model is None else model, "callbacks": callbacks, "peft_config": peft_config}
     shared["processing_class"] = tiny_tokenizer()
     if algorithm == "grpo":
         config = KLXGRPOConfig(str(folder), **fields)

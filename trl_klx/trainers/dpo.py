@@ -19,6 +19,7 @@ from trl.trainer import dpo_trainer
 from trl.trainer.utils import use_adapter
 
 from ..monitor.moments import prompt_moments, sequence_rows, summarise
+from .adapters import REF_ADAPTER, trainable_as_before
 from .dpo_config import KLXDPOConfig
 from .dpo_pairs import PairStatistics
 from .exact_forward import ExactKLForward, check_sharding
@@ -27,7 +28,7 @@ from .kl_probe import KLProbe, distinct_prompts
 from .kl_trainer import KLControlledTrainer
 from .reference import causal_lm, reference_is_a_copy
 from .step_guard import KL, POLICY, REFERENCE, StepGuard
-from .trl_compat import check_trl_version
+from .trl_compat import check_trl_version, check_virtual_tokens
 
 check_trl_version()
 
@@ -84,8 +85,10 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
                 f"kl_probe_steps={args.kl_probe_steps} samples answers to the prompts of eval_dataset and there is "
                 "none: pass an eval_dataset, or remove kl_probe_steps."
             )
-        wanted = ref_model is None and kwargs.get("peft_config") is None and not args.precompute_ref_log_probs
-        with reference_is_a_copy(model, wanted=wanted, trl_module=dpo_trainer):
+        check_virtual_tokens(model, kwargs.get("peft_config"))
+        # Precomputed log-probs need no second model; an adapter is copied for them all the same.
+        wanted = ref_model is None and not (args.precompute_ref_log_probs and isinstance(model, PreTrainedModel))
+        with reference_is_a_copy(model, kwargs.get("peft_config"), wanted=wanted, trl_module=dpo_trainer):
             super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
         self.kl = KLControl(args, self.accelerator)
         self.guard = StepGuard(self.accelerator)
@@ -150,7 +153,7 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
         watched = self.model.training and self.args.kl_health
-        with self._pairs.watching() if watched else nullcontext():
+        with self._pairs.watching() if watched else nullcontext(), trainable_as_before(self.model):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         metrics = self._metrics[self._mode]
         if watched:
@@ -285,5 +288,6 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
             yield self.ref_model
             return
         policy = self.accelerator.unwrap_model(self.model)
-        with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
+        name = REF_ADAPTER if REF_ADAPTER in policy.peft_config else None
+        with trainable_as_before(policy), use_adapter(policy, name):
             yield self.model

@@ -16,6 +16,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from ..kl import importance_weights, kl_estimate, leave_one_out_baseline
 from ..kl.estimators import SAMPLED_ESTIMATORS
+from .adapters import trainable_as_before
 from .exact_forward import ExactKLForward, check_sharding
 from .gold import GOLD, GoldWatch, check_gold_reward
 from .grpo_aggregation import TOKEN_MEANS, mean_as_trl
@@ -34,7 +35,7 @@ from .health import PooledSums
 from .kl_control import KLControl
 from .kl_groups import group_names
 from .kl_trainer import KLControlledTrainer
-from .reference import causal_lm, reference_is_a_copy, reference_is_built
+from .reference import causal_lm, reference_as_given
 from .reward_functions import finite_rewards
 from .step_guard import KL, POLICY, REFERENCE, REWARDS, StepGuard
 from .trl_compat import check_trl_version
@@ -84,8 +85,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, GRPOTrainer):
         self._scorings: list[Scoring] | None = None
         self._prompts_seen, self._keep_ref_hidden = 0, False
         self._exact_request: tuple[Tensor, Tensor, bool] | None = None  # reference hidden states, mask, with gradient
-        without_adapter = kwargs.get("peft_config") is None
-        with reference_is_built(args), reference_is_a_copy(model, wanted=without_adapter and args.kl_is_measured):
+        with reference_as_given(args, model, kwargs.get("peft_config")):
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *positional, **kwargs)
         self.beta = args.beta
         self.kl = KLControl(args, self.accelerator, kl_groups)
@@ -97,8 +97,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, GRPOTrainer):
         # A router's loss counts every token that is not masked: there, cut-off answers have to stay as TRL masks them.
         self._looks_behind_mask = args.kl_health and args.kl_is_measured and not self.aux_loss_enabled
         scale = None if self.scale_rewards == "none" else 1.0
-        sources = {"gain": "reward", "entropy": "entropy", "tokenizer": self._tokenizer}
-        self._watch_health(self.model, **sources, reward_scale=scale)
+        self._watch_health(self.model, gain="reward", entropy="entropy", tokenizer=self._tokenizer, reward_scale=scale)
         self._watch_gold(gold_reward_func)
 
     def _exact_forward(self) -> ExactKLForward:
@@ -165,7 +164,8 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, GRPOTrainer):
         self._check_weights()
         if not self.args.kl_is_measured:
             return super()._generate_and_score_completions(inputs)
-        with self._trl_sees_beta(1.0), self._recording(ref_hidden=self._exact is not None) as scorings:
+        recording = self._recording(ref_hidden=self._exact is not None)
+        with self._trl_sees_beta(1.0), trainable_as_before(self.model), recording as scorings:
             output = super()._generate_and_score_completions(inputs)
         output["kl_prompts"] = self._prompt_numbers(len(inputs))
         groups = self.kl.group_numbers(inputs)

@@ -130,7 +130,8 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         value_model = path if value_model is None and is_deepspeed_zero3_enabled() else value_model
         value = load_value_model(value_model, loading) if isinstance(value_model, str) else value_model
         value = value_model_like(base) if value is None else value
-        policy = with_adapter(base, peft_config, args.model_adapter_name, args.ref_adapter_name)
+        names, copied = (args.model_adapter_name, args.ref_adapter_name), args.kl_is_measured and ref_model is None
+        policy = with_adapter(base, peft_config, *names, copied=copied)
         reference = None
         if args.kl_is_measured:
             reference = reference_of(policy, path, quantized) if ref_model is None else load_policy(ref_model, loading)

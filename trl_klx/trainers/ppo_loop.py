@@ -22,9 +22,10 @@ from trl.experimental.ppo import PPOTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id, identity, use_adapter
 
+from .adapters import REF_ADAPTER, trainable_as_before
 from .checkpoints import CheckpointError
 from .ppo_config import KLXPPOConfig
-from .ppo_model import REF_ADAPTER, VALUE_FOLDER, PolicyAndValue
+from .ppo_model import VALUE_FOLDER, PolicyAndValue
 
 
 class PPOLoop(PPOTrainer):
@@ -100,7 +101,7 @@ class PPOLoop(PPOTrainer):
         name = self.args.ref_adapter_name
         if name is None and REF_ADAPTER in self._policy.peft_config:
             name = REF_ADAPTER
-        with use_adapter(self._policy, name):
+        with trainable_as_before(self._policy), use_adapter(self._policy, name):
             yield
 
     def get_train_dataloader(self) -> Any:

@@ -16,10 +16,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 from trl.trainer.utils import create_model_from_path
 
+from .adapters import active_adapter, check_fresh_adapter, keep_reference
 from .reference import causal_lm
 
 VALUE_FOLDER = "value_model"  # inside a checkpoint; the policy is the checkpoint itself
-REF_ADAPTER = "ref"  # TRL's name for the adapter that the reference keeps
 
 
 @dataclass
@@ -137,7 +137,7 @@ def value_model_like(policy: PreTrainedModel) -> PreTrainedModel:
     if getattr(causal_lm(policy), "is_quantized", False):  # set on quantised models only
         raise ValueError("the policy is quantised, and no value model can be copied from it: pass value_model.")
     if isinstance(policy, PeftModel):
-        policy = copy.deepcopy(policy).merge_and_unload()  # the value of the policy as it is, adapter included
+        policy = _merged(policy)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     try:
@@ -148,6 +148,18 @@ def value_model_like(policy: PreTrainedModel) -> PreTrainedModel:
         ) from error
     model.base_model.load_state_dict(policy.base_model.state_dict())
     return check_value_model(start_at_zero(model))
+
+
+def _merged(policy: PeftModel) -> PreTrainedModel:
+    """The policy as it is, adapter included; virtual tokens are no weights of a model and stay out."""
+    if policy.active_peft_config.is_prompt_learning:
+        return causal_lm(policy)
+    try:
+        return copy.deepcopy(policy).merge_and_unload()
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the policy's adapter cannot be merged for a value model to start from ({error}): pass value_model."
+        ) from error
 
 
 def start_at_zero(model: PreTrainedModel) -> PreTrainedModel:
@@ -213,7 +225,7 @@ def _load_classifier(path: str, init_kwargs: dict[str, Any]) -> tuple[PreTrained
 
 
 def with_adapter(
-    policy: PreTrainedModel, peft_config: PeftConfig | None, trained: str | None, reference: str | None
+    policy: PreTrainedModel, peft_config: PeftConfig | None, trained: str | None, reference: str | None, *, copied: bool
 ) -> PreTrainedModel:
     """Put a fresh adapter on the policy, or prepare those that it came with.
 
@@ -223,6 +235,7 @@ def with_adapter(
         trained: name of the adapter to train (`model_adapter_name`); None: the active one.
         reference: name of the adapter that is the reference (`ref_adapter_name`); None: a copy of the trained one, made
             here under the name "ref".
+        copied: False where no reference is needed, or another model is.
     """
     if peft_config is not None:
         if isinstance(policy, PeftModel):
@@ -230,6 +243,8 @@ def with_adapter(
                 "the policy is a PeftModel already and peft_config was given too: merge its adapter first, or leave "
                 "peft_config out to train the adapter it has."
             )
+        if copied:
+            check_fresh_adapter(peft_config)
         return get_peft_model(policy, peft_config)  # type: ignore[return-value]
     if not isinstance(policy, PeftModel):
         return policy
@@ -238,17 +253,13 @@ def with_adapter(
             raise ValueError(f"{option}={name!r} is none of the policy's adapters, {', '.join(policy.peft_config)}.")
     if trained is not None:
         policy.set_adapter(trained)
-    if reference is None and REF_ADAPTER not in policy.peft_config:
-        _copy_adapter(policy, str(policy.active_adapter), REF_ADAPTER)
+    if reference == active_adapter(policy):
+        raise ValueError(
+            f"ref_adapter_name={reference!r} is the adapter that is trained: load it once more by another name."
+        )
+    if reference is None and copied:
+        keep_reference(policy)
     return policy
-
-
-def _copy_adapter(policy: PeftModel, name: str, copied: str) -> None:
-    policy.add_adapter(copied, policy.peft_config[name])
-    for key, parameter in policy.named_parameters():
-        if f".{copied}." in key:
-            parameter.data.copy_(policy.get_parameter(key.replace(f".{copied}.", f".{name}.")).data)
-            parameter.requires_grad_(False)
 
 
 def reference_of(policy: PreTrainedModel, path: str | None, init_kwargs: dict[str, Any]) -> PreTrainedModel | None:

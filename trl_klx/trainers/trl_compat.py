@@ -1,8 +1,10 @@
 """What differs between the TRL versions we support, in one place."""
 
 from importlib.metadata import version
+from typing import Any
 
 from packaging.version import Version
+from peft import PeftConfig, PeftModel, PeftType
 
 TRL_VERSION = Version(version("trl"))
 
@@ -33,3 +35,17 @@ def check_trl_has_ppo() -> None:
             f"trl {TRL_VERSION} is installed and has no PPO: TRL removed it in 1.13, and KLXPPOTrainer builds on it. "
             "Install the last version that has it: pip install 'trl==1.12.0'. GRPO and DPO run on this version."
         )
+
+
+def check_virtual_tokens(model: Any, peft_config: PeftConfig | None) -> None:
+    """Raise ValueError where TRL's DPO would score virtual tokens: below 1.16 it takes all logits for the text's.
+
+    (Prefix tuning puts its tokens into the cache, where nothing scores them.)
+    """
+    config = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+    if FUSED_LM_HEAD or config is None or not config.is_prompt_learning or config.peft_type == PeftType.PREFIX_TUNING:
+        return
+    raise ValueError(
+        f"{config.peft_type.value} puts virtual tokens before the text, and DPO of trl {TRL_VERSION} scores them as "
+        "text: use trl>=1.16, LoRA or prefix tuning."
+    )

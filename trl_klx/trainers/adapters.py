@@ -89,7 +89,7 @@ def keep_reference(policy: PeftModel) -> None:
             policy.add_adapter(REF_ADAPTER, _config_of_copy(config))
         except (ValueError, NotImplementedError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(
-                f"no second adapter of the kind {config.peft_type.value} can be put beside {name!r} for a reference "
+                f"no second adapter of the kind {type(config).__name__} can be put beside {name!r} for a reference "
                 f"({error}): merge it (model.merge_and_unload()) and pass peft_config for another."
             ) from error
         policy._made_here = (REF_ADAPTER,)  # type: ignore[assignment]

@@ -46,6 +46,6 @@ def check_virtual_tokens(model: Any, peft_config: PeftConfig | None) -> None:
     if FUSED_LM_HEAD or config is None or not config.is_prompt_learning or config.peft_type == PeftType.PREFIX_TUNING:
         return
     raise ValueError(
-        f"{config.peft_type.value} puts virtual tokens before the text, and DPO of trl {TRL_VERSION} scores them as "
+        f"{type(config).__name__} puts virtual tokens before the text, and DPO of trl {TRL_VERSION} scores them as "
         "text: use trl>=1.16, LoRA or prefix tuning."
     )

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..kl import importance_weights, kl_estimate, leave_one_out_baseline
@@ -21,6 +20,7 @@ from .exact_forward import ExactKLForward, check_sharding
 from .gold import GOLD, GoldWatch, check_gold_reward
 from .grpo_aggregation import TOKEN_MEANS, mean_as_trl
 from .grpo_config import KLXGRPOConfig
+from .grpo_inputs import CheckedGRPOTrainer
 from .grpo_scoring import (
     VISION_INPUTS,
     Scoring,
@@ -43,7 +43,7 @@ from .trl_compat import check_trl_version
 check_trl_version()
 
 
-class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, GRPOTrainer):
+class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
     """`GRPOTrainer` whose KL to the reference you choose: see `KLXGRPOConfig` and the table in the README.
 
     Takes `GRPOTrainer`'s arguments, with a `KLXGRPOConfig` as `args`. Where the policy is given in memory rather than

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from trl import GRPOConfig
 
 from ..config import KLArguments
 from .gold import GoldArguments
+from .reward_calls import check_weights
 from .trl_compat import LIGER_COMPUTES_THE_LOSS
 
 
@@ -33,7 +35,12 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
         return "beta"
 
     def rules(self) -> list[Callable[[], None]]:
-        own = [self.check_gold, self._check_trl_options, self._check_reward_reaches_every_token]
+        own = [
+            self.check_gold,
+            partial(check_weights, self.reward_weights),
+            self._check_trl_options,
+            self._check_reward_reaches_every_token,
+        ]
         return [self._follow_trl_switch, *super().rules(), *own]
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import entropy_from_logits
 
 from ..kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
+from .check_inputs import check_inputs
 from .gold import check_gold_reward
 from .kl_groups import group_names
 from .kl_trainer import KLControlledTrainer
@@ -106,6 +107,8 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         quantization_config: Any = None,
     ) -> None:
         check_arguments(args, model, ref_model, train_dataset, reward_model, value_model, data_collator)
+        given = [*_as_list(reward_funcs), *_as_list(reward_model)]
+        check_inputs("ppo", args, train_dataset, eval_dataset, given, more=rollout_func is not None)
         kl_groups = group_names(args, train_dataset, eval_dataset)
         check_gold_reward(args, gold_reward_func)
         self.given_args = args
@@ -117,7 +120,6 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         tokenizer = load_tokenizer(base) if processing_class is None else processing_class
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        given = [*_as_list(reward_funcs), *_as_list(reward_model)]
         tokenizers = [*_as_list(reward_processing_classes), *[None] * len(_as_list(reward_model))]
         rewards = RewardFunctions(
             [load_reward_model(r, loading) if isinstance(r, str) else r for r in given],

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from .trl_compat import check_trl_has_ppo
@@ -13,6 +14,7 @@ from trl.experimental.ppo import PPOConfig  # noqa: E402  (the check says why it
 
 from ..config import KLArguments  # noqa: E402
 from .gold import GoldArguments  # noqa: E402
+from .reward_calls import check_weights  # noqa: E402
 
 
 @dataclass
@@ -94,7 +96,13 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOConfig):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def rules(self) -> list[Callable[[], None]]:
-        own = [self.check_gold, self._check_ppo_numbers, self._check_ppo_choices, self._check_length]
+        own = [
+            self.check_gold,
+            partial(check_weights, self.reward_weights),
+            self._check_ppo_numbers,
+            self._check_ppo_choices,
+            self._check_length,
+        ]
         return [*super().rules(), *own]
 
     def __post_init__(self) -> None:

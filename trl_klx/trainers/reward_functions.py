@@ -1,9 +1,7 @@
 """Rewards as GRPO's users give them: Python functions, sync or async, and reward models, several and weighted."""
 
-import asyncio
 import inspect
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,6 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, is_conversational
 from trl.trainer.utils import get_callable_name, get_config_model_id
+
+from .reward_calls import called, named, reward_values, run_together
 
 RewardFunction = Callable[..., Any]
 logger = get_logger(__name__)
@@ -62,18 +62,20 @@ class RewardFunctions:
         """(B, F) rewards; NaN where a function returned None: it does not apply to that answer."""
         given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         out = torch.full((len(prompts), len(self.rewards)), torch.nan, device=device)
-        pending = {}
+        found: dict[int, Any] = {}
+        pending: dict[int, Any] = {}
         for index, reward in enumerate(self.rewards):
             if isinstance(reward, nn.Module):
                 out[:, index] = self._score(reward, self._tokenizers[index], prompts, completions, device)
                 continue
-            values = reward(**given)
+            values = called(self.names[index], reward, given)
             if inspect.isawaitable(values):
-                pending[index] = values
+                pending[index] = named(self.names[index], values, given)
             else:
-                out[:, index] = self._column(index, values, len(prompts), device)
-        for index, values in zip(pending, _run_together(list(pending.values())), strict=True):
-            out[:, index] = self._column(index, values, len(prompts), device)
+                found[index] = values
+        found |= dict(zip(pending, run_together(list(pending.values())), strict=True))
+        for index, values in found.items():
+            out[:, index] = out.new_tensor(reward_values(self.names[index], values, len(prompts)))
         unscored = out.isnan().all(1)
         if unscored.any():
             row = int(unscored.nonzero()[0])
@@ -86,18 +88,6 @@ class RewardFunctions:
     def total(self, rewards: Tensor) -> Tensor:
         """(B, F) -> (B,) weighted sum of those that apply; 0 where none does."""
         return (rewards * rewards.new_tensor(self.weights)).nansum(1)
-
-    def _column(self, index: int, values: Any, rows: int, device: Any) -> Tensor:
-        try:
-            found = f"{len(values)} rewards"
-        except TypeError:
-            values, found = [], f"{values!r}"
-        if len(values) != rows:
-            raise ValueError(
-                f"the reward function {self.names[index]!r} returned {found} for {rows} answers: return a list with "
-                "one per answer, None where it does not apply."
-            )
-        return torch.tensor([torch.nan if value is None else float(value) for value in values], device=device)
 
     @torch.no_grad()
     def _score(self, model: nn.Module, tokenizer: Any, prompts: list, completions: list, device: Any) -> Tensor:
@@ -123,18 +113,6 @@ def finite_rewards(rewards: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[
             "count: let it return a finite number, or None where it does not apply."
         )
     return rewards.masked_fill(infinite, torch.nan), counts
-
-
-def _run_together(coroutines: list) -> list:
-    """Await all in a thread of their own: the caller may already be inside an event loop, in a notebook say."""
-    if not coroutines:
-        return []
-
-    async def gather() -> list:
-        return list(await asyncio.gather(*coroutines))
-
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(asyncio.run, gather()).result()
 
 
 def _name(reward: Any) -> str:

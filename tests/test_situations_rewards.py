@@ -1,0 +1,249 @@
+"""Reward functions as users write them: what they take, what they return, what they raise."""
+
+import functools
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from fault_tools import ALGORITHMS, make
+from tiny import tiny_dataset, tiny_tokenizer
+from trl.trainer.utils import get_callable_name
+
+from trl_klx import KLXGRPOConfig
+from trl_klx.trainers import reward_calls
+from trl_klx.trainers.checkpoints import RunError
+from trl_klx.trainers.reward_calls import RewardError, reward_values
+from trl_klx.trainers.reward_functions import RewardFunctions
+
+SAMPLERS = [name for name in ALGORITHMS if name != "dpo"]
+PLAIN = {"kl_estimator": "k3", "kl_placement": "loss", "max_steps": 1}
+
+
+def made(algorithm: str, folder: Path, reward: Any, **changes: Any) -> Any:
+    return make(algorithm, folder, reward=reward, **{**PLAIN, **changes})
+
+
+@functools.cache
+def grpo_trainer() -> Any:
+    return made("grpo", Path(tempfile.mkdtemp()), slow_evens)  # starts the event loop that async rewards need
+
+
+def rewards_of(algorithm: str, reward: Any, rows: int = 8) -> list[float]:
+    """What the trainer makes of a reward function's result."""
+    prompts, completions, ids = ["1+1="] * rows, [str(row) for row in range(rows)], [[4]] * rows
+    if algorithm == "ppo":
+        return RewardFunctions([reward], None, None, tiny_tokenizer())(prompts, completions, ids, {}, "cpu")[
+            :, 0
+        ].tolist()
+    trainer = grpo_trainer()
+    trainer.reward_funcs, trainer.reward_func_names = [reward], [get_callable_name(reward)]
+    return trainer._calculate_rewards([{"prompt": prompt} for prompt in prompts], prompts, completions, ids)[
+        :, 0
+    ].tolist()
+
+
+def returning(value: Callable[[int], Any]) -> Callable[..., Any]:
+    """A reward function that returns `value` of the number of answers."""
+
+    def odd_reward(completions: list, **_: Any) -> Any:
+        return value(len(completions))
+
+    return odd_reward
+
+
+def evens(rows: int) -> list[float]:
+    return [float(row % 2) for row in range(rows)]
+
+
+async def slow_evens(completions: list, **_: Any) -> list[float]:
+    return evens(len(completions))
+
+
+class Scorer:
+    """An instance that is called, and has to be awaited."""
+
+    async def __call__(self, completions: list, **_: Any) -> list[float]:
+        return evens(len(completions))
+
+
+GOOD = {
+    "floats": evens,
+    "numbers of several kinds": lambda rows: [True if row % 2 else np.float32(0) for row in range(rows)],
+    "a tensor": lambda rows: torch.tensor(evens(rows), requires_grad=True),
+    "an array": lambda rows: np.array(evens(rows)),
+    "booleans": lambda rows: [row % 2 == 1 for row in range(rows)],
+    "a tuple": lambda rows: tuple(evens(rows)),
+    "a generator": lambda rows: iter(evens(rows)),
+    "tensors of one number": lambda rows: list(torch.tensor(evens(rows))),
+}
+
+
+@pytest.mark.situation("a reward returns a tensor, an array, booleans, a tuple or a generator", "right")
+@pytest.mark.parametrize("algorithm", SAMPLERS)
+@pytest.mark.parametrize("kind", GOOD)
+def test_numbers_of_any_kind(algorithm: str, kind: str) -> None:
+    assert rewards_of(algorithm, returning(GOOD[kind])) == evens(8)
+
+
+@pytest.mark.situation("a reward has to be awaited", "right")
+@pytest.mark.parametrize("algorithm", SAMPLERS)
+@pytest.mark.parametrize(
+    "reward",
+    [slow_evens, Scorer(), functools.partial(slow_evens), lambda **given: slow_evens(**given)],
+    ids=["function", "instance", "partial", "lambda"],
+)
+def test_awaited(algorithm: str, reward: Any) -> None:
+    assert rewards_of(algorithm, reward) == evens(8)
+
+
+BAD = {
+    "None": (lambda rows: None, "returned None for"),
+    "one number": (lambda rows: 1.0, "returned 1.0 for"),
+    "a tensor of one number": (lambda rows: torch.tensor(1.0), r"returned tensor\(1\.\) for"),
+    "a text": (lambda rows: "1" * rows, "returned '1+' for"),
+    "texts": (lambda rows: ["1.0"] * rows, "returned '1.0' for answer 0, which is no number"),
+    "a mapping": (lambda rows: dict(enumerate(evens(rows))), "returned a dict for"),
+    "a set": (lambda rows: set(range(rows)), "returned a set for"),
+    "too few": (lambda rows: [1.0], "returned 1 rewards for"),
+    "too many": (lambda rows: [1.0] * (rows + 1), "returned 9 rewards for 8"),
+    "lists": (lambda rows: [[1.0]] * rows, r"returned \[1.0\] for answer 0, which is no number"),
+    "a matrix": (lambda rows: torch.ones(rows, 1), r"returned \[1.0\] for answer 0, which is no number"),
+    "mappings": (lambda rows: [{"score": 1.0}] * rows, "returned {'score': 1.0} for answer 0, which is no number"),
+    "complex numbers": (lambda rows: [1j] * rows, "returned 1j for answer 0"),
+    "numbers too large": (lambda rows: [0.0] * (rows - 1) + [10**400], r"returned 10+.* for answer \d, which is no"),
+}
+
+
+@pytest.mark.situation("a reward returns nothing, one number, text, a dict or another number of rewards", "refused")
+@pytest.mark.parametrize("algorithm", SAMPLERS)
+@pytest.mark.parametrize("kind", BAD)
+def test_no_numbers(algorithm: str, kind: str) -> None:
+    value, said = BAD[kind]
+    with pytest.raises(RewardError, match=f"^the reward function 'odd_reward' ({said}).*: return a list with one"):
+        rewards_of(algorithm, returning(value))
+
+
+def fails(completions: list, **_: Any) -> list[float]:
+    raise KeyError("score")
+
+
+async def fails_later(completions: list, **_: Any) -> list[float]:
+    raise KeyError("score")
+
+
+def leaves(completions: list, **_: Any) -> list[float]:
+    raise SystemExit(3)
+
+
+def wants_messages(completions: list, **_: Any) -> list[float]:
+    return [len(completion[0]["content"]) for completion in completions]
+
+
+RAISES = {
+    "fails": (fails, "raised KeyError: 'score'"),
+    "fails_later": (fails_later, "raised KeyError: 'score'"),
+    "leaves": (leaves, r"raised SystemExit\(3\), which would end the run"),
+    "wants_messages": (
+        wants_messages,
+        "raised (TypeError: string indices|IndexError).*it got are strings, as the prom",
+    ),
+}
+
+
+@pytest.mark.situation("a reward raises, leaves the program, or wants messages where there is text", "refused")
+@pytest.mark.parametrize("algorithm", SAMPLERS)
+@pytest.mark.parametrize("name", RAISES)
+def test_the_users_own_exception_is_theirs(algorithm: str, name: str, tmp_path: Path) -> None:
+    reward, said = RAISES[name]
+    with pytest.raises(RewardError, match=f"^the reward function '{name}' {said}") as stopped:
+        made(algorithm, tmp_path, reward).train()
+    assert isinstance(stopped.value, RunError)  # exit status 1 of a run, and no traceback of ours
+    assert f"{Path(__file__).name}, line {reward.__code__.co_firstlineno + 1}" in str(stopped.value)
+    cause = stopped.value.__cause__
+    assert cause is not None
+    frames = reward_calls.users_frames(cause)
+    assert frames is not None and frames.tb_frame.f_code is reward.__code__
+
+
+@pytest.mark.situation("a reward does not apply to some answers, or is not finite for some", "right")
+def test_what_does_not_count() -> None:
+    assert reward_values("f", [None, 1, -2.5, math.inf], 4)[1:] == [1.0, -2.5, math.inf]
+    assert math.isnan(reward_values("f", [None], 1)[0])
+    assert math.isnan(reward_values("f", np.array([np.nan]), 1)[0])
+
+
+SIGNATURES = {
+    "no kwargs": (lambda completions: [1.0] * len(completions), r"has no \*\*kwargs and is called with prompts="),
+    "no kwargs for a column": (
+        lambda prompts, completions, completion_ids, trainer_state, log_extra, log_metric: [1.0] * len(prompts),
+        "is called with answer=",
+    ),
+    "positions": (lambda prompts, completions, /, **_: [1.0] * len(prompts), "'prompts' by its position only"),
+    "singular": (lambda completion, **_: [1.0], r"takes 'completion' and is called with completions="),
+    "a column that is not there": (lambda completions, solution, **_: [1.0], "needs a column 'solution'"),
+}
+
+
+@pytest.mark.situation("a reward cannot be called by the names that the trainer passes", "refused")
+@pytest.mark.parametrize("algorithm", SAMPLERS)
+@pytest.mark.parametrize("kind", SIGNATURES)
+def test_signatures(algorithm: str, kind: str, tmp_path: Path) -> None:
+    reward, said = SIGNATURES[kind]
+    with pytest.raises(ValueError, match=said):
+        made(algorithm, tmp_path, reward)
+
+
+@pytest.mark.situation("the dataset has a column of a name that reward functions get otherwise", "refused")
+@pytest.mark.parametrize("algorithm", SAMPLERS)
+@pytest.mark.parametrize("column", ["prompts", "completions", "trainer_state", "log_metric"])
+def test_columns_of_the_trainers_names(
+    algorithm: str, column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny_dataset().rename_column("answer", column)
+    monkeypatch.setattr("fault_tools.tiny_dataset", lambda: data)
+    with pytest.raises(ValueError, match=f"has a column '{column}', and reward functions get what the trainer makes"):
+        made(algorithm, tmp_path, returning(evens))
+
+
+WEIGHTS = {
+    "NaN": ([math.nan], "must be a list of finite numbers"),
+    "inf": ([math.inf], "must be a list of finite numbers"),
+    "all zero": ([0.0], "leave no reward to learn from"),
+    "two of one": ([1.0, 1.0], "has 2 entries and there are 1 rewards"),
+    "text": (["1"], "must be a list of finite numbers"),
+    "a number": (1.0, "must be a list of finite numbers"),
+    "booleans": ([True], "must be a list of finite numbers"),
+    "none": ([], "has 0 entries|no reward to learn from"),
+}
+
+
+@pytest.mark.situation(
+    "reward_weights are not finite, all 0, no numbers or of another number than the rewards", "refused"
+)
+@pytest.mark.parametrize("algorithm", SAMPLERS)
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights(algorithm: str, kind: str, tmp_path: Path) -> None:
+    weights, said = WEIGHTS[kind]
+    with pytest.raises(ValueError, match=said):
+        made(algorithm, tmp_path, returning(evens), reward_weights=weights)
+
+
+@pytest.mark.situation("reward_weights are negative or leave one reward out", "right")
+def test_good_weights(tmp_path: Path) -> None:
+    assert KLXGRPOConfig(str(tmp_path), reward_weights=[0, -1.5], use_cpu=True, bf16=False).reward_weights == [0, -1.5]
+
+
+@pytest.mark.situation("a gold reward returns no numbers", "refused")
+@pytest.mark.parametrize("algorithm", SAMPLERS)
+def test_gold(algorithm: str, tmp_path: Path) -> None:
+    run = made(algorithm, tmp_path, returning(evens), per_device_eval_batch_size=8)
+    run.gold_reward_func = returning(lambda rows: None)
+    run.eval_dataset = Dataset.from_dict(tiny_dataset(8)[:])
+    with pytest.raises(RewardError, match="returned None for 8 answers"):
+        run.evaluate()

@@ -1,0 +1,44 @@
+"""GRPO's data and rewards, checked before a model is loaded; and what the reward functions return, at every call."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from trl import GRPOTrainer
+
+from .check_inputs import check_inputs
+from .reward_calls import checked
+
+
+class CheckedGRPOTrainer(GRPOTrainer):
+    """`GRPOTrainer` that says in one sentence what is wrong with its data and rewards.
+
+    Raises:
+        ValueError: a dataset or a reward function cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *positional: Any,
+        **kwargs: Any,
+    ) -> None:
+        rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] * (reward_funcs is not None)
+        more = any(kwargs.get(name) is not None for name in ("rollout_func", "environment_factory"))
+        check_inputs("grpo", args, train_dataset, eval_dataset, rewards, more=more)
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *positional, **kwargs)
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's, of functions that return floats or raise a `RewardError`; TRL would take the keys of a dict."""
+        kept = self.reward_funcs
+        self.reward_funcs = [
+            reward if isinstance(reward, nn.Module) else checked(reward, name, can_wait=self._has_async_funcs)
+            for reward, name in zip(kept, self.reward_func_names, strict=True)
+        ]
+        try:
+            return super()._calculate_rewards(*args, **kwargs)
+        finally:
+            self.reward_funcs = kept

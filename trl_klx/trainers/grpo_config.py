@@ -35,7 +35,7 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
         return "beta"
 
     def rules(self) -> list[Callable[[], None]]:
-        own = [
+        own: list[Callable[[], None]] = [
             self.check_gold,
             partial(check_weights, self.reward_weights),
             self._check_trl_options,

@@ -33,7 +33,7 @@ class CheckedGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's, of functions that return floats or raise a `RewardError`; TRL would take the keys of a dict."""
-        kept = self.reward_funcs
+        kept: list[Any] = self.reward_funcs
         self.reward_funcs = [
             reward if isinstance(reward, nn.Module) else checked(reward, name, can_wait=self._has_async_funcs)
             for reward, name in zip(kept, self.reward_func_names, strict=True)

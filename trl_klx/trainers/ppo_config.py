@@ -96,7 +96,7 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOConfig):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def rules(self) -> list[Callable[[], None]]:
-        own = [
+        own: list[Callable[[], None]] = [
             self.check_gold,
             partial(check_weights, self.reward_weights),
             self._check_ppo_numbers,

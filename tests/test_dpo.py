@@ -180,22 +180,24 @@ def test_kl_loss_equals_dense(tmp_path: Path, direction: str, tied: bool) -> Non
     assert not other & set(logged)
 
 
-def test_error_of_the_data_kl_counts_pairs(model_path: str, tmp_path: Path) -> None:
-    """Of two micro-batches of different pairs, the linearised error of a ratio of sums over pairs, written out."""
+def test_error_of_the_data_kl_counts_prompts(model_path: str, tmp_path: Path) -> None:
+    """Of two micro-batches, the second with a prompt of the first: the linearised error of a ratio of sums
+    over prompts, written out."""
     trainer = make_trainer(model_path, tmp_path, kl_coef=0.7)
     drift(trainer.model)
     policy = tiny_model()
     policy.load_state_dict(trainer.model.state_dict())
     trainer.model.train()
-    nats, tokens = [], []
+    nats, tokens = [0.0] * 4, [0] * 4
     for inputs in [batch(trainer), {name: tensor[[1, 3]] for name, tensor in batch(trainer).items()}]:
         trainer._compute_loss(trainer.model, inputs, return_outputs=False)
         mask = inputs["completion_mask"][:, 1:].bool()
         with torch.no_grad():
             per_token = exact_kl(dense(policy, inputs), dense(tiny_model(), inputs)).where(mask, 0.0)
         half = len(mask) // 2
-        nats += (per_token[:half] + per_token[half:]).sum(1).tolist()
-        tokens += (mask[:half].sum(1) + mask[half:].sum(1)).tolist()
+        for prompt, row in zip((0, 1, 2, 3) if half == 4 else (1,), range(half), strict=True):
+            nats[prompt] += float((per_token[row] + per_token[half + row]).sum())
+            tokens[prompt] += int(mask[row].sum() + mask[half + row].sum())
     logged: dict[str, float] = {}
     trainer.log(logged)
     mean, count = sum(nats) / sum(tokens), len(nats)

@@ -22,7 +22,8 @@ from trl_klx.monitor.history import read_history
 from trl_klx.monitor.overoptimisation import PICTURE, TABLE, OveroptimisationMonitor
 from trl_klx.run import grpo
 from trl_klx.trainers.checkpoints import STATE_FILE, CheckpointError, RunError
-from trl_klx.trainers.gold import check_gold_reward, prompt_number
+from trl_klx.trainers.gold import check_gold_reward
+from trl_klx.trainers.prompt_numbers import prompt_number
 from trl_klx.trainers.trl_compat import TRL_HAS_PPO
 
 PROMPTS = Dataset.from_dict({"prompt": [f"{a}+{b}=" for a in range(5) for b in range(5)]})

@@ -1,8 +1,8 @@
 """Mean KL with a standard error that counts prompts, not answers or tokens, as independent.
 
-Tokens of one answer share their prefix, and the answers to one prompt share the prompt: counting either as independent
-makes error bars too small. All that is needed is a handful of sums over prompts; sums add up over steps, and rows over
-micro-batches and processes.
+Tokens of one answer share their prefix, and the answers to one prompt share the prompt, whichever steps they are read
+in: counting either as independent makes error bars too small. So one row per prompt is kept, the sums over its answers,
+until the means are taken of all of them.
 """
 
 import math
@@ -41,15 +41,23 @@ def sequence_rows(values: dict[str, Tensor], mask: Tensor, prompts: Tensor) -> T
     return torch.stack([prompts.to(dtype), (tokens_B > 0).to(dtype), tokens_B, *totals], dim=-1)
 
 
-def prompt_moments(rows: Tensor) -> Tensor:
-    """Sums over prompts of all rows of a step, gathered from all processes; vectors of several steps may be added."""
+def prompt_sums(rows: Tensor) -> Tensor:
+    """One row per prompt, (C, 3 + estimators): prompt, sequences, tokens, KL by estimator, summed over its rows.
+
+    Rows may be of sequences (`sequence_rows`, gathered from all processes), or sums themselves, of several steps.
+    """
     rows = rows[rows[:, 1] > 0]
-    _, prompt_of_row = rows[:, 0].unique(return_inverse=True)
-    prompts = int(prompt_of_row.max()) + 1 if len(rows) else 0
-    sums = rows.new_zeros(prompts, rows.size(1) - 1).index_add_(0, prompt_of_row, rows[:, 1:])
-    sizes, totals = sums[:, :2], sums[:, 2:]
+    prompts, prompt_of_row = rows[:, 0].unique(return_inverse=True)
+    sums = rows.new_zeros(len(prompts), rows.size(1) - 1).index_add_(0, prompt_of_row, rows[:, 1:])
+    return torch.cat([prompts.unsqueeze(1), sums], dim=1)
+
+
+def prompt_moments(rows: Tensor) -> Tensor:
+    """Sums over prompts, of rows of sequences or of `prompt_sums`: all that means and errors are made of."""
+    sums = prompt_sums(rows)
+    sizes, totals = sums[:, 1:3], sums[:, 3:]
     products = torch.stack([totals, totals.square(), totals * sizes[:, 1:], totals * sizes[:, :1]], dim=-1)
-    counts = [rows.new_tensor([prompts]), sizes.sum(0), sizes.square().sum(0)]
+    counts = [rows.new_tensor([len(sums)]), sizes.sum(0), sizes.square().sum(0)]
     return torch.cat([*counts, products.sum(0).flatten()])
 
 

@@ -18,7 +18,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import use_adapter
 
-from ..monitor.moments import prompt_moments, sequence_rows, summarise
+from ..monitor.moments import prompt_moments, prompt_sums, sequence_rows, summarise
 from .adapters import REF_ADAPTER, trainable_as_before
 from .dpo_config import KLXDPOConfig
 from .dpo_pairs import PairStatistics
@@ -26,6 +26,7 @@ from .exact_forward import ExactKLForward, check_sharding
 from .kl_control import KLControl
 from .kl_probe import KLProbe, distinct_prompts
 from .kl_trainer import KLControlledTrainer
+from .prompt_numbers import pair_prompts, prompt_numbers
 from .reference import causal_lm, reference_is_a_copy
 from .step_guard import KL, POLICY, REFERENCE, StepGuard
 from .trl_compat import check_trl_version, check_virtual_tokens
@@ -94,7 +95,7 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         self.guard = StepGuard(self.accelerator)
         self.kl_term = args.kl_term()
         self.kl_coef = args.kl_coef
-        self._data_kl: dict[str, list[Tensor]] = {"train": [], "eval": []}  # moments of each micro-batch, by pair
+        self._data_kl: dict[str, Tensor] = {}  # sums per prompt of all processes, since the last log
         self._exact = self._exact_forward() if args.kl_needs_exact else None
         self._probed_at: int | None = None
         self._probe = self._make_probe() if args.kl_probe_steps is not None else None
@@ -185,7 +186,7 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         exact = self._exact.exact_kl(model, ref_hidden[0], mask, with_grad=self.args.kl_in_loss)
         with exact as exact_kl, self._trl_takes_ref_logps():
             result = super()._compute_loss(model, inputs, return_outputs)
-        kl_loss = self._kl_loss(exact_kl[0], mask)
+        kl_loss = self._kl_loss(exact_kl[0], mask, prompt_numbers(pair_prompts(inputs), mask.device))
         if not self.args.kl_in_loss:
             return result
         return (result[0] + kl_loss, result[1]) if return_outputs else result + kl_loss
@@ -199,33 +200,32 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         finally:
             self.precompute_ref_logps = False
 
-    def _kl_loss(self, exact_kl: Tensor, mask: Tensor) -> Tensor:
+    def _kl_loss(self, exact_kl: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:
         """`kl_coef` times the mean of the (2B, L-1) exact KL over the tokens of all processes; logs both,
-        the KL with a standard error that counts pairs as independent."""
+        the KL with a standard error that counts `prompts`, the (B,) numbers of the pairs', as independent."""
         # The exact KL reads no log-probs: it takes no importance weight.
         per_token = self.kl_term.loss(exact_kl, exact_kl, mask, exact=exact_kl)
         tokens = self.accelerator.reduce(mask.sum(), reduction="sum").clamp(min=1) / self.accelerator.num_processes
         loss = self.kl_coef * per_token.sum() / tokens
-        pairs = mask.size(0) // 2
-        numbers = self.accelerator.process_index * pairs + torch.arange(pairs, device=mask.device).repeat(2)
-        rows = sequence_rows({"exact": exact_kl}, mask, numbers)
+        rows = sequence_rows({"exact": exact_kl}, mask, prompts.repeat(2))
         rows = torch.cat([rows, loss.detach().to(rows).expand(len(rows), 1)], dim=1)
         gathered = self.accelerator.gather(rows).cpu()
         if self.model.training:
             self.guard.watch(KL, exact_kl, mask)
-        moments = prompt_moments(gathered[:, :-1])
-        if moments.isfinite().all():  # one infinite KL would hide all others until the next log
-            self._data_kl[self._mode].append(moments)
+        sums = prompt_sums(gathered[:, :-1])
+        if sums.isfinite().all():  # one infinite KL would hide all others until the next log
+            earlier = [self._data_kl[self._mode]] if self._mode in self._data_kl else []
+            self._data_kl[self._mode] = prompt_sums(torch.cat([*earlier, sums]))
         if self.args.kl_in_loss:
             self._metrics[self._mode]["kl/loss"].append(gathered[:, -1].mean().item())
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        moments, self._data_kl[self._mode] = self._data_kl[self._mode], []
-        if moments:
+        sums = self._data_kl.pop(self._mode, None)
+        if sums is not None:
             prefix = "" if self._mode == "train" else "eval_"
             name = "data_exact" if self.kl_term.direction == "reverse" else "data_exact_forward"
-            summary = summarise(torch.stack(moments).sum(0), ("exact",))["exact"]
+            summary = summarise(prompt_moments(sums), ("exact",))["exact"]
             numbers = {f"kl/{name}": summary.per_token, f"kl/{name}_se": summary.per_token_se}
             logs.update({f"{prefix}{key}": value for key, value in numbers.items() if math.isfinite(value)})
         super().log(logs, *args, **kwargs)

@@ -1,18 +1,16 @@
 """A gold reward beside the one that is trained on: scored in evaluation only, on the answers that it samples anyway."""
 
-import hashlib
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..config_rules import unknown
 from ..monitor.overoptimisation import OveroptimisationMonitor
 from .checkpoints import RunError, WholeCheckpoints
+from .prompt_numbers import prompt_numbers
 
 if TYPE_CHECKING:
     from ..config import KLArguments
@@ -73,12 +71,6 @@ def check_gold_reward(args: Any, gold_reward_func: Any) -> None:
         )
 
 
-def prompt_number(prompt: Any) -> int:
-    """A number of a prompt, text or messages: the same at every evaluation and on every process, whatever its order."""
-    text = json.dumps(prompt, sort_keys=True, default=lambda thing: type(thing).__name__)  # images by their kind
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-
-
 class GoldWatch(WholeCheckpoints):
     """The hooks of `transformers.Trainer` that follow a gold reward.
 
@@ -115,7 +107,7 @@ class GoldWatch(WholeCheckpoints):
     def _measure_gold(self, prompts: list, proxy: Tensor, gold: Tensor) -> None:
         """Add the answers of an evaluation batch: this process's prompts, and the (B,) rewards of all processes."""
         if self.overoptimisation is not None:
-            numbers = torch.tensor([prompt_number(prompt) for prompt in prompts], device=self.accelerator.device)
+            numbers = prompt_numbers(prompts, self.accelerator.device)
             self.overoptimisation.measure(self.accelerator.gather(numbers), proxy, gold)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -35,6 +35,7 @@ from .health import PooledSums
 from .kl_control import KLControl
 from .kl_groups import group_names
 from .kl_trainer import KLControlledTrainer
+from .prompt_numbers import RolloutPrompts
 from .reference import causal_lm, reference_as_given
 from .reward_functions import finite_rewards
 from .step_guard import KL, POLICY, REFERENCE, REWARDS, StepGuard
@@ -83,12 +84,13 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
         kl_groups = group_names(args, train_dataset, eval_dataset)
         check_gold_reward(args, gold_reward_func)
         self._scorings: list[Scoring] | None = None
-        self._prompts_seen, self._keep_ref_hidden = 0, False
+        self._keep_ref_hidden = False
         self._exact_request: tuple[Tensor, Tensor, bool] | None = None  # reference hidden states, mask, with gradient
         with reference_as_given(args, model, kwargs.get("peft_config")):
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *positional, **kwargs)
         self.beta = args.beta
         self.kl = KLControl(args, self.accelerator, kl_groups)
+        self._prompts = RolloutPrompts(self.accelerator)
         self.guard = StepGuard(self.accelerator)
         self._is_unscored = False  # whether no answer of the rollout has a reward
         self.kl_term = args.kl_term()
@@ -167,7 +169,8 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
         recording = self._recording(ref_hidden=self._exact is not None)
         with self._trl_sees_beta(1.0), trainable_as_before(self.model), recording as scorings:
             output = super()._generate_and_score_completions(inputs)
-        output["kl_prompts"] = self._prompt_numbers(len(inputs))
+        by_environments = self.environment_factories is not None
+        output["kl_prompts"] = self._prompts.numbers(inputs, self._group_size, made_by_environments=by_environments)
         groups = self.kl.group_numbers(inputs)
         if groups is not None:
             output["kl_groups"] = groups
@@ -215,14 +218,6 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
     def _shares_hidden(self) -> bool:
         """Whether the policy's hidden states of TRL's own scoring serve an exact KL in the reward."""
         return self.kl_term.estimator == "exact" and self.kl_term.in_reward and self.args.kl_is_penalised
-
-    def _prompt_numbers(self, rows: int) -> Tensor:
-        """(B,) a number per prompt, unique in the run and the same on all processes; TRL lays groups out adjacently."""
-        accelerator = self.accelerator
-        place = accelerator.process_index * rows + torch.arange(rows, device=accelerator.device)
-        numbers = self._prompts_seen + place // self._group_size
-        self._prompts_seen += -(-rows * accelerator.num_processes // self._group_size)
-        return numbers
 
     @property
     def _group_size(self) -> int:

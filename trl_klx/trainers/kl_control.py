@@ -15,7 +15,7 @@ from ..config import KLArguments
 from ..config_rules import CONTROLLER_SETTINGS
 from ..control import KINDS, Controller, make_controller
 from ..kl import effective_sample_size
-from ..monitor.moments import KLSummary, prompt_moments, sequence_count, sequence_rows, summarise
+from ..monitor.moments import KLSummary, prompt_moments, prompt_sums, sequence_count, sequence_rows, summarise
 from .checkpoints import (
     STATE_FILE,
     read_state,
@@ -49,7 +49,7 @@ class KLControl:
         self._steered = groups if groups and has_target else (_ALL,)
         # Rows of this process: of this optimizer step, or of this evaluation.
         self._window: dict[str, list[Tensor]] = {"train": [], "eval": []}
-        self._pools: dict[str, Tensor] = {}  # all processes, since the last log, by group
+        self._pools: dict[str, Tensor] = {}  # sums per prompt of all processes, since the last log, by group
         self.restart()
 
     def start(self, total_steps: int) -> None:
@@ -121,12 +121,14 @@ class KLControl:
 
         Without a measurement (DPO measures now and then) only a schedule moves: it counts steps, not readings.
         """
-        moments = self._gather("train")
-        if not moments:
+        sums = self._gather("train")
+        if not sums:
             return self._step_unmeasured()
-        for name, part in moments.items():
+        for name, part in sums.items():
             if part.isfinite().all():  # one infinite KL would hide all others until the next log
-                self._pools[name] = self._pools[name] + part if name in self._pools else part
+                earlier = [self._pools[name]] if name in self._pools else []
+                self._pools[name] = prompt_sums(torch.cat([*earlier, part]))
+        moments = {name: prompt_moments(part) for name, part in sums.items()}
         whole = summarise(moments[_ALL], self.names)
         metrics = {"kl/coef": self.coef, **self._first_metrics(whole)}
         if not self.groups and self._args.kl_target is not None:
@@ -172,6 +174,8 @@ class KLControl:
     def metrics(self, mode: str) -> dict[str, float]:
         """KL statistics since the last call, pooled over processes, steps and micro-batches; then start afresh.
 
+        Errors count prompts as independent: all answers to one prompt since the last call are one.
+
         Call on every process. Keys: `kl` (the configured estimator, per token; the one of `kl/sequence` where that is
         not measured), `kl/<name>` (`kl/exact` becomes `kl/exact_forward` where the direction is forward), `kl/sequence`
         and, of each group, `kl_groups/<group>/token` and `/sequence`; each has its standard error beside it, under its
@@ -179,11 +183,12 @@ class KLControl:
         number that there is too little data for is left out.
         """
         if mode == "train":
-            moments, self._pools = self._pools, {}
+            sums, self._pools = self._pools, {}
         else:
-            moments = self._gather(mode)
-        if not moments:
+            sums = self._gather(mode)
+        if not sums:
             return {}
+        moments = {name: prompt_moments(part) for name, part in sums.items()}
         summary = summarise(moments[_ALL], self.names)
         headline = self._args.kl_estimator if self._args.kl_estimator in summary else self._args.kl_reading
         out = {"kl": summary[headline].per_token, "kl_se": summary[headline].per_token_se}
@@ -208,13 +213,13 @@ class KLControl:
         return {"kl/ess": gathered[:, 0].mean().item(), "kl/weight_max": gathered[:, 1].max().item()}
 
     def _gather(self, mode: str) -> dict[str, Tensor]:
-        """Moments of all rows of all processes, and of the groups among them; empty where nothing was measured."""
+        """Sums per prompt of all processes, and of the groups among them; empty where nothing was measured."""
         window, self._window[mode] = self._window[mode], []
         if not window:
             return {}
         rows = self._accelerator.gather(torch.cat(window)).cpu()
         parts = {name: rows[rows[:, 0] == place] for place, name in enumerate(self.groups)}
-        return {name: prompt_moments(part[:, 1:]) for name, part in {_ALL: rows, **parts}.items() if len(part)}
+        return {name: prompt_sums(part[:, 1:]) for name, part in {_ALL: rows, **parts}.items() if len(part)}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-serialisable."""

@@ -46,7 +46,7 @@ class Rollout:
     input_ids: Tensor  # (B, L)
     attention_mask: Tensor  # (B, L)
     mask: Tensor  # (B, T) tokens of the answer that the policy produced
-    answer_numbers: Tensor  # (B,)
+    prompts: Tensor  # (B,) numbers, equal for equal prompts
     scores: Tensor  # (B,) weighted rewards, less the penalty for answers without an end; NaN where no reward applies
     sampler_logps: Tensor | None = None  # (B, T) of the policy as it sampled, scored by the trainer
     values: Tensor | None = None  # (B, T)

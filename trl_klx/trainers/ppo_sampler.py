@@ -36,6 +36,7 @@ from .ppo_rollout import (
     take_answers,
     until_stop,
 )
+from .prompt_numbers import prompt_numbers
 from .reference import causal_lm
 from .reward_functions import RewardFunctions, finite_rewards
 from .step_guard import KL, POLICY, REFERENCE, REWARDS, VALUES, StepGuard
@@ -85,7 +86,6 @@ class PPOSampler(GoldWatch, PPOLoop):
         }
         # Sums and counts by name: what _record_means pools until the next log.
         self._pooled: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
-        self._answers_seen = 0
         self._backend = DistributedBackend(self.accelerator)
         self.kl = KLControl(config, self.accelerator, kl_groups)
         self.guard = StepGuard(self.accelerator)
@@ -186,7 +186,7 @@ class PPOSampler(GoldWatch, PPOLoop):
             input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
             attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),
             mask=policy_made.bool(),
-            answer_numbers=self._number(len(scores)),
+            prompts=prompt_numbers(answers.prompts, device),
             scores=scores,
         )
 
@@ -229,12 +229,6 @@ class PPOSampler(GoldWatch, PPOLoop):
         for what, values in watched.items():
             if values is not None:
                 self.guard.watch(what, values, rollout.mask)
-
-    def _number(self, rows: int) -> Tensor:
-        """(B,) a number for each answer, the same for no two of the run: PPO answers each prompt once."""
-        first = self._answers_seen + self.accelerator.process_index * rows
-        self._answers_seen += self.accelerator.num_processes * rows
-        return torch.arange(first, first + rows, device=self.accelerator.device)
 
     # Scores
 
@@ -322,7 +316,7 @@ class PPOSampler(GoldWatch, PPOLoop):
             values: dict[str, Tensor] = {name: kl_estimate(logps, rollout.ref_logps, name) for name in names}  # type: ignore[arg-type]
             if rollout.exact is not None:
                 values["exact"] = rollout.exact
-            self.kl.measure(self._mode, values, mask, rollout.answer_numbers, rollout.groups)
+            self.kl.measure(self._mode, values, mask, rollout.prompts, rollout.groups)
             kl = masked_sum(values[self.kl_term.estimator], mask)
             sums["objective/kl"] = (kl, rows)
             if self.args.kl_is_penalised:  # what every placement maximises

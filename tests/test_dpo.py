@@ -46,7 +46,7 @@ BAD = [  # options, what the sentence must contain
     ({"kl_group_column": "task"}, "kl_group_column='task' has no meaning"),
     ({"allow_biased_kl": True}, "allow_biased_kl=True has no meaning"),
     ({"kl_coef": -0.1}, "kl_coef=-0.1 must be zero or more"),
-    ({"kl_coef": "0.1"}, "kl_coef='0.1' must be a finite number"),
+    ({"kl_coef": "high"}, "kl_coef='high' must be a finite number"),
     ({"kl_coef": 0.1, "kl_placement": "none"}, "kl_coef=0.1 has no effect with kl_placement='none'"),
     ({"kl_value_cap": 1.0}, "kl_value_cap=1.0 bounds the value of the KL loss"),
     ({"kl_direction": "forward"}, "kl_direction='forward' has no effect at kl_coef=0"),

@@ -17,7 +17,8 @@ ALLOWED = {
     "control": (set(), set()),
     "plants": ({"control"}, {"numpy"}),
     "controllers": ({"command_line", "control", "plants", "recipe_files"}, {"numpy", "rich", "matplotlib"}),
-    "config": ({"config_rules", "kl"}, set()),
+    "config": ({"config_rules", "config_types", "kl"}, set()),
+    "config_types": ({"config_rules"}, set()),
     "config_rules": ({"config", "kl"}, set()),
     "rewards": (set(), set()),
     "tasks": (
@@ -36,7 +37,18 @@ ALLOWED = {
         {"huggingface_hub", "jinja2", "yaml"},
     ),
     "run": (
-        {"kl", "config", "config_rules", "command_line", "hub", "monitor", "trainers", "run", "recipe_files"},
+        {
+            "kl",
+            "config",
+            "config_rules",
+            "config_types",
+            "command_line",
+            "hub",
+            "monitor",
+            "trainers",
+            "run",
+            "recipe_files",
+        },
         {"transformers", "trl", "datasets", "yaml", "rich", "torch", "accelerate", "peft", "huggingface_hub"},
     ),
     "analysis": (

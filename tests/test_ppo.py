@@ -795,7 +795,7 @@ def test_a_value_model_by_path_starts_at_zero_and_a_reward_model_needs_a_head(tm
         ({"num_mini_batches": 0}, "num_mini_batches=0 must be a number, at least 1"),
         ({"temperature": 0.0}, "temperature=0.0 must be a number, more than 0"),
         ({"gamma": 1.5}, "gamma=1.5 must be a number, at least 0 and at most 1"),
-        ({"lam": "high"}, "lam='high' must be a number"),
+        ({"lam": "high"}, "lam='high' must be a finite number"),
         ({"total_episodes": 64}, "total_episodes=64 and max_steps=1 both give"),
         ({"stop_token": "end"}, "stop_token='end' does not exist"),
         ({"stop_token": None, "missing_eos_penalty": 1.0}, "missing_eos_penalty=1.0 needs an answer's end"),

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from .config_rules import CONTROLLER_SETTINGS, ESTIMATORS, RULES
+from .config_rules import CHOICES, CONTROLLER_SETTINGS, ESTIMATORS, RULES
+from .config_types import type_rules
 from .kl.term import KLTerm
 
 
@@ -161,11 +162,22 @@ class KLArguments:
             direction=self.kl_direction,  # type: ignore[arg-type]
         )
 
+    def choices(self) -> dict[str, tuple]:
+        """The values that TRL's own fields may have, where their annotation does not name them."""
+        return {}
+
+    def type_rules(self) -> dict[str, Callable[[], None]]:
+        """A rule for the value of each field by itself; they come before the others, which rely on the types."""
+        rules = type_rules(self, self.choices())
+        return {name: rule for name, rule in rules.items() if name not in CHOICES}  # which `check_names` looks at
+
     def rules(self) -> list[Callable[[], None]]:
-        """Every rule of this package about the fields, in order; the first resolve aliases and defaults."""
+        """Every rule of this package about fields together, in order; the first resolve aliases and defaults."""
         return [partial(rule, self) for rule in RULES]
 
     def check_kl(self) -> None:
         """Resolve aliases and defaults, then apply every rule. Raises ValueError with one sentence."""
+        for rule in self.type_rules().values():
+            rule()
         for rule in self.rules():
             rule()

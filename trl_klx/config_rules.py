@@ -105,8 +105,6 @@ def _check_numbers(args: KLArguments) -> None:
         raise ValueError(
             f"max_skipped_steps={args.max_skipped_steps!r} must be a whole number, zero or more (0: skip none)."
         )
-    if type(args.kl_health) is not bool:
-        raise ValueError(f"kl_health={args.kl_health!r} must be true or false.")
     coef = args.kl_coef_start
     check_number(args.kl_coef_name, coef)
     if coef < 0:

@@ -1,5 +1,6 @@
 """Recipes as files: reading one, and where those are that come with the package, in a checkout or a wheel."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,38 @@ import yaml
 _PACKAGE = Path(__file__).parent
 _INSIDE = _PACKAGE / "recipes"  # where pyproject.toml puts the folder in a wheel
 RECIPES = _INSIDE if _INSIDE.is_dir() else _PACKAGE.parent / "recipes"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without what its writer cannot have meant: a key given twice, 010 for eight, 1:30 for ninety."""
+
+
+def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    given = set()
+    for key, _ in node.value:
+        name = key.value if isinstance(key, yaml.ScalarNode) else None
+        if name is not None and name in given and key.tag != "tag:yaml.org,2002:merge":
+            line = key.start_mark.line + 1
+            raise yaml.YAMLError(f"{name!r} is given a second time in line {line}: remove one of the two")
+        given.add(name)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node)
+
+
+def _number(loader: _StrictLoader, node: yaml.ScalarNode) -> int | float:
+    text = node.value
+    if ":" in text or re.match(r"[-+]?0[0-9_]", text):
+        value = yaml.safe_load(text)
+        raise yaml.YAMLError(
+            f"{text} in line {node.start_mark.line + 1} is read as {value}: write {value}, or {text!r} in quotes"
+        )
+    is_whole = node.tag.endswith("int")
+    return loader.construct_yaml_int(node) if is_whole else loader.construct_yaml_float(node)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
+for _kind in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
 
 
 def shipped_recipe(path: str) -> Path:
@@ -38,8 +71,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"--config {path} does not exist: give the path of a recipe (see recipes/README.md).")
     try:
-        content = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.load(file.read_text(), _StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:  # the latter of a date that does not exist, or of no text
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a YAML mapping of field: value, and is a {type(content).__name__}.")

@@ -1,15 +1,18 @@
 """Reading a recipe: YAML file, command line, and one clear sentence for whatever is wrong with them."""
 
+import argparse
 import dataclasses
 import difflib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from ..config_rules import fields_of_mappings
+from ..config_types import type_rules
 from ..recipe_files import read_recipe, shipped_recipe
 
 
@@ -55,6 +58,29 @@ class Recipe(NamedTuple):
     model: ModelConfig
 
 
+class _Parser(TrlParser):
+    """TRL's, raising what argparse prints; a word of the wrong type is left to the rules of the fields."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        for action in self._actions:
+            if action.type is not None:
+                action.type, action.choices = _as_far_as_it_goes(action.type), None
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; see `{self.prog} --help`.")
+
+
+def _as_far_as_it_goes(convert: Any) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return convert(text)
+        except (ValueError, TypeError, argparse.ArgumentTypeError):
+            return text
+
+    return parse
+
+
 class BadInput(ValueError):
     """Something the user gave cannot work. The message is one sentence that names the field, value and remedy."""
 
@@ -68,8 +94,7 @@ def parse_recipe(program: str, config: type, argv: list[str]) -> Recipe:
         BadInput: the file is missing or no mapping, or a field or value does not exist.
     """
     dataclass_types: tuple[Any, ...] = (RunArguments, config, ModelConfig)
-    usage = f"{program} --config RECIPE.yaml [--field value ...]"
-    parser = TrlParser(dataclass_types, prog=program, usage=usage, allow_abbrev=False)
+    parser = _Parser(dataclass_types, prog=program, usage=f"{program} --config RECIPE.yaml [--field value ...]")
     for action in parser._actions:
         if action.dest in mapping_fields(config) and action.type is not str:  # `dict` would take the text's letters
             action.type = json.loads
@@ -81,6 +106,9 @@ def parse_recipe(program: str, config: type, argv: list[str]) -> Recipe:
     _check_config_file(argv, config)
     try:
         *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+        for given in (parsed[0], parsed[2]):
+            for rule in type_rules(given).values():
+                rule()
     except ValueError as error:
         raise BadInput(str(error)) from error
     fields = [text.lstrip("-").split("=")[0].replace("-", "_") for text in unknown if text.startswith("--")]

@@ -28,6 +28,20 @@ _NEED_PROBE = {
     "kl_monitor": "names the estimators that the probe measures",
     "kl_signal": "chooses among the estimators that the probe measures",
 }
+_LOSSES: tuple[str, ...] = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+)
+_LOSSES += ("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
+_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 def _option(default, text: str):
@@ -112,6 +126,9 @@ class KLXDPOConfig(KLArguments, DPOConfig):
             return self.kl_signal
         reverse = self.kl_direction == "reverse"  # target, budget and kl/sequence are of the reverse KL
         return "exact" if reverse and "exact" in self._probe_estimators else "k3"
+
+    def choices(self) -> dict[str, tuple]:
+        return {"loss_type": _LOSSES, "f_divergence_type": _DIVERGENCES}
 
     def rules(self) -> list[Callable[[], None]]:
         first: list[Callable[[], None]] = [self._check_budget, partial(check_names, self), self._check_what_dpo_has]

@@ -11,6 +11,16 @@ from .gold import GoldArguments
 from .reward_calls import check_weights
 from .trl_compat import LIGER_COMPUTES_THE_LOSS
 
+_CHOICES: dict[str, tuple] = {
+    "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "scale_rewards": ("group", "batch", "none", True, False),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "importance_sampling_level": ("token", "sequence"),
+    "vllm_mode": ("colocate", "server"),
+    "vllm_model_impl": ("auto", "vllm", "transformers", "terratorch"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+}
+
 
 @dataclass
 class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
@@ -33,6 +43,9 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
     @property
     def kl_coef_name(self) -> str:
         return "beta"
+
+    def choices(self) -> dict[str, tuple]:
+        return _CHOICES
 
     def rules(self) -> list[Callable[[], None]]:
         own: list[Callable[[], None]] = [

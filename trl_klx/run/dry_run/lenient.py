@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from ...config_types import type_problems
 from ...recipe_files import read_recipe
 from ..arguments import BadInput, Recipe, known_fields, parse_recipe, stray_word, unknown_field
 
@@ -102,7 +103,7 @@ def _broken_rules(program: str, config: type, given: dict[str, Any], overrides: 
         args = _parse(program, dataclasses.dataclass(unchecked), given, overrides).args
     except BadInput:
         return []  # a value of the wrong type, which the next attempt names
-    sentences = []
+    sentences = type_problems(args, args.type_rules())
     for rule in args.rules():
         try:
             rule()

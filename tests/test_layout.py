@@ -29,7 +29,7 @@ ALLOWED = {
     "recipe_files": (set(), {"yaml"}),
     "monitor": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
     "trainers": (
-        {"kl", "control", "config", "config_rules", "monitor", "hub", "trainers"},
+        {"kl", "control", "config", "config_rules", "monitor", "hub", "launching", "trainers"},
         {"torch", "transformers", "trl", "accelerate", "peft", "packaging", "datasets", "deepspeed"},
     ),
     "hub": (
@@ -38,28 +38,22 @@ ALLOWED = {
     ),
     "run": (
         {
-            "kl",
-            "config",
-            "config_rules",
-            "config_types",
-            "command_line",
-            "hub",
-            "monitor",
-            "trainers",
-            "run",
+            *("kl", "config", "config_rules", "config_types", "command_line", "hub", "launching", "monitor"),
+            *("trainers", "run"),
             "recipe_files",
         },
         {"transformers", "trl", "datasets", "yaml", "rich", "torch", "accelerate", "peft", "huggingface_hub"},
     ),
     "analysis": (
-        {"kl", "trainers", "analysis"},  # of the trainers, what an architecture does to its logits
+        {"kl", "launching", "trainers", "analysis"},  # of the trainers, what an architecture does to its logits
         {
             *("torch", "transformers", "accelerate", "safetensors", "datasets", "pyarrow", "pandas", "numpy"),
             *("tqdm", "rich", "jinja2", "markupsafe", "matplotlib", "yaml"),
         },
     ),
     "completion": ({"cli", "command_line"}, {"shtab"}),
-    "cli": ({"command_line", "recipe_files"}, set()),
+    "launching": (set(), set()),
+    "cli": ({"command_line", "launching", "recipe_files"}, set()),
     "__init__": ({"trainers"}, set()),
 }
 

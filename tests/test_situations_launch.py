@@ -1,10 +1,17 @@
 """Situations at the start of a run: how the command line is read, what is not installed, where a run may write."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from fault_tools import make
 from packaging.version import Version
 from tiny import save_tiny
 
@@ -126,8 +133,7 @@ def test_what_is_no_boolean(
 @pytest.mark.parametrize("word", [["--accelerate_config=cpu"], ["--accelerate-config", "cpu"]])
 def test_every_spelling_of_accelerate_config(tmp_path: Path, word: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(cli, "_become", lambda command: started.append(command) or 0, raising=False)
-    monkeypatch.setattr(cli.subprocess, "call", lambda command: started.append(command) or 0, raising=False)
+    monkeypatch.setattr(cli, "become", lambda command: started.append(command) or 0)
     assert cli.main(["grpo", *recipe(tmp_path, "beta: 0.1"), *word, "--max_steps", "3"]) == 0
     (command,) = started
     assert command[command.index("--config_file") + 1].endswith("recipes/accelerate/cpu.yaml")
@@ -145,8 +151,7 @@ def test_every_spelling_of_accelerate_config(tmp_path: Path, word: list[str], mo
 def test_a_dry_run_in_the_recipe_starts_no_process(
     tmp_path: Path, inputs: Path, word: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_become", lambda command: 99, raising=False)
-    monkeypatch.setattr(cli.subprocess, "call", lambda command: 99, raising=False)
+    monkeypatch.setattr(cli, "become", lambda command: 99)
     rows = fields(inputs, dry_run="t", per_device_train_batch_size=1, gradient_accumulation_steps=8)
     assert cli.main(["grpo", *recipe(tmp_path, rows), *word]) == 0
     assert "dry run of GRPO on DeepSpeed ZeRO-3, 8 processes" in capsys.readouterr().out
@@ -154,8 +159,7 @@ def test_a_dry_run_in_the_recipe_starts_no_process(
 
 @pytest.mark.situation("starts processes and says --dry_run false", "right")
 def test_dry_run_false_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_become", lambda command: 99, raising=False)
-    monkeypatch.setattr(cli.subprocess, "call", lambda command: 99, raising=False)
+    monkeypatch.setattr(cli, "become", lambda command: 99)
     assert cli.main(["grpo", *recipe(tmp_path, "beta: 0.1"), "--accelerate_config", "cpu", "--dry_run", "false"]) == 99
 
 
@@ -206,3 +210,126 @@ def test_a_word_that_belongs_nowhere(tmp_path: Path, inputs: Path, capsys: pytes
     assert any(
         "'train' on the command line belongs to no field" in problem for problem in make_plan("grpo", argv).problems
     )
+
+
+# A run that is killed ends whole, and a folder belongs to one run
+
+# As accelerate's, the launcher leaves its process behind when it is killed.
+TRAINER = """
+import os, sys, time
+from pathlib import Path
+from trl_klx.launching import end_with_launcher
+folder, moment = Path(sys.argv[1]), sys.argv[2]
+if moment == "it runs":
+    end_with_launcher()
+(folder / "part").write_text(str(os.getpid()))
+(folder / "part").rename(folder / "ready")
+while moment != "it runs" and not (folder / "go").exists():
+    time.sleep(0.01)
+end_with_launcher()
+time.sleep(60)
+"""
+LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]).wait()"
+
+
+def until(done: Callable[[], object], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.situation("kills a run that --accelerate_config started", "right")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL], ids=lambda n: n.name)
+@pytest.mark.parametrize("moment", ["it runs", "it loads its packages"])
+def test_what_was_started_ends_too(tmp_path: Path, number: signal.Signals, moment: str) -> None:
+    """The signal goes to the process that the user started; all that it started must be gone."""
+    launcher = [sys.executable, "-c", LAUNCHER, TRAINER, str(tmp_path), moment]
+    started = subprocess.Popen([sys.executable, "-c", f"from trl_klx.launching import become; become({launcher!r})"])
+    until((tmp_path / "ready").exists)
+    trainer = int((tmp_path / "ready").read_text())
+    assert is_running(trainer)
+    started.send_signal(number)
+    started.wait(10)
+    (tmp_path / "go").touch()
+    until(lambda: not is_running(trainer), seconds=10)
+
+
+HOLDER = """
+import sys, time
+from trl_klx.trainers.run_lock import run_folder
+with run_folder(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def busy(tmp_path: Path):
+    """A folder in which another process runs, and that process."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield tmp_path / "run", process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.situation("starts a second run in a folder where one runs", "refused")
+def test_a_folder_belongs_to_one_run(
+    tmp_path: Path, inputs: Path, busy: tuple[Path, subprocess.Popen], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the command line, in a dry run and in Python; and the kernel takes the lock back when its holder is killed."""
+    folder, process = busy
+    wanted = f"is in use by process {process.pid} on {os.uname().nodename}, since "
+    argv = recipe(tmp_path, fields(inputs, output_dir=str(folder)))
+    assert grpo.main(argv) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert wanted in line
+    assert any(wanted in problem for problem in make_plan("grpo", argv).problems)
+    for algorithm in ALGORITHMS:
+        with pytest.raises(ValueError, match=wanted):
+            make(algorithm, folder, max_steps=1).train()
+    process.kill()
+    process.wait()
+    assert (folder / "run.lock").exists()
+    make("grpo", folder, max_steps=1, save_strategy="steps", save_steps=1).train()
+    assert not (folder / "run.lock").exists()
+    assert make("grpo", folder, max_steps=2).train(resume_from_checkpoint="last").global_step == 2
+
+
+@pytest.mark.situation("runs on a file system without locks", "right")
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the file alone says who holds the folder: a living process of this machine does, no other."""
+    from trl_klx.trainers import run_lock
+
+    def no_locks(*args: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(run_lock.fcntl, "lockf", no_locks)
+    host = os.uname().nodename
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for holder, refused in ((f"{os.getppid()} {host} now", True), (f"{dead.pid} {host} now", False), ("", False)):
+        (tmp_path / "run.lock").write_text(holder)
+        if refused:
+            with pytest.raises(ValueError, match=f"in use by process {os.getppid()} .*delete .*run.lock"):
+                make("grpo", tmp_path, max_steps=1).train()
+        else:
+            make("grpo", tmp_path, max_steps=1).train()
+
+
+def test_a_run_holds_its_folder_once(tmp_path: Path) -> None:
+    from trl_klx.trainers.run_lock import run_folder
+
+    with run_folder(tmp_path / "run"), run_folder(tmp_path / "run"):
+        assert (tmp_path / "run" / "run.lock").read_text().startswith(f"{os.getpid()} ")
+    assert not (tmp_path / "run" / "run.lock").exists()

@@ -1,11 +1,11 @@
 """The command `trl-klx`. Thin: every command is the `main(argv, program)` of another module, imported when called."""
 
-import subprocess
 import sys
 from importlib import import_module
 from typing import NamedTuple
 
 from .command_line import CommandParser
+from .launching import become
 from .recipe_files import RECIPES, accelerate_file
 
 
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     if _is_dry_run(command, others):  # plans for the layout, on one process
         return import_module(command.module).main([*others, "--accelerate_config", str(config)], program=program)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-    return subprocess.call([*launch, "-m", command.module, *others])
+    return become([*launch, "-m", command.module, *others])
 
 
 def _layout(argv: list[str]) -> tuple[str | None, list[str]]:

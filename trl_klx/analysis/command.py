@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
+from ..launching import end_with_launcher
 from .classes import load_classes
 from .errors import MeasureError
 from .measure import Measurement, run_measurement
@@ -43,6 +44,7 @@ def command_parser(program: str) -> HfArgumentParser:
 
 def main(argv: list[str] | None = None, program: str = "measure_kl.py") -> int:
     """Returns the exit status: 0, 1 where a policy was left out, 2 for bad input."""
+    end_with_launcher()
     parser = command_parser(program)
     try:
         arguments = sys.argv[1:] if argv is None else argv

@@ -24,7 +24,7 @@ from .settings import RECIPE_FILE, as_yaml, public_settings, without_path
 
 NO_TOKEN = "no token is found: run `hf auth login`, or set HF_TOKEN"
 _STAYS = ["_*", "checkpoint-*", "completions/*", "wandb/*", *("training_args.bin", "*/training_args.bin")]
-_STAYS += ["*.partial", "*events.out.tfevents.*", *DEFAULT_IGNORE_PATTERNS]
+_STAYS += ["run.lock", "*.partial", "*events.out.tfevents.*", *DEFAULT_IGNORE_PATTERNS]
 # Of a checkpoint, what makes a model that loads; the rest is for resuming.
 _MODEL = ["*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 _FOR_RESUMING = ["trainer_state.json", "kl_state.json", "*/*"]

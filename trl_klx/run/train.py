@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from trl import get_peft_config, get_quantization_config
 
 from ..hub.push import HubError, create_repo, push_command
 from ..hub.settings import write_settings
+from ..launching import end_with_launcher
 from ..monitor.history import HistoryCallback
 from ..monitor.progress import KLProgressCallback
 from ..trainers.checkpoints import CheckpointError, NotSavedError, RunError, resolve_checkpoint
+from ..trainers.run_lock import run_folder
 from .arguments import BadInput, Recipe, parse_recipe, starts_no_process
 from .dry_run.command import dry_run
 from .early import early_flag
@@ -44,18 +47,27 @@ def run_recipe(
     if {"-h", "--help"} & set(argv):
         help_parser(program, config).print_help()
         return 0
-    try:
-        if early_flag(argv, "dry_run"):
-            return dry_run(argv, program, config)
-        recipe = parse_recipe(program, config, argv)
-        if recipe.run.accelerate_config is not None:
-            raise BadInput(starts_no_process(recipe.run.accelerate_config))
-        inputs = load_inputs(recipe)
-        resolve_checkpoint(recipe.args.resume_from_checkpoint, recipe.args.output_dir)
-        check_push(recipe.args)
-        trainer = build_trainer(recipe, inputs)
-    except (ValueError, HubError) as error:
-        return refuse(error)
+    end_with_launcher()
+    with ExitStack() as held:
+        try:
+            if early_flag(argv, "dry_run"):
+                return dry_run(argv, program, config)
+            recipe = parse_recipe(program, config, argv)
+            if recipe.run.accelerate_config is not None:
+                raise BadInput(starts_no_process(recipe.run.accelerate_config))
+            inputs = load_inputs(recipe)
+            resolve_checkpoint(recipe.args.resume_from_checkpoint, recipe.args.output_dir)
+            check_push(recipe.args)
+            if os.environ.get("RANK", "0") == "0":
+                held.enter_context(run_folder(recipe.args.output_dir))
+            trainer = build_trainer(recipe, inputs)
+        except (ValueError, HubError) as error:
+            return refuse(error)
+        return _train_to_the_end(trainer, recipe)
+
+
+def _train_to_the_end(trainer: Any, recipe: Recipe) -> int:
+    """Train, save and report. Returns the exit status."""
     status = 0
     try:
         _train(trainer, recipe)

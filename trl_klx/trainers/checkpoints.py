@@ -9,12 +9,14 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .run_lock import FolderError, run_folder
 
 if TYPE_CHECKING:
     from transformers import Trainer as _HooksBase
@@ -173,9 +175,26 @@ class WholeCheckpoints(_HooksBase):
 
         Raises:
             CheckpointError: there is no such checkpoint, or it is not whole or not readable.
+            FolderError: another run holds output_dir, or it cannot be written to.
             RunError: a checkpoint could not be written, or too many steps in a row were not finite.
         """
-        return super().train(self._agreed_checkpoint(resume_from_checkpoint), *args, **kwargs)
+        with self._own_folder():
+            return super().train(self._agreed_checkpoint(resume_from_checkpoint), *args, **kwargs)
+
+    @contextmanager
+    def _own_folder(self) -> Iterator[None]:
+        """While active, the main process holds output_dir for all."""
+        refusals: list[str | None] = [None]
+        with ExitStack() as held:
+            if self.accelerator.is_main_process:
+                try:
+                    held.enter_context(run_folder(self.args.output_dir))
+                except FolderError as error:
+                    refusals[0] = str(error)
+            broadcast_object_list(refusals)
+            if refusals[0] is not None:
+                raise FolderError(refusals[0])
+            yield
 
     def _agreed_checkpoint(self, wanted: str | bool | None) -> str | None:
         """What the main process finds, on every process."""

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import get_token
 
 from ...trainers.checkpoints import whole_checkpoints
+from ...trainers.run_lock import FolderError, check_not_in_use
 from ..arguments import Recipe
 from .layout import Layout
 from .memory import optimizer_bytes
@@ -63,7 +64,12 @@ def _output(args: Any) -> Iterator[str]:
     existing = _existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         yield f"output_dir={args.output_dir!r} cannot be written to ({existing} is no folder to write in)."
-    elif folder.is_dir() and args.resume_from_checkpoint is None and whole_checkpoints(folder):
+        return
+    try:
+        check_not_in_use(folder)
+    except FolderError as error:
+        yield str(error)
+    if folder.is_dir() and args.resume_from_checkpoint is None and whole_checkpoints(folder):
         last = whole_checkpoints(folder)[-1].name
         yield (
             f"output_dir={args.output_dir!r} holds the checkpoints of another run (the last is {last}): choose "

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,13 +11,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 import yaml
 from fault_tools import make
 from packaging.version import Version
-from tiny import save_tiny
+from peft import LoraConfig, get_peft_model
+from tiny import save_tiny, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from trl_klx import cli
+from trl_klx.analysis.api import measure_kl
+from trl_klx.analysis.command import main as measure_main
 from trl_klx.run import dpo, grpo, ppo, train
 from trl_klx.run.arguments import BadInput
 from trl_klx.run.dry_run.command import make_plan
@@ -333,3 +342,62 @@ def test_a_run_holds_its_folder_once(tmp_path: Path) -> None:
     with run_folder(tmp_path / "run"), run_folder(tmp_path / "run"):
         assert (tmp_path / "run" / "run.lock").read_text().startswith(f"{os.getpid()} ")
     assert not (tmp_path / "run" / "run.lock").exists()
+
+
+# What a downloaded folder may do
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A finished measurement of two adapters, of which one is on the output head."""
+    folder = tmp_path_factory.mktemp("measured")
+    save_tiny(folder / "reference")
+    for name, targets in (("on_head", ["q_proj", "lm_head"]), ("plain", ["v_proj"])):
+        lora = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "reference"), lora)
+        adapted.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "1+1=", "response": text}) + "\n" for text in ("23", "1", "ab=")))
+    argv = ["--reference", str(folder / "reference"), "--policies", str(folder / "on_head"), str(folder / "plain")]
+    argv += ["--data", str(data), "--output_dir", str(folder / "out"), "--report", "false"]
+    assert measure_main(argv) == 0
+    return folder, argv
+
+
+@pytest.mark.situation("goes on with a measurement that was downloaded", "right")
+def test_a_downloaded_measurement_runs_no_code(measured: tuple[Path, list[str]]) -> None:
+    folder, argv = measured
+    for hidden in (folder / "out" / "hidden").iterdir():
+        torch.save(Evil(folder / "ran"), hidden / "head.pt")
+    shutil.rmtree(folder / "out" / "pairwise")
+    assert measure_main(argv) == 0
+    assert not (folder / "ran").exists()
+    assert (folder / "out" / "pairwise").exists()
+
+
+@pytest.mark.situation("compares policies of which one has an adapter on its head", "right")
+def test_heads_of_any_kind_are_compared(measured: tuple[Path, list[str]]) -> None:
+    folder, _ = measured
+    pairs = pd.read_parquet(folder / "out" / "tables" / "pairwise.parquet").set_index(["policy", "other"])["kl"]
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    one = measure_kl(rows, str(folder / "plain"), str(folder / "on_head")).to_pandas()
+    assert pairs["on_head", "plain"] == pytest.approx(np.concatenate(one["kl_policy_ref"].to_list()).mean(), rel=1e-4)
+    assert pairs["on_head", "plain"] > 1e-3
+
+
+def test_nothing_is_unpickled_and_no_code_of_a_model_is_run() -> None:
+    """Neither the package nor its scripts unpickle anything, evaluate text, or trust a model's own code."""
+    forbidden = re.compile(r"\b(torch\.load|pickle\.|eval\(|exec\(|yaml\.load\(|trust_remote_code=True)")
+    root = Path(__file__).parent.parent
+    for path in [*(root / "trl_klx").rglob("*.py"), *(root / "scripts").glob("*.py")]:
+        for line in path.read_text().splitlines():
+            assert not forbidden.search(line.replace(".eval()", "")), (path, line)

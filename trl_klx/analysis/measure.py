@@ -206,7 +206,8 @@ def _run_policy(done: Measurement, source: Source, ref_head: Head, vocab_size: i
 
     def is_open(item: Encoded) -> bool:
         index = item.row.index
-        return index not in finished or (index in kept and not store.has_hidden(source.label, index))
+        left = store.has_head(source.label) and store.has_hidden(source.label, index)
+        return index not in finished or (index in kept and not left)
 
     todo = [[item for item in batch if is_open(item)] for batch in _batches(done)]
     todo = [batch for batch in todo if batch]
@@ -215,7 +216,7 @@ def _run_policy(done: Measurement, source: Source, ref_head: Head, vocab_size: i
         return
     scorer = _load_together(done, source, vocab_size)
     if kept and state.is_main_process:
-        store.save_head(source.label, scorer.head)
+        store.save_head(source.label, scorer.plain_head())
     for batch in _own_share(todo, source.label):
         states = scorer.hidden_states(batch)
         for item, hidden in zip(batch, states, strict=True):

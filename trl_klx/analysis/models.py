@@ -4,7 +4,7 @@ import glob
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +124,14 @@ def _has_tokenizer(source: Source) -> bool:
     return any(found)
 
 
+@dataclass(frozen=True)
 class Head:
     """Hidden states to logits: softcap * tanh(scale * head(h) / softcap) / temperature, float32 or wider."""
 
-    def __init__(self, model: PreTrainedModel, temperature: float) -> None:
-        self.module: nn.Module = model.get_output_embeddings()
-        self.scale, self.softcap = logit_transform(model)
-        self.temperature = temperature
+    module: nn.Module
+    scale: float
+    softcap: float | None
+    temperature: float
 
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.module(hidden)
@@ -147,7 +148,7 @@ class Scorer:
 
     def __init__(self, model: PreTrainedModel, *, temperature: float, name: str) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.head = Head(model, temperature)
+        self.head = Head(model.get_output_embeddings(), *logit_transform(model), temperature)
         self.vocab_size = self._check_head(name, temperature)
 
     @torch.no_grad()
@@ -168,6 +169,22 @@ class Scorer:
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
         decoder = self.model.get_decoder()
         return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def plain_head(self) -> Head:
+        """The head with a plain linear layer, whatever it is here (quantised, with an adapter).
+
+        A layer's weight is what it makes of the unit vectors.
+        """
+        if type(self.head.module) is nn.Linear:
+            return self.head
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        state = self._states(ids, torch.ones_like(ids))[0]
+        bias = self.head.module(torch.zeros_like(state))
+        weight = self.head.module(torch.eye(state.size(1), dtype=state.dtype, device=state.device)) - bias
+        plain = nn.Linear(weight.size(0), weight.size(1), device="meta")
+        plain.weight, plain.bias = nn.Parameter(weight.T.contiguous()), nn.Parameter(bias[0])
+        return replace(self.head, module=plain)
 
     @torch.no_grad()
     def _check_head(self, name: str, temperature: float) -> int:

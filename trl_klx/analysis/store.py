@@ -12,9 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .divergence import TokenStatistics
 from .errors import MeasureError
@@ -129,15 +129,29 @@ class Store:
     def load_hidden(self, name: str, response: int) -> Tensor:
         return load_file(self._hidden(name, response))["hidden"]
 
+    def has_head(self, name: str) -> bool:
+        return self._head(name).is_file()
+
     def save_head(self, name: str, head: Head) -> None:
-        path = self._hidden(name, 0).with_name("head.pt")
+        """Its module must be a plain linear layer, which is saved as weights: a folder may come from anywhere."""
+        path = self._head(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(head, path.with_suffix(".unfinished"))
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in head.module.named_parameters()}
+        numbers = json.dumps({"scale": head.scale, "softcap": head.softcap, "temperature": head.temperature})
+        save_file(tensors, path.with_suffix(".unfinished"), metadata={"head": numbers})
         path.with_suffix(".unfinished").replace(path)
 
     def load_head(self, name: str) -> Head:
-        # A head may be any module (quantised, with an adapter), so it is pickled: this run's own file, no one else's.
-        return torch.load(self._hidden(name, 0).with_name("head.pt"), weights_only=False)
+        with safe_open(self._head(name), framework="pt") as file:
+            numbers = json.loads(file.metadata()["head"])
+            tensors = {key: nn.Parameter(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118  (no mapping)
+        outputs, inputs = tensors["weight"].shape
+        module = nn.Linear(inputs, outputs, bias="bias" in tensors, device="meta")
+        module.load_state_dict(tensors, assign=True)
+        return Head(module, **numbers)
+
+    def _head(self, name: str) -> Path:
+        return self._hidden(name, 0).with_name("head.safetensors")
 
     def _hidden(self, name: str, response: int) -> Path:
         return self.folder / "hidden" / re.sub(r"[^\w.-]+", "_", name) / f"{response:08d}.safetensors"

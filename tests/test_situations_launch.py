@@ -396,7 +396,9 @@ def test_heads_of_any_kind_are_compared(measured: tuple[Path, list[str]]) -> Non
 
 def test_nothing_is_unpickled_and_no_code_of_a_model_is_run() -> None:
     """Neither the package nor its scripts unpickle anything, evaluate text, or trust a model's own code."""
-    forbidden = re.compile(r"\b(torch\.load|pickle\.|eval\(|exec\(|yaml\.load\(|trust_remote_code=True)")
+    forbidden = re.compile(
+        r"\b(torch\.load|pickle\.|eval\(|exec\(|yaml\.(unsafe|full|Unsafe|Full|Loader)|trust_remote_code=True)"
+    )
     root = Path(__file__).parent.parent
     for path in [*(root / "trl_klx").rglob("*.py"), *(root / "scripts").glob("*.py")]:
         for line in path.read_text().splitlines():

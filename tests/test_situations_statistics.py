@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from accelerate import Accelerator
 from fault_tools import make
 from tiny import Arguments, tiny_model
 from torch import Tensor
+from transformers import TrainerCallback
 
 from trl_klx.monitor.history import HistoryCallback, read_history
+from trl_klx.trainers.checkpoints import RunError
 from trl_klx.trainers.kl_control import KLControl
 from trl_klx.trainers.trl_compat import TRL_HAS_PPO
 
@@ -102,3 +105,229 @@ def test_a_prompt_is_known_again(tmp_path: Path) -> None:
     assert len(first.unique()) == 2 and first.tolist() == again.tolist()[::-1]
     made = [numbered.numbers(rows, 2, made_by_environments=True).tolist() for _ in range(2)]
     assert made == [[0, 0, 1, 1], [2, 2, 3, 3]]
+
+
+# A beta that is set from outside
+
+FIXED: dict[str, Any] = {"kl_controller": "fixed", "kl_target": None}
+NAMES = {"grpo": "beta", "ppo": "kl_coef", "dpo": "kl_coef"}
+
+
+class Annealing(TrainerCallback):
+    """As public callbacks do it: `trainer.beta` by the step, on either side of it."""
+
+    def __init__(self, name: str, event: str = "on_step_begin") -> None:
+        self.name, self.trainer = name, None
+        setattr(self, event, self._set)
+
+    def _set(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        setattr(self.trainer, self.name, 0.2 / (1 + state.global_step))
+
+
+def annealed(algorithm: str, folder: Path, event: str = "on_step_begin", **changes: Any) -> Any:
+    callback = Annealing(NAMES[algorithm], event)
+    callback.trainer = make(algorithm, folder, callbacks=[callback, HistoryCallback()], **{**FIXED, **changes})
+    return callback.trainer
+
+
+def logged(folder: Path, name: str = "kl/coef") -> list[float]:
+    return [entry[name] for entry in read_history(folder / "metrics.jsonl") if name in entry]
+
+
+@pytest.mark.situation("anneals beta by a callback that sets trainer.beta or trainer.kl_coef", "warned")
+@pytest.mark.parametrize("algorithm", ALL)
+def test_a_beta_set_by_a_callback_is_logged(algorithm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = annealed(algorithm, tmp_path, max_steps=3)
+    seen: list[float] = []
+    step = trainer._end_kl_step
+    trainer._end_kl_step = lambda: (seen.append(getattr(trainer, NAMES[algorithm])), step())[1]
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert seen == pytest.approx([0.2, 0.1, 0.2 / 3]) == logged(tmp_path)
+    assert caplog.text.count("was set to 0.1 from outside (the config says 0.2)") == 1
+
+
+@pytest.mark.situation("resumes a run whose callback sets beta after each step", "right")
+@pytest.mark.parametrize("algorithm", ALL)
+def test_a_beta_set_by_a_callback_is_resumed(algorithm: str, tmp_path: Path) -> None:
+    saving = {"event": "on_step_end", "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    annealed(algorithm, tmp_path, **saving).train()
+    whole = logged(tmp_path)
+    resumed = annealed(algorithm, tmp_path, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert logged(tmp_path) == whole == pytest.approx([0.2, 0.2 / 2, 0.2 / 3])
+
+
+@pytest.mark.situation("sets trainer.beta or trainer.kl_coef before train()", "warned")
+@pytest.mark.parametrize("algorithm", ALL)
+def test_a_beta_set_before_training_is_kept(algorithm: str, tmp_path: Path) -> None:
+    trainer = make(algorithm, tmp_path, callbacks=[HistoryCallback()], max_steps=2, **FIXED)
+    setattr(trainer, NAMES[algorithm], 0.7)
+    trainer.train()
+    assert logged(tmp_path) == [0.7, 0.7] and getattr(trainer, NAMES[algorithm]) == 0.7
+
+
+@pytest.mark.situation("sets DPO's own beta, before training and by a callback", "right")
+def test_dpos_own_beta_is_the_users(tmp_path: Path) -> None:
+    trainer = make("dpo", tmp_path, callbacks=[HistoryCallback()], max_steps=2, **FIXED)
+    trainer.beta = 0.7
+    trainer.train()
+    assert logged(tmp_path, "beta") == [0.7, 0.7] and logged(tmp_path) == [0.2, 0.2]
+    with pytest.raises(ValueError, match=r"trainer.beta=0 was set: it must be more than zero"):
+        trainer.beta = 0
+
+
+@pytest.mark.situation(
+    "sets beta where a controller sets it, where no KL is applied, or to what is no number", "refused"
+)
+@pytest.mark.parametrize("algorithm", ALL)
+def test_a_beta_that_cannot_be_set(algorithm: str, tmp_path: Path) -> None:
+    name = NAMES[algorithm]
+    steered = make(algorithm, tmp_path / "steered")
+    with pytest.raises(ValueError, match=r"kl_controller='pid' sets it too.*'linear' and 'cosine'"):
+        setattr(steered, name, 0.3)
+    none = {"grpo": {"kl_placement": "none"}, "ppo": {"kl_placement": "none"}, "dpo": {}}[algorithm]
+    without = make(algorithm, tmp_path / "without", **FIXED, **none, **{name: 0.0})
+    with pytest.raises(ValueError, match="built without a KL in loss or reward"):
+        setattr(without, name, 0.3)
+    fixed = make(algorithm, tmp_path / "fixed", **FIXED)
+    for value in (-0.1, float("nan"), "0.1", None, True):
+        with pytest.raises(ValueError, match="must be a finite number, zero or more"):
+            setattr(fixed, name, value)
+    assert getattr(fixed, name) == 0.2
+
+
+@pytest.mark.situation("changes beta in the config after the trainer was built", "refused")
+@pytest.mark.parametrize("algorithm", ALL)
+def test_a_config_changed_too_late(algorithm: str, tmp_path: Path) -> None:
+    trainer = make(algorithm, tmp_path, max_steps=2, **FIXED)
+    setattr(trainer.args if trainer.given_args is None else trainer.given_args, NAMES[algorithm], 0.3)
+    with pytest.raises(ValueError, match=r"was changed to 0.3 after the trainer was built with 0.2"):
+        trainer.train()
+
+
+@pytest.mark.situation("sets beta by a callback on one process of several only", "refused")
+def test_a_beta_of_one_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator(cpu=True)
+    kl = KLControl(Arguments(kl_estimator="k1"), accelerator)
+    other = lambda rows: torch.cat([rows, torch.cat([rows[:, :-1], rows[:, -1:] / 2], dim=1)])  # noqa: E731
+    monkeypatch.setattr(accelerator, "gather", other)
+    ones = torch.ones(2, 3)
+    kl.measure("train", dict.fromkeys(kl.names, ones), ones, torch.arange(2))
+    with pytest.raises(RuntimeError, match=r"beta is 0.05 on one process and 0.1 on another"):
+        kl.step()
+
+
+# A library that patches TRL, or a subclass, that passes our KL by
+
+
+def foreign_grpo_loss(self: Any, model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Tensor:
+    """Its own loss with its own k3, as Unsloth's trainer has it."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    length = inputs["completion_ids"].size(1)
+    logps = self._get_per_token_logps_and_entropies(model, ids, mask, length)[0]
+    log_ratio = inputs["ref_per_token_logps"] - logps
+    return (self.beta * (log_ratio.exp() - log_ratio - 1) - logps * inputs["advantages"].view(-1, 1)).mean()
+
+
+def foreign_dpo_loss(self: Any, model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Tensor:
+    return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.square().mean()
+
+
+def foreign_scoring(self: Any, *args: Any, **kwargs: Any) -> tuple[None, None]:
+    """As Unsloth's, which scores later by itself."""
+    return None, None
+
+
+def foreign_rollout(self: Any, inputs: list) -> dict:
+    """A rollout that never comes by the trainer's own."""
+    ids = torch.randint(3, 20, (len(inputs), 4))
+    ones = torch.ones_like(ids)
+    batch = {"prompt_ids": ids, "prompt_mask": ones, "completion_ids": ids, "completion_mask": ones}
+    return {**batch, "advantages": torch.zeros(len(inputs)), "num_items_in_batch": ones.sum()}
+
+
+def foreign_loss_without_scoring(self: Any, model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Tensor:
+    return model(input_ids=inputs["completion_ids"], attention_mask=inputs["completion_mask"]).logits.square().mean()
+
+
+NEVER = (
+    r"the KL that was asked for \(\w+=0.2, kl_placement='\w+'\) was not applied: .*test_situations_statistics.foreign_"
+)
+MEASURED_ONLY = {"beta": 0.0, "kl_placement": "none", "kl_estimator": "k3"}
+
+
+@pytest.mark.situation("runs with a library that patches TRL's loss, rollout or scoring (Unsloth)", "refused")
+@pytest.mark.parametrize(
+    "changes", [{}, {"kl_placement": "reward", "kl_estimator": "k1"}, MEASURED_ONLY], ids=["both", "reward", "none"]
+)
+@pytest.mark.parametrize(
+    ("method", "foreign"),
+    [
+        ("compute_loss", foreign_grpo_loss),
+        ("_compute_loss", foreign_loss_without_scoring),
+        ("_generate_and_score_completions", foreign_rollout),
+        ("_get_per_token_logps_and_entropies", foreign_scoring),
+    ],
+)
+def test_a_patched_grpo_ends_with_a_sentence(
+    method: str, foreign: Any, changes: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trl.GRPOTrainer, method, foreign)
+    if method == "_generate_and_score_completions":  # found where the KL is first needed
+        changes = {"kl_placement": "loss", "kl_estimator": "k3", **changes}
+    trainer = make("grpo", tmp_path, max_steps=2, **FIXED, **changes)
+    with pytest.raises(RunError, match=NEVER.replace("0.2", r"[0.2]+")):
+        trainer.train()
+    assert trainer.state.global_step <= 1 and not logged(tmp_path)
+
+
+@pytest.mark.situation("runs with a library that patches DPO's loss", "refused")
+@pytest.mark.parametrize("changes", [{}, {"kl_coef": 0.0, "kl_placement": "none"}], ids=["loss", "none"])
+def test_a_patched_dpo_ends_with_a_sentence(changes: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trl.DPOTrainer, "compute_loss", foreign_dpo_loss)
+    trainer = make("dpo", tmp_path, max_steps=2, **FIXED, **changes)
+    with pytest.raises(RunError, match=NEVER.replace("0.2", r"[0.2]+")):
+        trainer.train()
+
+
+@pytest.mark.situation("patches what DPO's loss does beneath our KL", "right")
+def test_a_patch_beneath_the_kl_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The KL is added to whatever TRL's `_compute_loss` gives."""
+    monkeypatch.setattr(trl.DPOTrainer, "_compute_loss", foreign_dpo_loss)
+    policy = tiny_model(1)
+    trainer = make("dpo", tmp_path, max_steps=1, callbacks=[HistoryCallback()], **FIXED, ref_model=policy)
+    trainer.train()
+    (kl,), (loss,) = logged(tmp_path, "kl/data_exact"), logged(tmp_path, "kl/loss")
+    assert 0 < loss == pytest.approx(0.2 * kl, rel=1e-4)
+
+
+@pytest.mark.situation("subclasses the PPO trainer with a loss, rewards or a step of its own", "refused")
+@needs_ppo
+@pytest.mark.parametrize("method", ["_loss", "_shape_rewards", "training_step"])
+def test_a_ppo_subclass_without_the_kl(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl_klx import KLXPPOTrainer
+
+    def foreign_method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if method == "_shape_rewards":
+            return torch.zeros_like(args[0].sampler_logps), torch.zeros_like(args[0].sampler_logps)
+        return sum(parameter.square().sum() for parameter in self.model.parameters())
+
+    monkeypatch.setattr(KLXPPOTrainer, method, foreign_method)
+    trainer = make("ppo", tmp_path, max_steps=2, **FIXED, kl_placement="both")
+    with pytest.raises(RunError, match=r"was not applied: .*foreign_method"):
+        trainer.train()
+
+
+@pytest.mark.situation("runs without a KL, and a library patches TRL's loss", "right")
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+def test_without_a_kl_patches_are_the_users(algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = {"grpo": foreign_loss_without_scoring, "dpo": foreign_dpo_loss}[algorithm]
+    monkeypatch.setattr({"grpo": trl.GRPOTrainer, "dpo": trl.DPOTrainer}[algorithm], "compute_loss", foreign)
+    none = {"beta": 0.0, "kl_estimator": "k3", "kl_placement": "loss"} if algorithm == "grpo" else {"kl_coef": 0.0}
+    probe = {} if algorithm == "grpo" else dict.fromkeys(("kl_probe_steps",))
+    probe |= {} if algorithm == "grpo" else {"kl_probe_prompts": 64, "kl_probe_max_new_tokens": 128}
+    trainer = make(algorithm, tmp_path, max_steps=2, **FIXED, **none, **probe)
+    trainer.train()
+    assert trainer.state.global_step == 2

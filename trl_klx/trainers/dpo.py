@@ -23,6 +23,8 @@ from .adapters import REF_ADAPTER, trainable_as_before
 from .dpo_config import KLXDPOConfig
 from .dpo_pairs import PairStatistics
 from .exact_forward import ExactKLForward, check_sharding
+from .kl_applied import KL_IN_LOSS, KL_ON_DATA, STEP_ENDED, the_only
+from .kl_coefficient import KLCoefficient
 from .kl_control import KLControl
 from .kl_probe import KLProbe, distinct_prompts
 from .kl_trainer import KLControlledTrainer
@@ -64,6 +66,8 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
     _name = "KLX-DPO"
     args: KLXDPOConfig
     model: PreTrainedModel
+    beta = KLCoefficient(may_be_zero=False)
+    kl_coef = KLCoefficient()
 
     def __init__(
         self,
@@ -91,10 +95,10 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         wanted = ref_model is None and not (args.precompute_ref_log_probs and isinstance(model, PreTrainedModel))
         with reference_is_a_copy(model, kwargs.get("peft_config"), wanted=wanted, trl_module=dpo_trainer):
             super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
+        self.kl_coef = args.kl_coef
         self.kl = KLControl(args, self.accelerator)
         self.guard = StepGuard(self.accelerator)
         self.kl_term = args.kl_term()
-        self.kl_coef = args.kl_coef
         self._data_kl: dict[str, Tensor] = {}  # sums per prompt of all processes, since the last log
         self._exact = self._exact_forward() if args.kl_needs_exact else None
         self._probed_at: int | None = None
@@ -132,12 +136,6 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
             accelerator=self.accelerator,
         )
 
-    def _apply_kl_coef(self, coef: float) -> None:
-        if self.args.kl_controls == "beta":
-            self.beta = coef
-        else:
-            self.kl_coef = coef
-
     def _checkpoint_state(self) -> dict[str, Any]:
         kept = {"num_tokens": int(self._total_train_tokens), "pairs": self._pairs.state()}
         return {**super()._checkpoint_state(), **kept}
@@ -157,6 +155,8 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         with self._pairs.watching() if watched else nullcontext(), trainable_as_before(self.model):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         metrics = self._metrics[self._mode]
+        if not metrics.get("rewards/chosen"):  # it is not TRL's loss: `AppliedKLCheck` says so where a KL was wanted
+            return loss
         if watched:
             means = metrics["rewards/chosen"][-1], metrics["rewards/rejected"][-1]
             self._pairs.add(inputs["completion_mask"].sum(-1), means, self.beta)
@@ -186,7 +186,7 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         exact = self._exact.exact_kl(model, ref_hidden[0], mask, with_grad=self.args.kl_in_loss)
         with exact as exact_kl, self._trl_takes_ref_logps():
             result = super()._compute_loss(model, inputs, return_outputs)
-        kl_loss = self._kl_loss(exact_kl[0], mask, prompt_numbers(pair_prompts(inputs), mask.device))
+        kl_loss = self._kl_loss(the_only(exact_kl, self), mask, prompt_numbers(pair_prompts(inputs), mask.device))
         if not self.args.kl_in_loss:
             return result
         return (result[0] + kl_loss, result[1]) if return_outputs else result + kl_loss
@@ -204,6 +204,7 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         """`kl_coef` times the mean of the (2B, L-1) exact KL over the tokens of all processes; logs both,
         the KL with a standard error that counts `prompts`, the (B,) numbers of the pairs', as independent."""
         # The exact KL reads no log-probs: it takes no importance weight.
+        self.kl.reached.add(KL_ON_DATA)
         per_token = self.kl_term.loss(exact_kl, exact_kl, mask, exact=exact_kl)
         tokens = self.accelerator.reduce(mask.sum(), reduction="sum").clamp(min=1) / self.accelerator.num_processes
         loss = self.kl_coef * per_token.sum() / tokens
@@ -217,6 +218,7 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
             earlier = [self._data_kl[self._mode]] if self._mode in self._data_kl else []
             self._data_kl[self._mode] = prompt_sums(torch.cat([*earlier, sums]))
         if self.args.kl_in_loss:
+            self.kl.reached.add(KL_IN_LOSS)
             self._metrics[self._mode]["kl/loss"].append(gathered[:, -1].mean().item())
         return loss
 
@@ -234,9 +236,15 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         self._probed_at = None
         return super().train(*args, **kwargs)
 
+    def _wanted_kl(self) -> set[str]:
+        wanted = {STEP_ENDED} | ({KL_ON_DATA} if self.args.kl_on_data else set())
+        return wanted | ({KL_IN_LOSS} if self.args.kl_in_loss else set())
+
     def _end_kl_step(self) -> None:
         if self.args.kl_health and self.state.global_step == 0:
             self._metrics["train"]["log_ratio/start"].append(self._pairs.distance())
+        if self.args.kl_coef_name != "beta" and self.beta != self.args.beta:  # set from outside
+            self._metrics["train"]["beta"].append(self.beta)
         super()._end_kl_step()
 
     def _health_metrics(self) -> dict[str, float]:

@@ -32,6 +32,8 @@ from .grpo_scoring import (
     sampler_logps_of,
 )
 from .health import PooledSums
+from .kl_applied import KL_IN_LOSS, KL_IN_REWARD, check_rollout, scored, the_only
+from .kl_coefficient import KLCoefficient
 from .kl_control import KLControl
 from .kl_groups import group_names
 from .kl_trainer import KLControlledTrainer
@@ -64,6 +66,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
     _name = "KLX-GRPO"
     args: KLXGRPOConfig
     model: PreTrainedModel
+    beta = KLCoefficient()
 
     def __init__(
         self,
@@ -88,7 +91,6 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
         self._exact_request: tuple[Tensor, Tensor, bool] | None = None  # reference hidden states, mask, with gradient
         with reference_as_given(args, model, kwargs.get("peft_config")):
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *positional, **kwargs)
-        self.beta = args.beta
         self.kl = KLControl(args, self.accelerator, kl_groups)
         self._prompts = RolloutPrompts(self.accelerator)
         self.guard = StepGuard(self.accelerator)
@@ -108,9 +110,6 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
         reference = policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
         return ExactKLForward(policy, reference, temperature=self.temperature, direction=self.args.kl_term().direction)
 
-    def _apply_kl_coef(self, coef: float) -> None:
-        self.beta = coef
-
     def _checkpoint_state(self) -> dict[str, Any]:
         return {**super()._checkpoint_state(), "micro_batches": self._step}
 
@@ -123,11 +122,11 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
     @contextmanager
     def _trl_sees_beta(self, beta: float) -> Iterator[None]:
         """TRL tests `self.beta != 0` for two things we need apart: to score the reference and to add its own KL."""
-        kept, self.beta = self.beta, beta
+        self.trl_sees = beta
         try:
             yield
         finally:
-            self.beta = kept
+            self.trl_sees = None
 
     @contextmanager
     def _recording(
@@ -159,7 +158,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
             if not self._shares_hidden:  # the reference is scored last, and only its hidden states are wanted
                 for earlier in self._scorings:
                     earlier.hidden = None
-            self._scorings.append(Scoring(out[0], joined(hidden_parts), joined(exact_parts)))
+            self._scorings.append(Scoring(scored(self, out), joined(hidden_parts), joined(exact_parts)))
         return out
 
     def _generate_and_score_completions(self, inputs):
@@ -171,11 +170,12 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
         by_environments = self.environment_factories is not None
         output["kl_prompts"] = self._prompts.numbers(inputs, self._group_size, made_by_environments=by_environments)
+        check_rollout(self, output)
         groups = self.kl.group_numbers(inputs)
         if groups is not None:
             output["kl_groups"] = groups
         if self._exact is not None:
-            (ref_scoring,) = (s for s in scorings if s.logps is output["ref_per_token_logps"])
+            ref_scoring = the_only([s for s in scorings if s.logps is output["ref_per_token_logps"]], self)
             output["ref_hidden_states"] = ref_scoring.hidden
         if self.kl_term.in_reward and self.args.kl_is_penalised:
             old = [s for s in scorings if s.logps is output.get("old_per_token_logps")]
@@ -274,17 +274,19 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
             self.guard.watch(REWARDS, torch.nan)
         if not self.args.kl_is_measured:
             return super()._compute_loss(model, inputs)
+        check_rollout(self, inputs)
         mask = loss_mask(inputs)
         exact_has_grad = self.kl_term.estimator == "exact" and self.kl_term.in_loss
         exact = (inputs["ref_hidden_states"], mask, exact_has_grad) if self._exact is not None else None
         penalised = self._with_kl_advantages(inputs)
         with self._trl_sees_beta(0.0), self._recording(exact=exact) as scorings:
             loss = super()._compute_loss(model, penalised)
-        (policy,) = scorings
+        policy = the_only(scorings, self)
         weights = self._importance_weights(policy.logps.detach(), inputs, mask)
         self._measure(policy, inputs, mask, weights)
         if not (self.kl_term.in_loss and self.args.kl_is_penalised):
             return loss
+        self.kl.reached.add(KL_IN_LOSS)
         per_token_kl = self.kl_term.loss(
             policy.logps,
             inputs["ref_per_token_logps"],
@@ -314,6 +316,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
         """Subtract beta times the KL credit, (B, C), from the normalised advantages, (B,). Beta is today's."""
         if "kl_credit" not in inputs:
             return inputs
+        self.kl.reached.add(KL_IN_REWARD)
         advantages = inputs["advantages"]
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         return {**inputs, "advantages": advantages - self._beta_of(inputs) * inputs["kl_credit"]}

@@ -18,11 +18,14 @@ from ..kl import effective_sample_size
 from ..monitor.moments import KLSummary, prompt_moments, prompt_sums, sequence_count, sequence_rows, summarise
 from .checkpoints import (
     STATE_FILE,
+    RunError,
     read_state,
     unreadable,
     write_state,
 )
+from .kl_applied import KL_MEASURED
 from .kl_budget import KLBudget
+from .kl_coefficient import coefficient
 from .kl_groups import group_numbers
 
 logger = get_logger(__name__)
@@ -47,6 +50,8 @@ class KLControl:
         self.names, self.groups = args.kl_logged_estimators, groups
         has_target = args.kl_controller in CONTROLLER_SETTINGS["kl_target"]
         self._steered = groups if groups and has_target else (_ALL,)
+        self._configured = _coef_in(args)
+        self._start, self._is_set = self._configured, False  # beta of the next run; whether it was set from outside
         # Rows of this process: of this optimizer step, or of this evaluation.
         self._window: dict[str, list[Tensor]] = {"train": [], "eval": []}
         self._pools: dict[str, Tensor] = {}  # sums per prompt of all processes, since the last log, by group
@@ -68,12 +73,58 @@ class KLControl:
 
     def restart(self) -> None:
         """Begin a run: whatever an earlier call of `train` left, learning rate and beta start anew."""
-        coef = self._args.kl_coef_start if self._args.kl_is_penalised else 0.0
-        self._coefs = dict.fromkeys(self._steered, coef)
+        self._coefs = dict.fromkeys(self._steered, self._start)
         self.controllers: dict[str, Controller] = {}
         limit = None if isinstance(self._args.kl_budget, str) else self._args.kl_budget  # auto: not known yet
         self.budget = KLBudget(limit, ends_run=self._args.kl_budget_action == "stop")
+        self.reached: set[str] = set()  # what of the KL this run's code has come by: see `kl_applied`
         self._is_first = True  # whether the next reading is of the policy before its first update
+
+    def set_coef(self, value: float) -> None:
+        """Set a fixed beta, from now on and for later runs: what a callback of the user does by `trainer.beta = ...`.
+
+        Call on every process, with the same value.
+
+        Raises:
+            ValueError: it is no coefficient, no KL is in loss or reward, or a controller sets beta.
+        """
+        name, value = self._args.kl_coef_name, coefficient(self._args.kl_coef_name, value)
+        if value == self.coef:
+            return
+        if not self._args.kl_is_penalised:
+            raise ValueError(
+                f"trainer.{name}={value:g} was set, and the trainer was built without a KL in loss or reward: give the "
+                f"config a positive {name}, and a kl_placement other than 'none'."
+            )
+        if self._args.kl_controller != "fixed":
+            raise ValueError(
+                f"trainer.{name}={value:g} was set, and kl_controller={self._args.kl_controller!r} sets it too: set "
+                f"where it starts in the config, or leave it to the callback by kl_controller='fixed' (the controllers "
+                "'linear' and 'cosine' anneal it without one)."
+            )
+        if not self._is_set:
+            logger.warning(
+                f"trainer.{name} was set to {value:g} from outside (the config says {self._configured:g}): loss, "
+                "kl/coef and checkpoints take it from here on. The controllers 'linear' and 'cosine' anneal it, too."
+            )
+        self._start, self._is_set = value, True
+        self._coefs = dict.fromkeys(self._steered, value)
+        for controller in self.controllers.values():
+            controller.coef = value
+
+    def check_args(self, args: KLArguments) -> None:
+        """Refuse a beta in the config that is another than when the trainer was built: nothing reads it there.
+
+        Raises:
+            ValueError: it is.
+        """
+        name, found = args.kl_coef_name, _coef_in(args)
+        if found != self._configured:
+            raise ValueError(
+                f"args.{name} was changed to {getattr(args, name)!r} after the trainer was built with "
+                f"{self._configured:g}, and nothing reads it there: set trainer.{name}, or let a kl_controller "
+                "('linear', 'cosine') move it."
+            )
 
     @property
     def coef_max(self) -> float | None:
@@ -112,6 +163,8 @@ class KLControl:
         `prompts`, (B,), are integers, equal for the answers to one prompt, on whatever process they are; `groups`,
         (B,), are the places of the rows' groups in `self.groups`.
         """
+        if mode == "train":
+            self.reached.add(KL_MEASURED)
         rows = sequence_rows({name: values[name] for name in self.names}, mask, prompts)
         group = torch.zeros_like(prompts) if groups is None else groups
         self._window[mode].append(torch.cat([group.to(rows).unsqueeze(1), rows], dim=1))
@@ -121,6 +174,7 @@ class KLControl:
 
         Without a measurement (DPO measures now and then) only a schedule moves: it counts steps, not readings.
         """
+        self.check_args(self._args)
         sums = self._gather("train")
         if not sums:
             return self._step_unmeasured()
@@ -217,14 +271,24 @@ class KLControl:
         window, self._window[mode] = self._window[mode], []
         if not window:
             return {}
-        rows = self._accelerator.gather(torch.cat(window)).cpu()
+        local = torch.cat(window)
+        rows = self._accelerator.gather(torch.cat([local, torch.full_like(local[:, :1], self.coef)], dim=1)).cpu()
+        coefs, rows = rows[:, -1], rows[:, :-1]
+        if (coefs != coefs[0]).any():
+            raise RunError(
+                f"{self._args.kl_coef_name} is {coefs.min():g} on one process and {coefs.max():g} on another: a "
+                "callback that sets it must do so on every process."
+            )
         parts = {name: rows[rows[:, 0] == place] for place, name in enumerate(self.groups)}
         return {name: prompt_sums(part[:, 1:]) for name, part in {_ALL: rows, **parts}.items() if len(part)}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-serialisable."""
         states = {name: controller.state_dict() for name, controller in self.controllers.items()}
-        return {"controller": states.pop(_ALL, None), "groups": states, "budget": self.budget.state()}
+        kept = {"controller": states.pop(_ALL, None), "groups": states, "budget": self.budget.state()}
+        if self._is_set:
+            kept["set_coef"] = {"coef": self.coef, "configured": self._configured}
+        return kept
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the state into a checkpoint folder, whole or not at all."""
@@ -246,6 +310,11 @@ class KLControl:
             saved = {_ALL: state["controller"], **state.get("groups", {})}
             for name, controller in self.controllers.items():
                 self._load_controller(name, controller, saved.get(name))
+            outside = state.get("set_coef")
+            # A beta that the recipe or the user has changed since is the one that is meant.
+            is_meant = not self._is_set and self._args.kl_controller == "fixed"
+            if outside is not None and is_meant and outside["configured"] == self._configured:
+                self.set_coef(outside["coef"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise unreadable(folder, str(error)) from error
         self.budget.wrote(Path(folder), extra=False)
@@ -268,6 +337,11 @@ class KLControl:
         settings = {setting: own[setting] for setting in ("coef", *controller.takes)}
         controller.load_state_dict({**saved, **settings})
         self._coefs[name] = controller.value
+
+
+def _coef_in(args: KLArguments) -> float:
+    """Beta as the config has it; 0 where no KL reaches the policy."""
+    return args.kl_coef_start if args.kl_is_penalised else 0.0
 
 
 def _numbers(metrics: dict[str, float]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from transformers.trainer_utils import SaveStrategy
 from .checkpoints import discard, read_state, unreadable
 from .health import health_callback
 from .hub import HubPushes
+from .kl_applied import KL_IN_LOSS, KL_IN_REWARD, KL_MEASURED, STEP_ENDED, AppliedKLCheck
 from .kl_control import KLControl
 from .step_guard import LOSS, GuardedSteps, drop_non_finite
 
@@ -17,24 +18,32 @@ from .step_guard import LOSS, GuardedSteps, drop_non_finite
 class KLControlledTrainer(GuardedSteps, HubPushes):
     """The hooks of `transformers.Trainer` that carry a `KLControl`. Mix in before the trainer class.
 
-    The trainer sets `self.kl` and `self.guard`, and implements `_apply_kl_coef` to put beta where its loss reads it.
+    The trainer sets `self.kl` and `self.guard`, and its loss reads beta from a `KLCoefficient`.
     """
 
     kl: KLControl
     args: Any
     _eval_prefix = "eval"  # of the evaluation that runs
+    trl_sees: float | None = None  # while TRL's code runs that is to see another beta: that one
     _saves_for_budget = False  # whether the budget asks for a checkpoint of this step
     overoptimisation: Any = None  # the monitor of a gold reward, in trainers that take one
     _metrics: dict[str, defaultdict[str, list[float]]]
 
-    def _apply_kl_coef(self, coef: float) -> None:
-        raise TypeError(f"{type(self).__name__} must say where its loss reads beta.")
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.kl.check_args(self.args if self.given_args is None else self.given_args)
         self.kl.restart()
         self.guard.restart()
-        self._apply_kl_coef(self.kl.coef)
+        self.remove_callback(AppliedKLCheck)
+        self.add_callback(AppliedKLCheck(self, self._wanted_kl()))
         return super().train(*args, **kwargs)
+
+    def _wanted_kl(self) -> set[str]:
+        """Which parts of the KL every step has to come by."""
+        wanted = {STEP_ENDED} | ({KL_MEASURED} if self.args.kl_is_measured else set())
+        if not self.args.kl_is_penalised:
+            return wanted
+        term = self.args.kl_term()
+        return wanted | ({KL_IN_LOSS} if term.in_loss else set()) | ({KL_IN_REWARD} if term.in_reward else set())
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self.kl.start(self.state.max_steps)
@@ -46,10 +55,10 @@ class KLControlledTrainer(GuardedSteps, HubPushes):
 
     def _end_kl_step(self) -> None:
         """Move beta by the KL that the step measured, and end the run where the budget says so."""
+        self.kl.reached.add(STEP_ENDED)
         for name, value in self.kl.step().items():
             self._metrics["train"][name].append(value)
         drop_non_finite(self._metrics["train"])
-        self._apply_kl_coef(self.kl.coef)
         for folder in self.kl.budget.superseded:
             if self.args.should_save:
                 discard(Path(folder))
@@ -106,4 +115,3 @@ class KLControlledTrainer(GuardedSteps, HubPushes):
                 self._load_checkpoint_state(read_state(checkpoint))
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 raise unreadable(checkpoint, str(error)) from error
-            self._apply_kl_coef(self.kl.coef)

@@ -21,6 +21,7 @@ from trl.trainer.utils import entropy_from_logits
 from ..kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
 from .check_inputs import check_inputs
 from .gold import check_gold_reward
+from .kl_applied import KL_IN_LOSS, KL_IN_REWARD
 from .kl_groups import group_names
 from .kl_trainer import KLControlledTrainer
 from .ppo_config import KLXPPOConfig
@@ -160,9 +161,6 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
     def _saved_model(self) -> Any:
         return self._policy  # without the value model beside it
 
-    def _apply_kl_coef(self, coef: float) -> None:
-        self.kl_coef = coef
-
     def training_step(self, model: Any, inputs: Rows, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         """One rollout and all its optimizer steps but the last, which transformers' loop clips, takes and logs."""
         self.kl.start(self.state.max_steps)
@@ -234,6 +232,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         rewards[answered, last[answered]] = rollout.scores[answered]
         charged, direct = torch.zeros_like(rewards), torch.zeros_like(rewards)
         if term.in_reward and self.args.kl_is_penalised:
+            self.kl.reached.add(KL_IN_REWARD)
             coef = self._coef_of(rollout)
             penalty = term.penalty(rollout.sampler_logps, rollout.ref_logps, mask, exact=rollout.exact)  # type: ignore[arg-type]
             if term.credit_kind == "return_to_go":
@@ -319,6 +318,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
 
     def _kl_loss(self, policy_logps: Tensor, part: Rollout, exact: Tensor | None) -> Tensor:
         """(B, T) KL loss in nats, weighted by the policy's ratio to what it was when it sampled."""
+        self.kl.reached.add(KL_IN_LOSS)
         logps, sampler_logps, ref_logps = policy_logps, part.sampler_logps, part.ref_logps
         weights = None
         if self.kl_term.takes_weights:
@@ -333,6 +333,8 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         """Means over the real tokens of all updates of the rollout, on all processes."""
         sums = {name: torch.stack(values).sum() for name, values in self._token_sums.items()}
         self._token_sums.clear()
+        if not sums:  # the loss is not ours: `AppliedKLCheck` says so where a KL was wanted
+            return
         tokens = sums.pop("tokens")
         self._record_means({name: (total, tokens) for name, total in sums.items()})
         if self._weights:

@@ -20,6 +20,7 @@ from ..kl.estimators import SAMPLED_ESTIMATORS
 from .exact_forward import ExactKLForward, check_sharding
 from .generation import end_tokens
 from .gold import GoldWatch
+from .kl_coefficient import KLCoefficient
 from .kl_control import KLControl
 from .ppo_config import KLXPPOConfig
 from .ppo_loop import PPOLoop
@@ -55,6 +56,7 @@ class PPOSampler(GoldWatch, PPOLoop):
     """
 
     args: KLXPPOConfig
+    kl_coef = KLCoefficient()
 
     def __init__(
         self,
@@ -89,7 +91,6 @@ class PPOSampler(GoldWatch, PPOLoop):
         self._backend = DistributedBackend(self.accelerator)
         self.kl = KLControl(config, self.accelerator, kl_groups)
         self.guard = StepGuard(self.accelerator)
-        self.kl_coef = config.kl_coef
         self.kl_term = config.kl_term()
         self._exact = self._exact_forward() if config.kl_needs_exact else None
 

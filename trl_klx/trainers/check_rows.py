@@ -1,0 +1,152 @@
+"""The rows of a dataset: prompts and answers that are text or messages, and pairs that say which answer is better."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+# Of each tuple a dataset needs one column.
+COLUMNS: dict[str, list[tuple[str, ...]]] = {
+    "grpo": [("prompt",)],
+    "ppo": [("prompt", "input_ids")],
+    "dpo": [("chosen",), ("rejected",)],
+}
+_FIRST = 64  # rows of a stream that are looked at beforehand
+
+
+def column_problems(algorithm: str, split: str, columns: list[str]) -> Iterator[str]:
+    """A sentence for every column that a trainer needs and a dataset lacks."""
+    for names in COLUMNS[algorithm]:
+        if not set(names) & set(columns):
+            either = " or ".join(repr(name) for name in names)
+            yield f"the split {split!r} has no column {either} (it has {', '.join(columns)}): rename one to it."
+
+
+def rows_of(dataset: Dataset | IterableDataset, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows as a trainer will see them: all of a dataset in memory, the first of a stream or behind a transform."""
+    if isinstance(dataset, IterableDataset) or dataset.format["type"] == "custom":
+        yield from islice(iter(dataset), _FIRST)
+        return
+    if columns is not None:
+        dataset = dataset.select_columns([name for name in columns if name in dataset.column_names])
+    for batch in dataset.with_format(None).iter(batch_size=1000):
+        names = list(batch)
+        yield from (dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+
+def row_problems(algorithm: str, split: str, dataset: Dataset | IterableDataset) -> Iterator[str]:
+    """A sentence for the first row of each kind that a trainer cannot use."""
+    if algorithm == "dpo":
+        yield from _pair_problems(split, rows_of(dataset, ["prompt", "chosen", "rejected"]))
+        return
+    first: Any = None
+    for number, row in enumerate(rows_of(dataset, ["prompt", "input_ids"])):
+        column = "prompt" if "prompt" in row else "input_ids"
+        value = row.get(column)
+        wrong = _not_tokens(value) if column == "input_ids" else _not_a_prompt(value)
+        first = value if number == 0 else first
+        if wrong is None and isinstance(value, str) != isinstance(first, str):
+            wrong = f"is {_shown(value)}, and that of row 0 is {_shown(first)}: make all text, or all messages"
+        if wrong is not None:
+            yield f"row {number} (counted from 0) of the split {split!r}: its {column} {wrong}."
+            return
+
+
+def check_prompts(prompts: list) -> None:
+    """Refuse prompts of a batch that are neither text nor messages: a stream's rows are seen only as they come.
+
+    Raises:
+        ValueError: with one sentence.
+    """
+    for prompt in prompts:
+        wrong = _not_a_prompt(prompt)
+        if wrong is not None:
+            raise ValueError(f"a row of the dataset cannot be used, its prompt {wrong}.")
+
+
+def _pair_problems(split: str, rows: Iterator[dict[str, Any]]) -> Iterator[str]:
+    equal, count, first_equal = 0, 0, 0
+    for number, row in enumerate(rows):
+        wrong = _not_a_pair(row)
+        if wrong is not None:
+            yield f"row {number} (counted from 0) of the split {split!r}: {wrong}."
+            return
+        count += 1
+        if row["chosen"] == row["rejected"]:
+            first_equal = first_equal if equal else number
+            equal += 1
+    if equal and equal == count:
+        yield (
+            f"in every row of the split {split!r} chosen and rejected are equal, so there is nothing to prefer: give "
+            "pairs that differ."
+        )
+    elif equal:
+        warnings.warn(
+            f"in {equal} of {count} rows of the split {split!r} chosen and rejected are equal (the first is row "
+            f"{first_equal}, counted from 0): they teach nothing; leave them out.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _not_a_pair(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with a pair, with its remedy; None: nothing."""
+    for column in ("chosen", "rejected"):
+        value = row.get(column)
+        wrong = None if value == "" else _not_a_prompt(value)  # an answer may end at once
+        if wrong is not None:
+            return f"its {column} {wrong}"
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        return f"chosen is {_shown(chosen)} and rejected is {_shown(rejected)}: make both text, or both messages"
+    if "prompt" in row:
+        wrong = _not_a_prompt(row["prompt"])
+        if wrong is not None:
+            return f"its prompt {wrong}"
+        if isinstance(row["prompt"], list) and isinstance(chosen, str):
+            return "its prompt is messages, and chosen and rejected are text: make all text, or all messages"
+    elif not (chosen and rejected):
+        return "there is no column prompt, and an answer that is empty holds none: add the column"
+    elif isinstance(chosen, list) and chosen[0] != rejected[0]:
+        return "there is no column prompt, and chosen and rejected do not begin with the same message: add the column"
+    elif isinstance(chosen, list) and min(len(chosen), len(rejected)) < 2:
+        return "there is no column prompt, and chosen or rejected has one message only: add the column"
+    return None
+
+
+def _not_a_prompt(value: Any) -> str | None:
+    """Why a value is neither text nor messages, with the remedy; None: it is one of them."""
+    if isinstance(value, str):
+        return None
+    if value is None:
+        return "is None: give it text or messages, or leave the row out"
+    if not isinstance(value, list):
+        return f"is {_shown(value)}: give it text or messages"
+    if not value:
+        return "is an empty list: give it messages, or leave the row out"
+    for message in value:
+        if not isinstance(message, dict) or "role" not in message:
+            return f"holds {_shown(message)}: messages are dicts of role and content"
+        content = message.get("content")
+        has_content = isinstance(content, (str, list)) or message.get("tool_calls")
+        if not isinstance(message["role"], str) or not has_content:
+            return f"holds the message {repr(message)[:80]}: give it a role and a content, both text"
+    return None
+
+
+def _not_tokens(value: Any) -> str | None:
+    if not isinstance(value, list) or not value:
+        return f"is {_shown(value)}: give it the tokens of a prompt, a list of whole numbers"
+    strange = [token for token in value if not isinstance(token, int) or isinstance(token, bool) or token < 0]
+    return f"holds {strange[0]!r}: tokens are whole numbers from 0 on" if strange else None
+
+
+def _shown(value: Any) -> str:
+    """A value and what it is, in the user's words."""
+    if isinstance(value, str):
+        return f"the text {repr(value)[:60]}"
+    if isinstance(value, list) and value and all(isinstance(part, dict) and "role" in part for part in value):
+        return "messages"
+    return f"{repr(value)[:60]}, a {type(value).__name__}"

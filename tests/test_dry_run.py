@@ -348,7 +348,7 @@ def test_all_problems_are_named_and_not_only_the_first(
     [
         ("grpo", {"dataset_name": "INPUTS/no_answer"}, "'exact_match' needs a column 'answer'"),
         ("grpo", {"dataset_name": None}, "dataset_name is missing"),
-        ("grpo", {"dataset_name": "INPUTS/nowhere"}, "cannot be loaded here"),
+        ("grpo", {"dataset_name": "INPUTS/nowhere"}, "nowhere' cannot be loaded"),
         ("grpo", {"reward_funcs": None}, "there is no reward"),
         ("grpo", {"model_name_or_path": None}, "model_name_or_path is missing"),
         ("grpo", {"gold_reward_func": "nowhere.gold", "beta": 0.1}, "gold_reward_func='nowhere.gold'"),
@@ -394,7 +394,7 @@ def test_weights_that_can_take_small_steps_are_no_problem(changes: dict, inputs:
 
 def test_conversations_need_a_chat_template(tmp_path: Path, inputs: Path) -> None:
     data = save_dataset("trl-lib/ultrafeedback-prompt", tmp_path / "data")
-    changes = {"dataset_name": data, "reward_funcs": ["tiny.digit_reward"]}
+    changes = {"dataset_name": data, "reward_funcs": ["tiny.message_reward"]}
     plan = make_plan("grpo", words(inputs, tmp_path, **changes))
     assert any("has no chat template" in problem for problem in plan.problems)
     chat = save_tiny_chat("Qwen/Qwen2.5-7B-Instruct", tmp_path / "chat")

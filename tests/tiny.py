@@ -90,6 +90,11 @@ def digit_reward(completions: list[str], **kwargs) -> list[float]:
     return [sum(char.isdigit() for char in text) / max(len(text), 1) for text in completions]
 
 
+def message_reward(completions: list[list[dict]], **kwargs) -> list[float]:
+    """The same of answers that are messages."""
+    return digit_reward([messages[-1]["content"] for messages in completions])
+
+
 @dataclass
 class Arguments(KLArguments):
     """The KL arguments alone, without a trainer's config around them."""

@@ -5,9 +5,9 @@ from argparse import ArgumentParser
 
 from ..trainers.dpo import KLXDPOTrainer
 from ..trainers.dpo_config import KLXDPOConfig
-from .arguments import BadInput, Recipe
+from .arguments import Recipe
 from .help import help_parser
-from .inputs import Inputs, check_model, load_splits
+from .inputs import Inputs, Stop, read_inputs
 from .train import run_recipe, trainer_arguments
 
 
@@ -22,21 +22,11 @@ def main(argv: list[str] | None = None, program: str = "dpo.py") -> int:
 
 
 def load_inputs(recipe: Recipe) -> Inputs:
-    """DPO needs pairs, whose prompt may be left to TRL to find; the KL is probed on the prompts of the test split."""
-    run, args, model = recipe
-    if run.reward_funcs:
-        raise BadInput(
-            f"reward_funcs={run.reward_funcs} has no effect: DPO learns from the columns chosen and rejected; remove "
-            "it."
-        )
-    if run.gold_reward_func:
-        raise BadInput(
-            f"gold_reward_func={run.gold_reward_func!r} is not followed in DPO, which samples no answers in "
-            "evaluation: remove it, or use GRPO or PPO."
-        )
-    inputs = load_splits(recipe, columns=[("chosen",), ("rejected",)], needs_test=bool(args.kl_probe_steps))
-    check_model(model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
-    return inputs
+    """DPO needs pairs, whose prompt may be left to TRL to find; the KL is probed on the prompts of the test split.
+
+    Raises ValueError.
+    """
+    return read_inputs("dpo", recipe, Stop())  # type: ignore[return-value]  # None only where problems are collected
 
 
 def build_trainer(recipe: Recipe, inputs: Inputs) -> KLXDPOTrainer:

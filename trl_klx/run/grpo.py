@@ -3,12 +3,11 @@
 import sys
 from argparse import ArgumentParser
 
-from ..trainers.gold import check_gold_reward
 from ..trainers.grpo import KLXGRPOTrainer
 from ..trainers.grpo_config import KLXGRPOConfig
-from .arguments import BadInput, Recipe
+from .arguments import Recipe
 from .help import help_parser
-from .inputs import Inputs, check_model, load_reward_functions, load_splits
+from .inputs import Inputs, Stop, read_inputs
 from .train import run_recipe, trainer_arguments
 
 
@@ -23,14 +22,8 @@ def main(argv: list[str] | None = None, program: str = "grpo.py") -> int:
 
 
 def load_inputs(recipe: Recipe) -> Inputs:
-    """GRPO needs prompts, and reward functions with the columns that they read."""
-    run, args, model = recipe
-    if not run.reward_funcs:
-        raise BadInput("reward_funcs is missing: give dotted paths, for example trl_klx.rewards.exact_match.")
-    inputs = load_splits(recipe, columns=[("prompt",)], rewards=load_reward_functions(run.reward_funcs))
-    check_gold_reward(args, inputs.gold)
-    check_model(model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
-    return inputs
+    """GRPO needs prompts, and reward functions with the columns that they read. Raises ValueError."""
+    return read_inputs("grpo", recipe, Stop())  # type: ignore[return-value]  # None only where problems are collected
 
 
 def build_trainer(recipe: Recipe, inputs: Inputs) -> KLXGRPOTrainer:

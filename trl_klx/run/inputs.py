@@ -1,20 +1,25 @@
-"""Model path, dataset and reward functions, checked before any model is loaded."""
+"""Models, data and rewards that a recipe names, read and checked before any model is loaded.
 
-import importlib
-import inspect
-import os
-import sys
-from collections.abc import Callable, Sequence
+A run and a dry run read them here, by the same checks: the run stops at the first problem, the dry run collects all.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
-from transformers import AutoConfig
+from datasets import Dataset, IterableDataset
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from trl.trainer.utils import get_callable_name
 
-from .arguments import BadInput, Recipe, RunArguments
-
-# What TRL itself passes to every reward function.
-_FROM_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+from ..trainers.check_inputs import split_problems
+from ..trainers.check_lengths import length_problems
+from ..trainers.check_rows import rows_of
+from ..trainers.gold import check_gold_reward
+from ..trainers.reward_calls import check_weights, first_line
+from .arguments import BadInput, Recipe
+from .data import maker, open_dataset, wanted_splits
+from .users_code import load_function, try_reward
 
 
 @dataclass(frozen=True)
@@ -27,161 +32,172 @@ class Inputs:
     gold: Callable | None = None
 
 
+class Findings(Protocol):
+    """What becomes of a problem."""
+
+    def ask(self, check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of a check that raises ValueError; None where it complained and the reading goes on."""
+
+    def add(self, sentence: str) -> None:
+        """Take a problem."""
+
+
+class Stop:
+    """Raises at the first problem: what a run does."""
+
+    def ask(self, check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return check(*args, **kwargs)
+
+    def add(self, sentence: str) -> None:
+        raise BadInput(sentence)
+
+
+def read_inputs(algorithm: str, recipe: Recipe, found: Findings, *, streaming: bool = False) -> Inputs | None:
+    """Read and check everything that a recipe names.
+
+    Args:
+        algorithm: grpo, ppo or dpo.
+        recipe: the recipe.
+        found: takes every problem.
+        streaming: whether to read a dataset of the Hub as a stream, so that nothing is downloaded but its first rows.
+
+    Returns:
+        None where there is a problem with the dataset itself, and `found` does not raise.
+    """
+    run, args, _ = recipe
+    config = _check_models(recipe, found)
+    rewards, gold = _read_rewards(algorithm, recipe, found)
+    dataset = found.ask(open_dataset, run, streaming=run.dataset_streaming or (streaming and not _is_local(recipe)))
+    needs_test = bool(getattr(args, "kl_probe_steps", None)) or args.eval_strategy != "no" or bool(args.eval_on_start)
+    splits = None if dataset is None else found.ask(wanted_splits, dataset, run, needs_test=needs_test)
+    tokenizer = found.ask(read_tokenizer, recipe)
+    if splits is None:
+        return None
+    for option, split in splits.items():
+        name = getattr(run, option)
+        readers = [*rewards, *([gold] if gold is not None and option == "dataset_test_split" else [])]
+        problems = found.ask(_all_problems, algorithm, name, split, readers)
+        for problem in problems or []:
+            found.add(problem)
+        if problems == [] and tokenizer is not None:
+            for problem in length_problems(algorithm, args, name, split, tokenizer, config):
+                found.add(problem)
+        if problems == []:
+            for reward in rewards if option == "dataset_train_split" else readers[len(rewards) :]:
+                _try(reward, split, recipe, algorithm, found)
+    return Inputs(splits["dataset_train_split"], splits.get("dataset_test_split"), rewards, gold)
+
+
+def _is_local(recipe: Recipe) -> bool:
+    return recipe.run.dataset_name is not None and Path(recipe.run.dataset_name).exists()
+
+
+def _all_problems(algorithm: str, name: str, split: Any, readers: list[Callable]) -> list[str]:
+    """Every problem of a split. Raises BadInput where its rows cannot even be read, as those of a stream."""
+    try:
+        return list(split_problems(algorithm, name, split, readers))
+    except BadInput:
+        raise
+    except Exception as error:  # what a file holds is read here for the first time, where it is a stream
+        raise BadInput(
+            f"the split {name!r} of the dataset cannot be read ({type(error).__name__}: {first_line(error)}): look at "
+            "its files."
+        ) from error
+
+
+def _try(reward: Callable, split: Any, recipe: Recipe, algorithm: str, found: Findings) -> None:
+    args = recipe.args
+    answers = args.num_generations if algorithm == "grpo" else 2
+    max_steps = args.max_steps if args.max_steps > 0 else 1000
+    found.ask(try_reward, reward, get_callable_name(reward), next(rows_of(split)), answers, max_steps)
+
+
+def _check_models(recipe: Recipe, found: Findings) -> PreTrainedConfig | None:
+    """Check every model that is named; returns the policy's config."""
+    args, model, trusts = recipe.args, recipe.model, _trusts(recipe)
+    path = model.model_name_or_path
+    config = found.ask(check_model, path, revision=model.model_revision, trust_remote_code=trusts)
+    for option in ("reward_model_path", "value_model_path"):
+        if getattr(args, option, None) is not None:
+            found.ask(check_model, getattr(args, option), option=option, trust_remote_code=trusts)
+    return config
+
+
+def _trusts(recipe: Recipe) -> bool:
+    """Whether code that comes with a model may run."""
+    kwargs = recipe.args.model_init_kwargs
+    given = isinstance(kwargs, dict) and bool(kwargs.get("trust_remote_code"))
+    return given or bool(getattr(recipe.args, "trust_remote_code", False))
+
+
+def _read_rewards(algorithm: str, recipe: Recipe, found: Findings) -> tuple[list[Callable], Callable | None]:
+    """The reward functions and the gold reward function, as far as they can be imported."""
+    run, args, _ = recipe
+    if algorithm == "dpo":
+        if run.reward_funcs:
+            found.add(
+                f"reward_funcs={run.reward_funcs!r} has no effect in DPO, which learns from the columns chosen and "
+                "rejected: remove it."
+            )
+        if run.gold_reward_func:
+            found.add(
+                f"gold_reward_func={run.gold_reward_func!r} is not followed in DPO, which samples no answers in "
+                "evaluation: remove it, or use GRPO or PPO."
+            )
+        return [], None
+    names = [run.reward_funcs] if isinstance(run.reward_funcs, str) else run.reward_funcs or []
+    has_model = getattr(args, "reward_model_path", None) is not None
+    if not names and not has_model:
+        missing = (
+            "reward_funcs is missing" if algorithm == "grpo" else "reward_funcs and reward_model_path are both missing"
+        )
+        found.add(
+            f"there is no reward, {missing}: give reward functions as dotted paths, for example "
+            "trl_klx.rewards.exact_match" + ", or the path of a reward model" * (algorithm == "ppo") + "."
+        )
+    elif args.reward_weights is not None:
+        found.ask(check_weights, args.reward_weights, len(names) + has_model)
+    imported = [found.ask(load_function, name, "reward_funcs") for name in names]
+    gold = found.ask(load_function, run.gold_reward_func, "gold_reward_func") if run.gold_reward_func else None
+    found.ask(check_gold_reward, args, gold)
+    return [reward for reward in imported if reward is not None], gold
+
+
 def check_model(
     path: str | None,
     *,
     option: str = "model_name_or_path",
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> None:
-    """Refuse a path, given as `option`, that is neither a local model nor one on the Hub; reads its config only."""
+) -> PreTrainedConfig:
+    """The config of the model at a path, given as `option`; no weight is read.
+
+    Raises:
+        BadInput: it is neither a local model nor one on the Hub.
+    """
     if path is None:
         raise BadInput(f"{option} is missing: give a local folder or the name of a model on the Hub.")
     try:
-        AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        maker = _maker(path)
-        hint = f"run `{maker}` first" if maker else "check the spelling"
+        hint = f"run `{maker(path)}` first" if maker(path) else "check the spelling"
         raise BadInput(
             f"{option}={path!r} is neither a local folder with a config.json nor a model that the Hub gives "
             f"here: {hint}."
         ) from error
 
 
-def _maker(path: str) -> str | None:
-    """The command that makes what is at a path, as the recipes have it."""
-    return next((f"trl-klx {name}" for name in ("starter", "stories") if path.startswith(f"runs/{name}")), None)
-
-
-def load_reward_functions(names: list[str] | str, *, option: str = "reward_funcs") -> list[Callable]:
-    """Import reward functions from dotted paths, given as `option`.
-
-    The working directory is on the path, as in TRL's scripts.
-    """
-    names = [names] if isinstance(names, str) else names
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    return [_load_function(name, option) for name in names]
-
-
-def load_gold_reward(name: str | None) -> Callable | None:
-    """Import the gold reward function from its dotted path, if there is one."""
-    if name is None:
+def read_tokenizer(recipe: Recipe) -> Any:
+    """The policy's tokenizer; None where no model is named. Raises BadInput where there is none."""
+    model = recipe.model
+    if model.model_name_or_path is None:
         return None
-    return load_reward_functions([name], option="gold_reward_func")[0]
-
-
-def _load_function(name: str, option: str) -> Callable:
-    module_name, _, function_name = name.rpartition(".")
     try:
-        function = getattr(importlib.import_module(module_name), function_name) if module_name else None
-    except (ImportError, AttributeError) as error:
-        raise BadInput(f"{option}={name!r} cannot be imported ({error}): give module.function.") from error
-    if not callable(function):
-        raise BadInput(f"{option}={name!r} is no function: give module.function.")
-    return function
-
-
-def load_splits(
-    recipe: Recipe, *, columns: Sequence[tuple[str, ...]], rewards: Sequence[Callable] = (), needs_test: bool = False
-) -> Inputs:
-    """Load the dataset and check its splits, columns and size against what the run needs.
-
-    Args:
-        recipe: names the dataset, and says whether the run evaluates.
-        columns: of each tuple, the dataset must have one column.
-        rewards: reward functions; their columns must be there too, and in the test split the gold reward's.
-        needs_test: whether the test split is needed even where the run does not evaluate.
-
-    Raises:
-        BadInput: the gold reward, dataset, split or column is missing, or a split is empty.
-    """
-    run, args, _ = recipe
-    gold = load_gold_reward(run.gold_reward_func)
-    dataset = prepare_rows(load_named_dataset(run), run.dataset_prepare)
-    wanted = {"dataset_train_split": run.dataset_train_split}
-    if needs_test or args.eval_strategy != "no" or args.eval_on_start:
-        wanted["dataset_test_split"] = run.dataset_test_split
-    for option, split in wanted.items():
-        if split not in dataset:
-            raise BadInput(
-                f"{option}={split!r} is not in {run.dataset_name}, which has {', '.join(dataset)}: name one of these."
-            )
-        read = [*rewards, *([gold] if gold is not None and option == "dataset_test_split" else [])]
-        if isinstance(dataset[split], Dataset) and len(dataset[split]) == 0:
-            raise BadInput(f"the split {split!r} of the dataset is empty: give it at least one row.")
-        if dataset[split].column_names is not None:  # a stream may not know its columns before it is read
-            check_columns(dataset[split].column_names, split, columns, read)
-    test = dataset[run.dataset_test_split] if "dataset_test_split" in wanted else None
-    return Inputs(dataset[run.dataset_train_split], test, list(rewards), gold)
-
-
-def prepare_rows(dataset: DatasetDict, name: str | None) -> DatasetDict:
-    """Put the result of the function `name`, a dotted path, in the place of every row.
-
-    Raises:
-        BadInput: it cannot be imported, or fails on the first row.
-    """
-    if name is None:
-        return dataset
-    (function,) = load_reward_functions([name], option="dataset_prepare")
-    prepared = {}
-    for split, rows in dataset.items():
-        first = next(iter(rows), None)
-        if first is None:
-            prepared[split] = rows  # refused later, as empty
-            continue
-        try:
-            function(dict(first))
-        except Exception as error:  # a user's function may raise anything
-            raise BadInput(
-                f"dataset_prepare={name!r} fails on the first row of the split {split!r} "
-                f"({type(error).__name__}: {first_line(error)}): it must take one row and return one."
-            ) from error
-        prepared[split] = rows.map(function, remove_columns=list(first))
-    return type(dataset)(prepared)
-
-
-def load_named_dataset(args: RunArguments) -> DatasetDict:
-    """The dataset that the recipe names, all its splits.
-
-    Raises:
-        BadInput: there is none, with the reason.
-    """
-    if args.dataset_name is None:
-        raise BadInput("dataset_name is missing: give a folder with train.jsonl, or the name of a dataset on the Hub.")
-    try:
-        return load_dataset(args.dataset_name, name=args.dataset_config, streaming=args.dataset_streaming)
-    except Exception as error:  # `datasets` raises a different class for every way a path can be wrong
-        looks_local = args.dataset_name.startswith(("/", ".", "runs/")) and not Path(args.dataset_name).exists()
-        reason = "there is no such folder" if looks_local else f"{type(error).__name__}: {first_line(error)}"
-        maker = _maker(args.dataset_name)
-        hint = f"; run `{maker}` first" if maker else ""
-        raise BadInput(f"dataset_name={args.dataset_name!r} cannot be loaded ({reason}){hint}.") from error
-
-
-def check_columns(
-    columns: Sequence[str], split: str, wanted: Sequence[tuple[str, ...]], rewards: Sequence[Callable]
-) -> None:
-    """Refuse the columns of a split that lack one of each tuple of `wanted`, or what a reward function needs."""
-    for names in wanted:
-        if not set(names) & set(columns):
-            either = " or ".join(repr(name) for name in names)
-            has = ", ".join(columns)
-            raise BadInput(f"the split {split!r} has no column {either} (it has {has}): rename one to it.")
-    for function in rewards:
-        for name, parameter in inspect.signature(function).parameters.items():
-            required = parameter.default is parameter.empty and parameter.kind in (
-                parameter.POSITIONAL_OR_KEYWORD,
-                parameter.KEYWORD_ONLY,
-            )
-            if required and name not in _FROM_TRL and name not in columns:
-                raise BadInput(
-                    f"the reward function {getattr(function, '__name__', function)!r} needs a column {name!r} and the "
-                    f"split {split!r} has {', '.join(columns)}: rename or add the column."
-                )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [""])[0]
+        return AutoTokenizer.from_pretrained(
+            model.model_name_or_path, revision=model.model_revision, trust_remote_code=_trusts(recipe)
+        )
+    except Exception as error:  # as many classes as there are tokenizers
+        raise BadInput(
+            f"the tokenizer of model_name_or_path={model.model_name_or_path!r} cannot be loaded here "
+            f"({type(error).__name__}: {first_line(error)})."
+        ) from error

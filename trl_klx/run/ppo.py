@@ -4,10 +4,9 @@ import sys
 from argparse import ArgumentParser
 from typing import TYPE_CHECKING
 
-from ..trainers.gold import check_gold_reward
-from .arguments import BadInput, Recipe
+from .arguments import Recipe
 from .help import help_parser
-from .inputs import Inputs, check_model, load_reward_functions, load_splits
+from .inputs import Inputs, Stop, read_inputs
 from .train import refuse, run_recipe, trainer_arguments
 
 if TYPE_CHECKING:
@@ -31,22 +30,11 @@ def main(argv: list[str] | None = None, program: str = "ppo.py") -> int:
 
 
 def load_inputs(recipe: Recipe) -> Inputs:
-    """PPO needs prompts, and rewards from functions, a model or both; a value model may start from one of its own."""
-    run, args, model = recipe
-    if not (run.reward_funcs or args.reward_model_path):
-        raise BadInput(
-            "reward_funcs and reward_model_path are both missing: give reward functions as dotted paths, for example "
-            "trl_klx.rewards.exact_match, or the path of a reward model."
-        )
-    rewards = load_reward_functions(run.reward_funcs or [])
-    inputs = load_splits(recipe, columns=[("prompt", "input_ids")], rewards=rewards)
-    check_gold_reward(args, inputs.gold)
-    trusts = bool((args.model_init_kwargs or {}).get("trust_remote_code"))
-    check_model(model.model_name_or_path, revision=model.model_revision, trust_remote_code=trusts)
-    for option in ("reward_model_path", "value_model_path"):
-        if getattr(args, option) is not None:
-            check_model(getattr(args, option), option=option, trust_remote_code=trusts)
-    return inputs
+    """PPO needs prompts, and rewards from functions, a model or both; a value model may start from one of its own.
+
+    Raises ValueError.
+    """
+    return read_inputs("ppo", recipe, Stop())  # type: ignore[return-value]  # None only where problems are collected
 
 
 def build_trainer(recipe: Recipe, inputs: Inputs) -> "KLXPPOTrainer":

@@ -17,6 +17,7 @@ from ..launching import end_with_launcher
 from ..monitor.history import HistoryCallback
 from ..monitor.progress import KLProgressCallback
 from ..trainers.checkpoints import CheckpointError, NotSavedError, RunError, resolve_checkpoint
+from ..trainers.reward_calls import RewardError
 from ..trainers.run_lock import run_folder
 from .arguments import BadInput, Recipe, parse_recipe, starts_no_process
 from .dry_run.command import dry_run
@@ -24,6 +25,7 @@ from .early import early_flag
 from .help import help_parser
 from .inputs import Inputs
 from .report import report, resolved_recipe
+from .users_code import users_traceback
 
 
 def run_recipe(
@@ -74,8 +76,9 @@ def _train_to_the_end(trainer: Any, recipe: Recipe) -> int:
     except CheckpointError as error:
         return refuse(error)
     except RunError as error:
-        # One process may find its disk full; that a step is not finite all of them know.
-        return refuse(error, status=1, from_any_process=isinstance(error, NotSavedError))
+        # One process may find its disk full, or have the answer that a reward fails on; that a step is not finite all
+        # of them know.
+        return refuse(error, status=1, from_any_process=isinstance(error, (NotSavedError, RewardError)))
     except HubError as error:  # the run itself is whole
         status = refuse(error, status=1)
     _leave_together(trainer)
@@ -121,9 +124,13 @@ def check_push(args: Any) -> None:
 
 
 def refuse(error: Exception, *, status: int = 2, from_any_process: bool = False) -> int:
-    """Print one sentence, from the first process or from any, and return the exit status: that of bad input."""
+    """Print one sentence, from the first process or from any, and return the exit status: that of bad input.
+
+    What the user's own code raised is shown after it, with its traceback.
+    """
     if from_any_process or os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr)
+        print(users_traceback(error), file=sys.stderr, end="")
     return status
 
 

@@ -106,12 +106,3 @@ def try_reward(reward: Callable, name: str, row: Mapping[str, Any], answers: int
         values.close()  # never awaited: see above
     except RewardError as error:
         raise BadInput(f"{_TRIED}{error}") from error
-
-
-def check_prepared(row: Any, name: str, place: str) -> None:
-    """Refuse what a `dataset_prepare` function made of a row, unless it is a row. Raises BadInput."""
-    if not isinstance(row, Mapping) or not row:
-        raise BadInput(
-            f"dataset_prepare={name!r} returns {repr(row)[:80]} for {place}: it must take one row and return one, a "
-            "dict of columns."
-        )

@@ -41,7 +41,11 @@ def length_problems(
             if wrong is not None:
                 yield f"row 0 of the split {split!r}: {wrong}."
                 return
-        if row.get("prompt") == "" and not _tokens(row, tokenizer, chat) and (algorithm != "dpo" or args.kl_probe_steps):
+        if (
+            row.get("prompt") == ""
+            and not _tokens(row, tokenizer, chat)
+            and (algorithm != "dpo" or args.kl_probe_steps)
+        ):
             yield (
                 f"row {number} (counted from 0) of the split {split!r}: its prompt is empty, and this tokenizer begins "
                 "with no token of its own, so that there is nothing to answer: leave the row out."

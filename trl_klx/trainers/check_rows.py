@@ -54,6 +54,11 @@ def row_problems(algorithm: str, split: str, dataset: Dataset | IterableDataset)
             return
 
 
+def column_is_empty(dataset: Dataset | IterableDataset, column: str) -> bool:
+    """Whether a column is None in every row, as `datasets` fills it in a split that lacks it."""
+    return all(row.get(column) is None for row in rows_of(dataset, [column]))
+
+
 def check_prompts(prompts: list) -> None:
     """Refuse prompts of a batch that are neither text nor messages: a stream's rows are seen only as they come.
 
@@ -149,4 +154,4 @@ def _shown(value: Any) -> str:
         return f"the text {repr(value)[:60]}"
     if isinstance(value, list) and value and all(isinstance(part, dict) and "role" in part for part in value):
         return "messages"
-    return f"{repr(value)[:60]}, a {type(value).__name__}"
+    return f"{repr(value)[:60]}, of type {type(value).__name__}"

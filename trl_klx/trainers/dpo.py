@@ -20,6 +20,7 @@ from trl.trainer.utils import use_adapter
 
 from ..monitor.moments import prompt_moments, prompt_sums, sequence_rows, summarise
 from .adapters import REF_ADAPTER, trainable_as_before
+from .check_inputs import check_inputs, check_kept, check_lengths
 from .dpo_config import KLXDPOConfig
 from .dpo_pairs import PairStatistics
 from .exact_forward import ExactKLForward, check_sharding
@@ -90,11 +91,14 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
                 f"kl_probe_steps={args.kl_probe_steps} samples answers to the prompts of eval_dataset and there is "
                 "none: pass an eval_dataset, or remove kl_probe_steps."
             )
+        check_inputs("dpo", args, train_dataset, eval_dataset)
         check_virtual_tokens(model, kwargs.get("peft_config"))
         # Precomputed log-probs need no second model; an adapter is copied for them all the same.
         wanted = ref_model is None and not (args.precompute_ref_log_probs and isinstance(model, PreTrainedModel))
         with reference_is_a_copy(model, kwargs.get("peft_config"), wanted=wanted, trl_module=dpo_trainer):
             super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
+        check_kept(train_dataset, self.train_dataset, args.max_length)
+        check_lengths("dpo", args, train_dataset, eval_dataset, self._tokenizer, self.model.config)
         self.kl_coef = args.kl_coef
         self.kl = KLControl(args, self.accelerator)
         self.guard = StepGuard(self.accelerator)

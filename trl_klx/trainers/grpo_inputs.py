@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
-from .check_inputs import check_inputs
+from .check_inputs import check_inputs, check_lengths
+from .check_rows import check_prompts
 from .reward_calls import checked
 
 
@@ -30,6 +31,11 @@ class CheckedGRPOTrainer(GRPOTrainer):
         more = any(kwargs.get(name) is not None for name in ("rollout_func", "environment_factory"))
         check_inputs("grpo", args, train_dataset, eval_dataset, rewards, more=more)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *positional, **kwargs)
+        check_lengths("grpo", args, train_dataset, eval_dataset, self._tokenizer, self.model.config)
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        check_prompts([row["prompt"] for row in inputs])
+        return super()._generate_and_score_completions(inputs)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's, of functions that return floats or raise a `RewardError`; TRL would take the keys of a dict."""

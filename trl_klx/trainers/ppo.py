@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import entropy_from_logits
 
 from ..kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
-from .check_inputs import check_inputs
+from .check_inputs import check_inputs, check_lengths
 from .gold import check_gold_reward
 from .kl_applied import KL_IN_LOSS, KL_IN_REWARD
 from .kl_groups import group_names
@@ -121,6 +121,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         tokenizer = load_tokenizer(base) if processing_class is None else processing_class
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        check_lengths("ppo", args, train_dataset, eval_dataset, tokenizer, base.config)
         tokenizers = [*_as_list(reward_processing_classes), *[None] * len(_as_list(reward_model))]
         rewards = RewardFunctions(
             [load_reward_model(r, loading) if isinstance(r, str) else r for r in given],

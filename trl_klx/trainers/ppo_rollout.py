@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
 
+from .check_rows import check_prompts
 from .generation import generating_with
 from .ppo_loss import Batch
 from .ppo_model import PolicyAndValue
@@ -109,6 +110,7 @@ def read_prompts(
         ids = [[int(token) for token in row["input_ids"]] for row in rows]
         return tokenizer.batch_decode(ids, skip_special_tokens=True), ids
     prompts = [row["prompt"] for row in rows]
+    check_prompts(prompts)
     if not is_conversational({"prompt": prompts[0]}):
         return prompts, tokenizer(text=prompts)["input_ids"]
     tokens = tokenizer.apply_chat_template(

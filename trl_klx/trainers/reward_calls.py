@@ -200,6 +200,18 @@ def check_call(reward: Any, columns: Collection[str] | None, split: str, *, more
             )
 
 
+def needed_columns(reward: Any) -> list[str]:
+    """The dataset's columns that a reward function has as parameters without a default."""
+    if isinstance(reward, (nn.Module, str)):
+        return []
+    try:
+        parameters = inspect.signature(reward).parameters.values()
+    except (ValueError, TypeError):
+        return []
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
+    return [p.name for p in named if p.name not in (*GIVEN, *NOT_GIVEN, "environments")]
+
+
 def check_names(columns: Collection[str] | None, split: str) -> None:
     """Refuse columns under whose names the reward functions get something else. Raises ValueError."""
     for column in columns or ():

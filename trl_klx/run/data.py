@@ -1,0 +1,162 @@
+"""The dataset that a recipe names: opened, prepared row by row, and a sentence about whatever keeps it from that."""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict, load_dataset
+
+from ..trainers.reward_calls import first_line, raised
+from .arguments import BadInput, RunArguments
+from .users_code import UsersError, load_function
+
+
+def maker(path: str) -> str | None:
+    """The command that makes what is at a path, as the recipes have it."""
+    return next((f"trl-klx {name}" for name in ("starter", "stories") if path.startswith(f"runs/{name}")), None)
+
+
+def open_dataset(args: RunArguments, *, streaming: bool) -> DatasetDict:
+    """The dataset that the recipe names, all its splits, each row prepared.
+
+    Raises:
+        BadInput: there is none, or a row cannot be read or prepared, with the reason.
+    """
+    name = args.dataset_name
+    if name is None:
+        raise BadInput("dataset_name is missing: give a folder with train.jsonl, or the name of a dataset on the Hub.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = load_dataset(name, name=args.dataset_config, streaming=streaming)
+    except Exception as error:  # `datasets` raises a different class for every way a path can be wrong
+        looks_local = str(name).startswith(("/", ".", "runs/")) and not Path(name).exists()
+        reason = "there is no such folder" if looks_local else why_unreadable(name, error)
+        hint = f"; run `{maker(name)}` first" if maker(name) else ""
+        raise BadInput(f"dataset_name={name!r} cannot be loaded ({reason}){hint}.") from error
+    return prepare_rows(dataset, args.dataset_prepare)
+
+
+def wanted_splits(dataset: DatasetDict, args: RunArguments, *, needs_test: bool) -> dict[str, Any]:
+    """The splits that a run reads, by the option that names them. Raises BadInput where one is not there."""
+    wanted = {"dataset_train_split": args.dataset_train_split}
+    if needs_test:
+        wanted["dataset_test_split"] = args.dataset_test_split
+    for option, split in wanted.items():
+        if split not in dataset:
+            raise BadInput(
+                f"{option}={split!r} is not in {args.dataset_name}, which has {', '.join(dataset)}: name one of these."
+            )
+    return {option: dataset[split] for option, split in wanted.items()}
+
+
+def prepare_rows(dataset: DatasetDict, name: str | None) -> DatasetDict:
+    """Put the result of the function `name`, a dotted path, in the place of every row.
+
+    Raises:
+        BadInput: it cannot be imported, fails on a row, or makes no row of one.
+    """
+    if name is None:
+        return dataset
+    function = load_function(name, "dataset_prepare")
+    prepared = {}
+    for split, rows in dataset.items():
+        first = next(iter(rows), None)
+        if first is None:
+            prepared[split] = rows  # refused later, as empty
+            continue
+        _prepared(function, dict(first), f"the first row of the split {split!r}", name)
+        prepare = _Prepare(function, name, split)
+        try:
+            prepared[split] = rows.map(prepare, with_indices=True, remove_columns=list(first))
+        except BadInput:
+            raise
+        except Exception as error:  # rows whose types do not fit together
+            raise BadInput(
+                f"dataset_prepare={name!r} makes rows of the split {split!r} that do not fit together "
+                f"({type(error).__name__}: {first_line(error)}): give every row the same columns and types."
+            ) from error
+    return type(dataset)(prepared)
+
+
+class _Prepare:
+    """The user's function, whose failures name the row."""
+
+    def __init__(self, function: Callable, name: str, split: str) -> None:
+        self.function, self.name, self.split = function, name, split
+
+    def __call__(self, row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+        return _prepared(self.function, row, f"row {number} of the split {self.split!r}", self.name)
+
+
+def _prepared(function: Callable, row: Mapping[str, Any], place: str, name: str) -> Mapping[str, Any]:
+    try:
+        result = function(row)
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
+        sentence = raised(f"dataset_prepare={name!r} fails on {place}: it", error)
+        raise UsersError(f"{sentence}; it must take one row and return one.") from error
+    if not isinstance(result, Mapping) or not result:
+        raise BadInput(
+            f"dataset_prepare={name!r} returns {repr(result)[:80]} for {place}: it must take one row and return one, a "
+            "dict of columns."
+        )
+    return result
+
+
+def why_unreadable(name: str, error: BaseException) -> str:
+    """The reason why a dataset cannot be loaded: the line of a local file where it is one, else what was said last."""
+    for file in _json_files(Path(name)):
+        reason = _wrong_line(file)
+        if reason is not None:
+            return reason
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if "corresponds to no data" in str(error):  # a table of a header alone
+        return "a split is empty: give it at least one row"
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {said[0] if said else 'no reason given'}"
+
+
+def _json_files(path: Path) -> Iterator[Path]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return (file for file in files if file.is_file() and file.suffix in (".jsonl", ".json"))
+
+
+def _wrong_line(file: Path) -> str | None:
+    """What is wrong with the first wrong line of a file of JSON objects, one a line; None: nothing."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{file} cannot be read, {first_line(error)}"
+    if not any(line.strip() for line in lines):
+        return f"{file} is empty"
+    if file.suffix == ".json":
+        return None  # may be one value over many lines
+    kinds: dict[str, tuple[str, int]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            return f"{file}, line {number} is no JSON: {error}"
+        if not isinstance(row, dict):
+            return f"{file}, line {number} is a {type(row).__name__} and no object of columns"
+        for column, value in row.items():
+            kind = _kind(value)
+            earlier, where = kinds.setdefault(column, (kind, number)) if kind else (kind, number)
+            if kind != earlier:
+                return f"{file}, line {number}: {column} is {kind}, and in line {where} {earlier}"
+    return None
+
+
+def _kind(value: Any) -> str:
+    """What `datasets` tells apart, in the user's words; "" for null, which goes with all."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "a boolean"
+    names: dict[type, str] = {int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names[type(value)]

@@ -271,7 +271,7 @@ FILES = {
     "a list": ({"train.jsonl": GOOD_LINE + "[1, 2]\n"}, "train.jsonl, line 2 is a list and no object"),
     "mixed": (
         {"train.jsonl": GOOD_LINE + '{"prompt": 5, "answer": "2"}\n'},
-        "line 2: prompt is a number, and in line 1 text|row 1 (counted from 0) of the split 'train': its prompt is 5, of",
+        "line 2: prompt is a number, and in line 1 text|split 'train': its prompt is 5, of type int",
     ),
     "empty": ({"train.jsonl": ""}, "train.jsonl is empty"),
     "header": ({"train.csv": "prompt,answer\n"}, "is empty: give it at least one row"),

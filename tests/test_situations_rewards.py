@@ -216,7 +216,7 @@ WEIGHTS = {
     "inf": ([math.inf], "must be a list of finite numbers"),
     "all zero": ([0.0], "leave no reward to learn from"),
     "two of one": ([1.0, 1.0], "has 2 entries and there are 1 rewards"),
-    "text": (["1"], "must be a list of finite numbers"),
+    "text": (["one"], "reward_weights="),
     "a number": (1.0, "must be a list of finite numbers"),
     "booleans": ([True], "must be a list of finite numbers"),
     "none": ([], "has 0 entries|no reward to learn from"),

@@ -31,7 +31,7 @@ class CheckedGRPOTrainer(GRPOTrainer):
         more = any(kwargs.get(name) is not None for name in ("rollout_func", "environment_factory"))
         check_inputs("grpo", args, train_dataset, eval_dataset, rewards, more=more)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *positional, **kwargs)
-        check_lengths("grpo", args, train_dataset, eval_dataset, self._tokenizer, self.model.config)
+        check_lengths("grpo", args, train_dataset, eval_dataset, self._tokenizer, self.model.config)  # type: ignore[union-attr]
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         check_prompts([row["prompt"] for row in inputs])

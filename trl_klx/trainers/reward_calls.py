@@ -160,13 +160,8 @@ def check_call(reward: Any, columns: Collection[str] | None, split: str, *, more
     Raises:
         ValueError: it takes no `**kwargs`, or needs what is not there.
     """
-    if isinstance(reward, (nn.Module, str)):
-        return
+    parameters = _parameters(reward)
     name = get_callable_name(reward)
-    try:
-        parameters = inspect.signature(reward).parameters.values()
-    except (ValueError, TypeError):
-        return
     of_columns = [column for column in columns or () if column not in NOT_GIVEN]
     given = [*GIVEN, *of_columns]
     for parameter in parameters:
@@ -190,7 +185,7 @@ def check_call(reward: Any, columns: Collection[str] | None, split: str, *, more
                 f"the reward function {name!r} needs a column {parameter.name!r} and the split {split!r} has "
                 f"{', '.join(columns or ())}: rename or add the column."
             )
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    if parameters and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         taken = {parameter.name for parameter in parameters}
         left = [argument for argument in given if argument not in taken]
         if left:
@@ -202,12 +197,7 @@ def check_call(reward: Any, columns: Collection[str] | None, split: str, *, more
 
 def needed_columns(reward: Any) -> list[str]:
     """The dataset's columns that a reward function has as parameters without a default."""
-    if isinstance(reward, (nn.Module, str)):
-        return []
-    try:
-        parameters = inspect.signature(reward).parameters.values()
-    except (ValueError, TypeError):
-        return []
+    parameters = _parameters(reward)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
     return [p.name for p in named if p.name not in (*GIVEN, *NOT_GIVEN, "environments")]
 
@@ -241,6 +231,16 @@ def check_weights(weights: Any, rewards: int | None = None) -> None:
         )
     if not any(numbers):
         raise ValueError(f"reward_weights={weights!r} leave no reward to learn from: give one that is not 0.")
+
+
+def _parameters(reward: Any) -> list[inspect.Parameter]:
+    """Those of a function; none of a model or its path, and of what has no signature."""
+    if isinstance(reward, (nn.Module, str)):
+        return []
+    try:
+        return list(inspect.signature(reward).parameters.values())
+    except (ValueError, TypeError):
+        return []
 
 
 def _is_async(reward: Any) -> bool:

@@ -96,7 +96,7 @@ def parse_recipe(program: str, config: type, argv: list[str]) -> Recipe:
     dataclass_types: tuple[Any, ...] = (RunArguments, config, ModelConfig)
     parser = _Parser(dataclass_types, prog=program, usage=f"{program} --config RECIPE.yaml [--field value ...]")
     for action in parser._actions:
-        if action.dest in mapping_fields(config) and action.type is not str:  # `dict` would take the text's letters
+        if action.dest == "liger_kernel_config":  # the one mapping that transformers does not read from text
             action.type = json.loads
     argv = [part for text in argv for part in (text.split("=", 1) if text.startswith("--config=") else [text])]
     if "--config" in argv[:-1]:

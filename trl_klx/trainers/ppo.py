@@ -329,7 +329,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
             self._weights.append(weights[part.mask])
             if self._is_first_use:
                 of_tokens = importance_weights(logps, sampler_logps, part.mask, level="token")  # type: ignore[arg-type]
-                self.kl.weight_mean.add("train", of_tokens, part.mask, part.answer_numbers)
+                self.kl.weight_mean.add("train", of_tokens, part.mask, part.prompts)
         kl_loss = self.kl_term.loss(logps, ref_logps, part.mask, weights=weights, exact=exact)  # type: ignore[arg-type]
         self.guard.watch(KL, kl_loss, part.mask)
         return kl_loss

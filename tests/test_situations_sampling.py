@@ -126,9 +126,10 @@ def test_samples_of_an_evaluation_are_the_policys(tmp_path: Path, sampled: list[
     assert_samples_are_the_policys(made, rollout(made), sampled, temperature=0.7)
 
 
-@pytest.mark.situation("GRPO: top_k is null, which transformers reads as its default of 50", "right")
-def test_no_top_k_is_no_top_k(tmp_path: Path, sampled: list[Tensor]) -> None:
-    made = plain(tmp_path, model=tiny_model(vocab=80), top_k=None)
+@pytest.mark.situation("GRPO: top_k is vLLM's -1, or null, which transformers reads as its default of 50", "right")
+@pytest.mark.parametrize("given", [{"top_k": -1}, {"generation_kwargs": {"top_k": None}}], ids=str)
+def test_no_top_k_is_no_top_k(tmp_path: Path, given: dict, sampled: list[Tensor]) -> None:
+    made = plain(tmp_path, model=tiny_model(vocab=80), **given)
     assert_samples_are_the_policys(made, rollout(made), sampled)
 
 

@@ -56,7 +56,8 @@ class PolicySampling(_Trainer):
             own = config.eos_token_id  # of generation_kwargs, or what TRL takes
             ends = sorted({*ends, *(own if isinstance(own, list) else [own])} - {None})
             config.eos_token_id = ends
-            config.top_k = config.top_k or 0  # None would become transformers' default, 50
+            # None would become transformers' default, 50; vLLM's -1 is an error.
+            config.top_k = max(config.top_k or 0, 0)
             if isinstance(self.processing_class, ProcessorMixin) and config.suppress_tokens is None:
                 # A sampled image token would have no image.
                 config.suppress_tokens = causal_lm(self.model).generation_config.suppress_tokens

@@ -6,11 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from ppo_tools import ANSWERS, first_rollout, given_answers, trainer, weights
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from ppo_tools import ANSWERS, classifier, first_rollout, given_answers, trainer, weights
+from test_ppo_rewards import reversed_tokenizer
+from test_situations_vocabulary import bert, with_added_padding
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
-from transformers import GenerationConfig
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from trl_klx.trainers.checkpoints import RunError
 from trl_klx.trainers.generation import end_tokens
+from trl_klx.trainers.ppo_model import value_model_like
+from trl_klx.trainers.ppo_rollout import read_prompts
+from trl_klx.trainers.reward_models import model_rewards
 
 END, TURN = 1, 7  # the tokenizer's end token, and one more of the model's
 
@@ -155,3 +164,260 @@ def test_a_rollout_without_a_reward_is_skipped(tmp_path: Path) -> None:
     assert made.guard.skipped == 1
     assert all(torch.equal(value, before[name]) for name, value in weights(made.model).items())
     assert "reward" not in made.state.log_history[0]
+
+
+# Prompts that come as tokens
+
+
+def tokenised(side: str, width: int, fill: int, *, mask: bool = True, form: str | None = None) -> Dataset:
+    """The prompts of the tiny dataset as tokens, padded to `width` with `fill` on one side."""
+    columns: dict[str, list] = {"input_ids": [], "attention_mask": []}
+    for text in tiny_dataset(16)["prompt"]:
+        ids = tiny_tokenizer()(text=text)["input_ids"]
+        gap = width - len(ids)
+        columns["input_ids"].append([fill] * gap + ids if side == "left" else ids + [fill] * gap)
+        columns["attention_mask"].append([0] * gap + [1] * len(ids) if side == "left" else [1] * len(ids) + [0] * gap)
+    columns["labels"] = [[-100] * width] * 16
+    if not mask:
+        del columns["attention_mask"]
+    return Dataset.from_dict(columns).with_format(form)
+
+
+def assert_same_rollout(rollout: Any, other: Any) -> None:
+    """The same real tokens with the same log-probs, however the rows are padded."""
+    for mine, theirs in zip(_rows(rollout), _rows(other), strict=True):
+        assert mine[0] == theirs[0]
+        torch.testing.assert_close(mine[1], theirs[1])
+
+
+def _rows(rollout: Any) -> list:
+    tokens = zip(rollout.input_ids, rollout.attention_mask.bool(), strict=True)
+    measured = zip(rollout.sampler_logps, rollout.values, rollout.ref_logps, rollout.mask, strict=True)
+    numbers = [torch.cat([row[mask] for row in rows]) for *rows, mask in measured]
+    return list(zip([ids[kept].tolist() for ids, kept in tokens], numbers, strict=True))
+
+
+@pytest.mark.situation("PPO: input_ids padded to one length, with attention_mask", "right")
+@pytest.mark.parametrize("form", [None, "torch", "numpy"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_in_input_ids_is_no_part_of_a_prompt(tmp_path: Path, side: str, form: str | None) -> None:
+    data = tokenised(side, 9, fill=5, form=form)  # a token that a prompt may hold
+    plain = first_rollout(trainer(tmp_path, given=False))
+    assert_same_rollout(first_rollout(trainer(tmp_path, given=False, train_dataset=data)), plain)
+
+
+@pytest.mark.situation("PPO: input_ids padded with the padding token, without attention_mask", "right")
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("added", [False, True], ids=["known", "added"])
+def test_padding_tokens_at_the_ends_are_padding(tmp_path: Path, side: str, added: bool) -> None:
+    tokenizer = with_added_padding() if added else tiny_tokenizer()
+    data = tokenised(side, 9, fill=tokenizer.pad_token_id, mask=False)
+    made = trainer(tmp_path, given=False, train_dataset=data, processing_class=tokenizer)
+    assert_same_rollout(first_rollout(made), first_rollout(trainer(tmp_path, given=False)))
+
+
+def test_a_padding_token_within_a_prompt_stays(tmp_path: Path) -> None:
+    """Where padding and end are one token, the ends of the turns of a conversation are no padding."""
+    rows = [{"input_ids": [0, 0, 5, 0, 6, 0]}, {"input_ids": [0, 0]}]
+    prompts = read_prompts(rows, tiny_tokenizer(), None, 0)[1]
+    assert prompts == [[5, 0, 6], []]
+
+
+@pytest.mark.situation("PPO: [PAD] added to the tokenizer, the model not resized (as in TRL's examples)", "right")
+@pytest.mark.parametrize("data", ["text", "masked"])
+def test_a_padding_token_without_an_embedding(tmp_path: Path, data: str) -> None:
+    """Generation, scores, values, exact KL and a reward model are those of a tokenizer whose padding has one."""
+    changes: dict[str, Any] = {"given": False, "kl_estimator": "exact", "kl_placement": "both", "response_length": 12}
+    changes |= {"ref_model": tiny_model(3), "num_ppo_epochs": 2}
+    if data == "masked":
+        changes["train_dataset"] = tokenised("left", 9, fill=23)
+    runs = [
+        trainer(
+            tmp_path,
+            processing_class=tokenizer,
+            reward_model=classifier(7),
+            value_model=classifier(5),
+            **changes,
+        )
+        for tokenizer in (with_added_padding(), tiny_tokenizer())
+    ]
+    for made in runs:
+        torch.manual_seed(0)
+        made.train()
+    added, known = (weights(made.model) for made in runs)
+    for name, value in added.items():
+        torch.testing.assert_close(value, known[name], msg=name)
+    assert runs[0].state.log_history[0]["completions/clipped_ratio"] < 1  # some rows were filled up
+
+
+@pytest.mark.situation("PPO: a policy saved with a tokenizer whose [PAD] the model does not know", "right")
+def test_what_is_saved_can_be_loaded(tmp_path: Path) -> None:
+    given = with_added_padding()
+    made = trainer(tmp_path, processing_class=given)
+    made.train()
+    made.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert loaded.config.pad_token_id < loaded.config.vocab_size == 23
+    assert given.pad_token == "[PAD]"  # the user's own tokenizer stays as it is
+
+
+@pytest.mark.situation("PPO: prompts tokenised with another tokenizer, of more tokens", "refused")
+def test_tokens_that_the_model_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Dataset.from_dict({"input_ids": [[3, 4]] * 15 + [[3, 40]]})
+    with pytest.raises(ValueError, match="a prompt holds the token 40 and the model's vocabulary has 23 entries"):
+        trainer(tmp_path, given=False, train_dataset=data)
+    monkeypatch.setattr("trl_klx.trainers.ppo_rollout._LOOKED_AT", 10)
+    with pytest.raises(RunError, match="a prompt holds the token 40"):  # beyond the prompts that are looked at before
+        trainer(tmp_path, given=False, train_dataset=data, max_steps=2).train()
+
+
+@pytest.mark.situation("PPO: a rollout function returns tokens that the model does not know", "refused")
+@pytest.mark.parametrize("token", [23, -100])
+def test_tokens_of_a_rollout_function_that_the_model_does_not_know(tmp_path: Path, token: int) -> None:
+    def rollout_func(prompts: list, made: Any) -> dict:
+        return {**given_answers(prompts, made), "completion_ids": [[5, token, 1]] * len(prompts)}
+
+    with pytest.raises(RunError, match=f"what rollout_func returned holds the token {token}"):
+        trainer(tmp_path, rollout_func=rollout_func).train()
+
+
+@pytest.mark.situation("PPO: attention_mask and input_ids of different lengths", "refused")
+def test_a_mask_of_another_length(tmp_path: Path) -> None:
+    data = Dataset.from_dict({"input_ids": [[3, 4, 5]] * 16, "attention_mask": [[1, 1]] * 16})
+    with pytest.raises(ValueError, match="a row has 3 input_ids and 2 entries of attention_mask"):
+        trainer(tmp_path, given=False, train_dataset=data)
+
+
+# Value and reward models
+
+
+@pytest.mark.situation("PPO: a value model of a smaller vocabulary", "refused")
+@pytest.mark.parametrize("way", ["memory", "path"])
+def test_a_value_model_of_a_smaller_vocabulary(tmp_path: Path, way: str) -> None:
+    value: Any = value_model_like(tiny_model(vocab=20))
+    if way == "path":
+        value.save_pretrained(tmp_path / "value")
+        value = str(tmp_path / "value")
+    with pytest.raises(ValueError, match="value model has a vocabulary of 20 entries and the policy one of 23"):
+        trainer(tmp_path, value_model=value)
+
+
+@pytest.mark.situation("PPO: a value model of a larger vocabulary, of which nothing is known", "refused")
+def test_a_value_model_of_a_larger_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"vocabulary of 30 entries .* nothing says that its tokens are the policy's"):
+        trainer(tmp_path, value_model=value_model_like(tiny_model(vocab=30)))
+
+
+@pytest.mark.situation("PPO: a value model with another tokenizer, of one size or not", "refused")
+@pytest.mark.parametrize("vocab", [23, 30])
+def test_a_value_model_with_another_tokenizer(tmp_path: Path, vocab: int) -> None:
+    value_model_like(tiny_model(vocab=vocab)).save_pretrained(tmp_path / "value")
+    reversed_tokenizer().save_pretrained(tmp_path / "value")
+    with pytest.raises(ValueError, match=r"the value model \(.*value\) has another tokenizer than the policy"):
+        trainer(tmp_path, value_model=str(tmp_path / "value"))
+
+
+def test_a_value_model_with_rows_beyond_the_same_tokenizer(tmp_path: Path) -> None:
+    """A classifier that was resized for a padding token of its own, say."""
+    value_model_like(tiny_model(vocab=30)).save_pretrained(tmp_path / "value")
+    with_added_padding().save_pretrained(tmp_path / "value")
+    assert first_rollout(trainer(tmp_path, value_model=str(tmp_path / "value"))).values.eq(0).all()
+
+
+@pytest.mark.situation("PPO: a reference of a smaller vocabulary", "refused")
+def test_a_reference_of_a_smaller_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="reference has a vocabulary of 20 entries and the policy one of 23"):
+        trainer(tmp_path, ref_model=tiny_model(vocab=20))
+
+
+@pytest.mark.situation("PPO: a reward model with several labels", "refused")
+@pytest.mark.parametrize("way", ["memory", "path", "among reward_funcs", "path among reward_funcs", "adapter"])
+def test_a_reward_model_with_several_labels(tmp_path: Path, way: str) -> None:
+    model: Any = classifier(labels=3)
+    if "path" in way:
+        model.save_pretrained(tmp_path / "reward")
+        model = str(tmp_path / "reward")
+    if way == "adapter":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    argument = {"reward_funcs": [length, model]} if "among" in way else {"reward_model": model}
+    with pytest.raises(ValueError, match=r"the reward model .* has 3 outputs: a reward is one number per answer"):
+        trainer(tmp_path, **argument)
+
+
+@pytest.mark.situation("PPO: a value model by path with several labels", "refused")
+def test_a_value_model_by_path_with_several_labels(tmp_path: Path) -> None:
+    classifier(labels=3).save_pretrained(tmp_path / "value")
+    with pytest.raises(ValueError, match=r"the value model .* has 3 outputs: a value is one number"):
+        trainer(tmp_path, value_model=str(tmp_path / "value"))
+
+
+@pytest.mark.situation("PPO: a language model given as reward model", "refused")
+def test_a_language_model_as_reward_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the reward model is a Qwen3ForCausalLM, which gives no number per answer"):
+        trainer(tmp_path, reward_model=tiny_model())
+
+
+@pytest.mark.situation("PPO: a reward model of the user's own that gives several numbers", "refused")
+def test_a_model_of_the_users_own_with_several_outputs(tmp_path: Path) -> None:
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = classifier(labels=2)
+            self.config = self.inner.config
+
+        def forward(self, **batch: Any) -> Any:
+            return self.inner(**batch)
+
+    with pytest.raises(RunError, match=r"the reward model Own gives outputs \(2,\)"):
+        trainer(tmp_path, reward_funcs=[Own()]).train()
+
+
+@pytest.mark.situation("PPO: a reward model whose tokenizer begins a text with [CLS]", "right")
+@pytest.mark.parametrize("way", ["memory", "path"])
+def test_a_reward_model_that_needs_cls(tmp_path: Path, way: str) -> None:
+    model, tokenizer = bert()
+    given: Any = {"reward_funcs": [model], "reward_processing_classes": [tokenizer]}
+    if way == "path":
+        model.save_pretrained(tmp_path / "reward")
+        tokenizer.save_pretrained(tmp_path / "reward")
+        given = {"reward_model": str(tmp_path / "reward")}
+    rollout = first_rollout(trainer(tmp_path, **given))
+    texts = tiny_tokenizer().batch_decode(ANSWERS, skip_special_tokens=True)
+    for prompt, text, score in zip(tiny_dataset(16)["prompt"], texts, rollout.scores, strict=False):
+        ids = tokenizer(text=prompt + text, return_tensors="pt")
+        assert ids["input_ids"][0, 0] == tokenizer.cls_token_id
+        with torch.no_grad():
+            assert float(score) == pytest.approx(float(model(**ids).logits), abs=1e-5)
+
+
+@pytest.mark.parametrize("given", [["1=", "2="], ["<bos>1=", "<bos>2="]], ids=["plain", "begun"])
+def test_a_text_begins_with_one_bos_token(given: list[str]) -> None:
+    """Prompts that a chat template has already been put on hold it themselves."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 23)])
+    seen: list[Any] = []
+
+    class Look(torch.nn.Module):
+        def forward(self, input_ids: Any, **_: Any) -> Any:
+            seen.append(input_ids)
+            return SimpleNamespace(logits=torch.zeros(len(input_ids), 1))
+
+    model_rewards(Look(), tokenizer, given, ["1", "2"], {}, "cpu")
+    assert seen[0].tolist() == [[23, 4, 13, 4], [23, 5, 13, 5]]
+
+
+@pytest.mark.situation("PPO: the reward model's tokenizer has a [PAD] that the model does not know", "right")
+def test_a_reward_model_whose_padding_has_no_embedding(tmp_path: Path) -> None:
+    added, known = (
+        first_rollout(trainer(tmp_path, reward_funcs=[classifier(7)], reward_processing_classes=[tokenizer])).scores
+        for tokenizer in (with_added_padding(), tiny_tokenizer())
+    )
+    torch.testing.assert_close(added, known)
+
+
+@pytest.mark.situation("PPO: a reward model's folder without a tokenizer", "refused")
+def test_a_reward_model_without_a_tokenizer(tmp_path: Path) -> None:
+    classifier(7).save_pretrained(tmp_path / "reward")
+    with pytest.raises(ValueError, match=r"the reward model .*reward comes without a tokenizer"):
+        trainer(tmp_path, reward_model=str(tmp_path / "reward"))

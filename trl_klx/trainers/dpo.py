@@ -33,11 +33,12 @@ from .prompt_numbers import pair_prompts, prompt_numbers
 from .reference import causal_lm, reference_is_a_copy
 from .step_guard import KL, POLICY, REFERENCE, StepGuard
 from .trl_compat import check_trl_version, check_virtual_tokens
+from .vocabulary import KnownPairTokens
 
 check_trl_version()
 
 
-class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
+class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
     r"""`DPOTrainer` with an exact KL in the loss, a probe of the policy's own KL and controllers: see `KLXDPOConfig`.
 
         loss = DPO's loss + kl_coef * mean over completion tokens of KL(policy(.|s_t) || reference(.|s_t))

@@ -8,9 +8,11 @@ from trl import GRPOTrainer
 from .check_inputs import check_inputs, check_lengths
 from .check_rows import check_prompts
 from .reward_calls import checked
+from .reward_models import RewardModels
+from .vocabulary import KnownPromptTokens
 
 
-class CheckedGRPOTrainer(GRPOTrainer):
+class CheckedGRPOTrainer(RewardModels, KnownPromptTokens, GRPOTrainer):
     """`GRPOTrainer` that says in one sentence what is wrong with its data and rewards.
 
     Raises:

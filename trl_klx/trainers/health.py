@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..config import KLArguments
 from ..monitor.health import HealthCallback, HealthSources
+from .vocabulary import saved_tokenizer
 
 # Largest KL per token before the first update that scoring explains: two forwards of one model that differ in batch,
 # padding or kernel. In bf16 the log-probs of one trainer differ by 0.055 nats between a batch of 1 and of 8 (standard
@@ -103,7 +104,7 @@ def reference_mismatches(
     """Differences of tokenizer, chat template and vocabulary between the policy and a reference of another path."""
     sizes = tuple(config.get_text_config().vocab_size for config in (policy, reference))
     path, other = (_path(config) for config in (policy, reference))
-    theirs = _tokenizer(other) if other and other != path else None
+    theirs = saved_tokenizer(other) if other and other != path else None
     if theirs is None:
         if sizes[0] == sizes[1]:
             return []
@@ -124,10 +125,3 @@ def reference_mismatches(
 
 def _path(config: PreTrainedConfig) -> str:
     return str(config._name_or_path or "").rstrip(os.sep)
-
-
-def _tokenizer(path: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # None would ask the user
-    except (OSError, ValueError, KeyError):  # there is none, or no Hub
-        return None

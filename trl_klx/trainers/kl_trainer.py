@@ -80,8 +80,7 @@ class KLControlledTrainer(GuardedSteps, HubPushes):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
         prefix = "" if mode == "train" else f"{self._eval_prefix}_"
-        metrics = self.kl.metrics(mode) | self.kl.weight_mean.metrics(mode)
-        logs.update({f"{prefix}{name}": value for name, value in metrics.items()})
+        logs.update({f"{prefix}{name}": value for name, value in self.kl.metrics(mode).items()})
         if mode == "train" and self.args.kl_health:
             logs.update(self._health_metrics())
         super().log(logs, *args, **kwargs)

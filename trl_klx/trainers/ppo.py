@@ -15,7 +15,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import entropy_from_logits
 
 from ..kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
@@ -36,18 +35,17 @@ from .ppo_loss import (
 )
 from .ppo_model import (
     PolicyAndValue,
-    check_value_model,
     load_policy,
-    load_reward_model,
-    load_value_model,
     reference_of,
-    value_model_like,
+    value_model_of,
     with_adapter,
 )
-from .ppo_rollout import Experience, Rollout, RolloutFunction, Rows
+from .ppo_rollout import Experience, Rollout, RolloutFunction, Rows, check_first_prompts
 from .ppo_sampler import PPOSampler
 from .reward_functions import RewardFunctions
+from .reward_models import loaded_rewards
 from .step_guard import ADVICE, KL, LOSS
+from .vocabulary import check_vocabularies, vocabulary_size, with_known_padding
 
 
 class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
@@ -119,32 +117,30 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         for name in ("revision", "quantization_config"):  # the policy's own
             loading.pop(name, None)
         tokenizer = load_tokenizer(base) if processing_class is None else processing_class
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        self._prompt_padding, vocabulary = tokenizer.pad_token_id, vocabulary_size(base)
+        tokenizer = with_known_padding(tokenizer, vocabulary, "the policy")
+        template = args.chat_template_kwargs
+        check_first_prompts((train_dataset, eval_dataset), tokenizer, template, self._prompt_padding, vocabulary)  # type: ignore[arg-type]
         check_lengths("ppo", args, train_dataset, eval_dataset, tokenizer, base.config)
+        given = loaded_rewards(given, loading)
         tokenizers = [*_as_list(reward_processing_classes), *[None] * len(_as_list(reward_model))]
-        rewards = RewardFunctions(
-            [load_reward_model(r, loading) if isinstance(r, str) else r for r in given],
-            args.reward_weights,
-            None if reward_processing_classes is None else tokenizers,
-            tokenizer,
-            args.chat_template_kwargs,  # type: ignore[arg-type]
-        )
+        read_by = None if reward_processing_classes is None else tokenizers
+        rewards = RewardFunctions(given, args.reward_weights, read_by, tokenizer, template)  # type: ignore[arg-type]
         path = model if isinstance(model, str) else None
-        value_model = path if value_model is None and is_deepspeed_zero3_enabled() else value_model
-        value = load_value_model(value_model, loading) if isinstance(value_model, str) else value_model
-        value = value_model_like(base) if value is None else value
+        value = value_model_of(base, value_model, path, loading, tokenizer)  # before an adapter is put on
         names, copied = (args.model_adapter_name, args.ref_adapter_name), args.kl_is_measured and ref_model is None
         policy = with_adapter(base, peft_config, *names, copied=copied)
         reference = None
         if args.kl_is_measured:
             reference = reference_of(policy, path, quantized) if ref_model is None else load_policy(ref_model, loading)
+        if reference is not None:
+            check_vocabularies(base, reference, "reference")
         super().__init__(
             rewards,
             rollout_func,
             kl_groups,
             args,
-            PolicyAndValue(policy, check_value_model(value)),
+            PolicyAndValue(policy, value),
             reference,
             tokenizer,
             train_dataset,
@@ -262,7 +258,6 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         for number, rows in enumerate(minibatches):
             if number > 0:
                 self._optimizer_step(model)
-            self._is_first_use = number < self.args.num_mini_batches
             total += self._accumulate(model, experience, rows)
         self._record_update()
         return total / len(minibatches)
@@ -327,9 +322,6 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
             level = self.kl_term.weight_level
             weights = importance_weights(logps, sampler_logps, part.mask, level=level)  # type: ignore[arg-type]
             self._weights.append(weights[part.mask])
-            if self._is_first_use:
-                of_tokens = importance_weights(logps, sampler_logps, part.mask, level="token")  # type: ignore[arg-type]
-                self.kl.weight_mean.add("train", of_tokens, part.mask, part.prompts)
         kl_loss = self.kl_term.loss(logps, ref_logps, part.mask, weights=weights, exact=exact)  # type: ignore[arg-type]
         self.guard.watch(KL, kl_loss, part.mask)
         return kl_loss

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 from trl.trainer.utils import create_model_from_path
 
 from .adapters import active_adapter, check_fresh_adapter, keep_reference
 from .reference import causal_lm
+from .reward_models import load_classifier
+from .vocabulary import check_value_vocabulary
 
 VALUE_FOLDER = "value_model"  # inside a checkpoint; the policy is the checkpoint itself
 
@@ -195,33 +197,38 @@ def load_policy(model: str | PreTrainedModel, init_kwargs: dict[str, Any]) -> Pr
     return create_model_from_path(model, **init_kwargs) if isinstance(model, str) else model
 
 
-def load_reward_model(path: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """A sequence classifier with one output.
-
-    Raises:
-        ValueError: the checkpoint has no head, so that its rewards would be random.
-    """
-    model, missing = _load_classifier(path, init_kwargs)
-    if missing:
-        raise ValueError(
-            f"{path} holds no weights for {', '.join(sorted(missing))}: its rewards would be random; give a "
-            "reward model, trained with one output."
-        )
-    return model
-
-
 def load_value_model(path: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
     """A sequence classifier with one output; a head that the checkpoint does not have starts at zero."""
-    model, missing = _load_classifier(path, init_kwargs)
+    remedy = "a value is one number: give a model with one output, or a language model to start from"
+    model, missing = load_classifier(path, init_kwargs, f"the value model {path}", remedy)
     return start_at_zero(model) if missing else model
 
 
-def _load_classifier(path: str, init_kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
-    """The model, and the parameters that its checkpoint does not hold. In float32 unless asked otherwise, as TRL."""
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, output_loading_info=True, **{"dtype": "float32", **init_kwargs}
-    )
-    return model, set(info["missing_keys"])
+def value_model_of(
+    policy: PreTrainedModel,
+    given: PreTrainedModel | str | None,
+    path: str | None,
+    init_kwargs: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> PreTrainedModel:
+    """The value model that was given, by itself or by its path, or one made from the policy.
+
+    Args:
+        policy: with its adapter, if it came with one.
+        given: None: one like the policy.
+        path: of the policy, from which ZeRO-3 loads one like it; None where it was given in memory.
+        init_kwargs: for loading.
+        tokenizer: the policy's.
+
+    Raises:
+        ValueError: there is none, it has another head than PPO needs, or another vocabulary than the policy.
+    """
+    given = path if given is None and is_deepspeed_zero3_enabled() else given
+    if given is None:
+        return value_model_like(policy)
+    model = check_value_model(load_value_model(given, init_kwargs) if isinstance(given, str) else given)
+    check_value_vocabulary(policy, model, tokenizer)
+    return model
 
 
 def with_adapter(

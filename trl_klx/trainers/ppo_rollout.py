@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
@@ -16,10 +17,12 @@ from .check_rows import check_prompts
 from .generation import generating_with
 from .ppo_loss import Batch
 from .ppo_model import PolicyAndValue
+from .vocabulary import check_tokens
 
 Rows = Sequence[dict[str, Any]]
 # As TRL's GRPO: (prompts, trainer) -> {"prompt_ids", "completion_ids", optional "env_mask", columns for the rewards}.
 RolloutFunction = Callable[[list, Any], dict[str, list]]
+_LOOKED_AT = 100  # prompts that are checked before the run; the others are when their turn comes
 
 
 @dataclass
@@ -100,14 +103,18 @@ class Experience:
 
 
 def read_prompts(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any] | None
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: dict[str, Any] | None,
+    padding: int | None = None,
 ) -> tuple[list, list[list[int]]]:
     """Prompts as reward functions get them, and their tokens.
 
-    A column `prompt` holds strings or messages; without it, `input_ids` holds tokens, as TRL's PPO has it.
+    A column `prompt` holds strings or messages; without it, `input_ids` holds tokens, as TRL's PPO has it, of which
+    those count that `attention_mask` marks. Without that column, tokens `padding` at either end of a row do not count.
     """
     if "prompt" not in rows[0]:
-        ids = [[int(token) for token in row["input_ids"]] for row in rows]
+        ids = [_without_padding(row, padding) for row in rows]
         return tokenizer.batch_decode(ids, skip_special_tokens=True), ids
     prompts = [row["prompt"] for row in rows]
     check_prompts(prompts)
@@ -117,6 +124,34 @@ def read_prompts(
         prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
     )
     return prompts, tokens["input_ids"]  # type: ignore[call-overload, index, return-value]
+
+
+def _without_padding(row: dict[str, Any], padding: int | None) -> list[int]:
+    ids = [int(token) for token in row["input_ids"]]
+    mask = row.get("attention_mask")
+    if mask is None:
+        kept = [place for place, token in enumerate(ids) if token != padding]
+        return ids[kept[0] : kept[-1] + 1] if kept else []
+    if len(mask) != len(ids):
+        raise ValueError(
+            f"a row has {len(ids)} input_ids and {len(mask)} entries of attention_mask: give one for each token, or "
+            "remove the column."
+        )
+    return [token for token, counts in zip(ids, mask, strict=True) if counts]
+
+
+def check_first_prompts(
+    datasets: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: dict[str, Any] | None,
+    padding: int | None,
+    vocabulary: int,
+) -> None:
+    """Refuse datasets whose first prompts hold tokens that the policy does not know. (Streams are read in the run.)"""
+    for dataset in datasets:
+        if isinstance(dataset, Dataset) and len(dataset):
+            rows = [dataset[place] for place in range(min(len(dataset), _LOOKED_AT))]
+            check_tokens(read_prompts(rows, tokenizer, chat_template_kwargs, padding)[1], vocabulary, "a prompt")
 
 
 def completions_like(prompts: list, texts: list[str]) -> list:
@@ -167,6 +202,14 @@ def check_answers(rows: int, prompt_ids: list, completion_ids: list, policy_made
                 f"rollout_func returned {len(made)} entries of env_mask for the {len(ids)} tokens of answer {row}: "
                 "return one per token."
             )
+
+
+def until_stop(completion: list[int], stop_tokens: Collection[int]) -> list[int]:
+    """The answer up to and with its first stop token. What a batch pads finished answers with comes after it."""
+    for place, token in enumerate(completion):
+        if token in stop_tokens:
+            return completion[: place + 1]
+    return completion
 
 
 @torch.no_grad()

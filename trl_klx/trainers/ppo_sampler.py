@@ -18,7 +18,7 @@ from trl.trainer.utils import print_prompt_completions_sample, selective_log_sof
 from ..kl import kl_estimate, masked_sum
 from ..kl.estimators import SAMPLED_ESTIMATORS
 from .exact_forward import ExactKLForward, check_sharding
-from .generation import end_tokens, until_stop
+from .generation import end_tokens
 from .gold import GoldWatch
 from .kl_coefficient import KLCoefficient
 from .kl_control import KLControl
@@ -35,11 +35,13 @@ from .ppo_rollout import (
     read_prompts,
     sample,
     take_answers,
+    until_stop,
 )
 from .prompt_numbers import prompt_numbers
 from .reference import causal_lm
 from .reward_functions import RewardFunctions, finite_rewards
 from .step_guard import KL, POLICY, REFERENCE, REWARDS, VALUES, StepGuard
+from .vocabulary import check_tokens, vocabulary_size
 
 _PRINTED = 5  # answers that num_sample_generations shows at a time
 
@@ -56,6 +58,7 @@ class PPOSampler(GoldWatch, PPOLoop):
 
     args: KLXPPOConfig
     kl_coef = KLCoefficient()
+    _prompt_padding: int | None = None  # what fills up prompts that come as tokens without attention_mask
 
     def __init__(
         self,
@@ -137,15 +140,17 @@ class PPOSampler(GoldWatch, PPOLoop):
     def _answer(self, rows: Rows) -> Answers:
         tokenizer: Any = self.processing_class
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "input_ids")}
-        prompts, prompt_ids = read_prompts(rows, tokenizer, self.args.chat_template_kwargs)  # type: ignore[arg-type]
-        policy_made = None
+        prompts, prompt_ids = read_prompts(rows, tokenizer, self.args.chat_template_kwargs, self._prompt_padding)  # type: ignore[arg-type]
+        policy_made, vocabulary = None, vocabulary_size(self._policy)
         if self._rollout_func is None:
+            check_tokens(prompt_ids, vocabulary, "a prompt")
             completion_ids = [until_stop(ids, self.stop_tokens) for ids in self._sample(prompt_ids)]
         else:
             given = dict(self._rollout_func(prompts, self))
             prompt_ids, completion_ids, policy_made = take_answers(given)
             given.pop("logprobs", None)  # the trainer scores at its own temperature
             columns |= given
+            check_tokens([*prompt_ids, *completion_ids], vocabulary, "what rollout_func returned")
         if policy_made is None:
             policy_made = [[1] * len(ids) for ids in completion_ids]
         check_answers(len(prompts), prompt_ids, completion_ids, policy_made)

@@ -8,10 +8,10 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl.data_utils import apply_chat_template, is_conversational
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
 from .reward_calls import called, named, reward_values, run_together
+from .reward_models import model_rewards, with_padding_of_its_own
 
 RewardFunction = Callable[..., Any]
 logger = get_logger(__name__)
@@ -50,7 +50,7 @@ class RewardFunctions:
         for what, given in (("reward_weights", self.weights), ("reward_processing_classes", tokenizers)):
             if len(given) != len(self.rewards):
                 raise ValueError(f"{what} has {len(given)} entries and there are {len(self.rewards)} rewards.")
-        self._tokenizers = [
+        self._tokenizers: list[Any] = [
             _tokenizer(reward, own, policy_tokenizer) if isinstance(reward, nn.Module) else None
             for reward, own in zip(self.rewards, tokenizers, strict=True)
         ]
@@ -66,7 +66,8 @@ class RewardFunctions:
         pending: dict[int, Any] = {}
         for index, reward in enumerate(self.rewards):
             if isinstance(reward, nn.Module):
-                out[:, index] = self._score(reward, self._tokenizers[index], prompts, completions, device)
+                kwargs = self._chat_template_kwargs
+                out[:, index] = model_rewards(reward, self._tokenizers[index], prompts, completions, kwargs, device)
                 continue
             values = called(self.names[index], reward, given)
             if inspect.isawaitable(values):
@@ -88,19 +89,6 @@ class RewardFunctions:
     def total(self, rewards: Tensor) -> Tensor:
         """(B, F) -> (B,) weighted sum of those that apply; 0 where none does."""
         return (rewards * rewards.new_tensor(self.weights)).nansum(1)
-
-    @torch.no_grad()
-    def _score(self, model: nn.Module, tokenizer: Any, prompts: list, completions: list, device: Any) -> Tensor:
-        if is_conversational({"prompt": prompts[0]}):
-            texts = [
-                apply_chat_template({"messages": p + c}, tokenizer, **self._chat_template_kwargs)["text"]
-                for p, c in zip(prompts, completions, strict=True)
-            ]
-        else:
-            texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        # Padded on the right: classifiers look for the last token that is not padding.
-        batch = tokenizer(text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
-        return model(**batch.to(device)).logits[:, 0].float()
 
 
 def finite_rewards(rewards: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, int]]:
@@ -124,8 +112,4 @@ def _name(reward: Any) -> str:
 def _tokenizer(model: Any, own: Any, policy_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     path = get_config_model_id(model.config)
     tokenizer = own or (AutoTokenizer.from_pretrained(path) if path else policy_tokenizer)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    # The classifier finds an answer's last token by the padding token of its config.
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer
+    return with_padding_of_its_own(model, tokenizer)

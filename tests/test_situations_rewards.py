@@ -1,26 +1,33 @@
 """Reward functions as users write them: what they take, what they return, what they raise."""
 
 import functools
+import json
 import math
+import statistics
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from fault_tools import ALGORITHMS, make
-from tiny import tiny_dataset, tiny_tokenizer
+from tiny import save_tiny, tiny_dataset, tiny_tokenizer
 from trl.trainer.utils import get_callable_name
 
 from trl_klx import KLXGRPOConfig
+from trl_klx.run import grpo
+from trl_klx.run.users_code import try_reward
 from trl_klx.trainers import reward_calls
 from trl_klx.trainers.checkpoints import RunError
 from trl_klx.trainers.reward_calls import RewardError, reward_values
 from trl_klx.trainers.reward_functions import RewardFunctions
 
+BUILD_TRAINER = grpo.build_trainer
 SAMPLERS = [name for name in ALGORITHMS if name != "dpo"]
 PLAIN = {"kl_estimator": "k3", "kl_placement": "loss", "max_steps": 1}
 
@@ -247,3 +254,195 @@ def test_gold(algorithm: str, tmp_path: Path) -> None:
     run.eval_dataset = Dataset.from_dict(tiny_dataset(8)[:])
     with pytest.raises(RewardError, match="returned None for 8 answers"):
         run.evaluate()
+
+
+# On the command line: found before a model is loaded, by the run and by the dry run
+
+MODULES = {
+    "good": "def reward(completions, **_):\n    return [1.0] * len(completions)\n",
+    "leaves": "import sys\nsys.exit(3)\n",
+    "broken": "def reward(:\n",
+    "needs": "import nowhere_to_be_found\n",
+    "fails": "raise KeyError('rubric')\n",
+    "inside": "from good import reword\n",
+    "named": "class Reward:\n    pass\nNUMBER = 1\n",
+    "raises": "def reward(completions, **_):\n    return [1 / 0 for _ in completions]\n",
+    "chat": "def reward(completions, **_):\n    return [len(c[0]['content']) for c in completions]\n",
+    "quits": "def reward(completions, **_):\n    raise SystemExit('no key')\n",
+    "nothing": "def reward(completions, **_):\n    print(len(completions))\n",
+    "keys": "def reward(completions, **_):\n    return {c: 1.0 for c in completions}\n",
+    "text": "def reward(completions, **_):\n    return ['good'] * len(completions)\n",
+    "short": "def reward(completions, **_):\n    return [1.0]\n",
+    "strict": "def reward(completions):\n    return [1.0] * len(completions)\n",
+}
+COMMANDS = {
+    "leaves.reward": (True, "importing leaves, for reward_funcs='leaves.reward', raised SystemExit(3)"),
+    "broken.reward": (True, "importing broken, for reward_funcs='broken.reward', raised SyntaxError"),
+    "needs.reward": (True, "raised ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+    "fails.reward": (True, "importing fails, for reward_funcs='fails.reward', raised KeyError: 'rubric'"),
+    "inside.reward": (True, "raised ImportError: cannot import name 'reword'"),
+    "named.reward": (False, "cannot be imported (module 'named' has no attribute 'reward')"),
+    "named.Reward": (False, "is a class: name a function, or an instance of the class"),
+    "named.NUMBER": (False, "is no function: give module.function"),
+    "goood.reward": (False, "cannot be imported (No module named 'goood')"),
+    "good.part.reward": (False, "cannot be imported (No module named 'good.part'"),
+    "good..reward": (False, "is no function: give module.function"),
+    "good.py": (False, "cannot be imported"),
+    "./good.py": (False, "is no function: give module.function"),
+    "good.reward()": (False, "is no function: give module.function"),
+    "raises.reward": (True, "the reward function 'reward' raised ZeroDivisionError: division by zero"),
+    "chat.reward": (True, "raised TypeError: string indices must be integers"),
+    "quits.reward": (True, "the reward function 'reward' raised SystemExit('no key')"),
+    "nothing.reward": (False, "the reward function 'reward' returned None for 4 answers"),
+    "keys.reward": (False, "the reward function 'reward' returned a dict for 4 answers"),
+    "text.reward": (False, "the reward function 'reward' returned 'good' for answer 0, which is no number"),
+    "short.reward": (False, "the reward function 'reward' returned 1 rewards for 4 answers"),
+    "strict.reward": (False, "the reward function 'reward' has no **kwargs"),
+}
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+    """Writes a recipe, with the modules of the user beside it; ends the test where a model is about to be loaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(grpo, "build_trainer", lambda *_: pytest.fail("a model was about to be loaded"))
+    for name, text in MODULES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    rows = "".join(json.dumps(row) + "\n" for row in tiny_dataset(8))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(rows)
+    save_tiny(tmp_path / "model")
+
+    def write(**changes: Any) -> list[str]:
+        fields = {"model_name_or_path": "model", "dataset_name": "./data", "output_dir": "out", "num_generations": 4}
+        quiet = {"use_cpu": True, "bf16": False, "report_to": [], "max_completion_length": 8}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**fields, **quiet, **changes}))
+        return ["--config", "recipe.yaml"]
+
+    yield write
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.situation("names a reward whose module or name is wrong, or that fails at its first answer", "refused")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_rewards_of_a_recipe(name: str, command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence; then, of what the user's own code raised, its traceback, in which nothing is ours."""
+    is_theirs, said = COMMANDS[name]
+    argv = command(reward_funcs=[name])
+    assert grpo.main(argv) == 2
+    error = capsys.readouterr().err
+    sentence, *rest = error[error.index("error: ") + 7 :].splitlines()
+    assert said in sentence
+    assert bool(rest) == is_theirs
+    if is_theirs:
+        assert rest[0] == "Traceback (most recent call last):" or "SyntaxError" in rest[-1]
+        assert not any("trl_klx" in line or "importlib" in line for line in rest)
+    sys.modules.pop(name.split(".")[0], None)
+    assert grpo.main([*argv, "--dry_run"]) == 1
+    assert sentence in capsys.readouterr().out
+
+
+@pytest.mark.situation("names a gold reward that fails at its first answer", "refused")
+def test_gold_reward_of_a_recipe(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    (Path("data") / "test.jsonl").write_text((Path("data") / "train.jsonl").read_text())
+    changes = {"reward_funcs": ["good.reward"], "beta": 0.1, "eval_strategy": "steps", "eval_steps": 1}
+    assert grpo.main(command(**changes, gold_reward_func="raises.reward")) == 2
+    assert "raised ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.situation("weighs two rewards of a recipe by one number", "refused")
+def test_weights_of_a_recipe(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    argv = command(reward_funcs=["good.reward", "trl_klx.rewards.exact_match"], reward_weights=[1.0])
+    assert grpo.main(argv) == 2
+    assert "reward_weights has 1 entries and there are 2 rewards" in capsys.readouterr().err
+    assert grpo.main([*argv, "--dry_run"]) == 1
+    assert "reward_weights has 1 entries and there are 2 rewards" in capsys.readouterr().out
+
+
+PREPARES = {
+    "returns_none": ("def prepare(row):\n    pass\n", False, "returns None for the first row of the split 'train'"),
+    "returns_text": ("def prepare(row):\n    return row['prompt']\n", False, "returns '0=' for the first row"),
+    "returns_a_list": ("def prepare(row):\n    return [row]\n", False, "returns [{'prompt': '0="),
+    "drops_the_prompt": ("def prepare(row):\n    return {'answer': '1'}\n", False, "has no column 'prompt'"),
+    "empties_it": ("def prepare(row):\n    return {'prompt': None, 'answer': '1'}\n", False, "its prompt is None"),
+    "raises_first": ("def prepare(row):\n    return row['question']\n", True, "fails on the first row of the split"),
+    "raises_later": (
+        "def prepare(row):\n    return row if row['prompt'] == '0=' else row['question']\n",
+        True,
+        "fails on row 1 of the split 'train': it raised KeyError: 'question'",
+    ),
+    "none_later": (
+        "def prepare(row):\n    return row if row['prompt'] == '0=' else None\n",
+        False,
+        "returns None for row 1 of the split 'train'",
+    ),
+    "quits_there": ("import sys\ndef prepare(row):\n    sys.exit(0)\n", True, "raised SystemExit(0)"),
+    "mixes": (
+        "def prepare(row):\n    return {**row, 'answer': '1' if row['prompt'] == '0=' else [1]}\n",
+        False,
+        "that do not fit together",
+    ),
+}
+
+
+@pytest.mark.situation("prepares rows by a function that returns nothing, raises, or drops what is needed", "refused")
+@pytest.mark.parametrize("name", PREPARES)
+def test_dataset_prepare(name: str, command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    text, is_theirs, said = PREPARES[name]
+    Path(f"{name}.py").write_text(text)
+    argv = command(reward_funcs=["trl_klx.rewards.exact_match"], dataset_prepare=f"{name}.prepare")
+    assert grpo.main(argv) == 2
+    error = capsys.readouterr().err
+    sentence, *rest = error[error.index("error: ") + 7 :].splitlines()
+    assert said in sentence
+    assert bool(rest) == is_theirs
+    assert not any("trl_klx" in line for line in rest)
+    assert grpo.main([*argv, "--dry_run"]) == 1
+    assert sentence in capsys.readouterr().out
+
+
+@pytest.mark.situation("uses a reward that divides by max_steps, compares a group, or reads log functions", "right")
+def test_what_a_made_up_call_gives() -> None:
+    def careful(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, answer, **_: Any):
+        log_extra("answer", answer)
+        log_metric("share", trainer_state.global_step / trainer_state.max_steps)
+        assert len(prompts) == len(answer) == len(completion_ids) == 4
+        return [statistics.stdev(len(text) for text in completions)] * 4
+
+    try_reward(careful, "careful", {"prompt": "1+1=", "answer": "2"}, 4, 10)
+
+
+@pytest.mark.situation("uses a reward that has to be awaited, or an instance that counts its calls", "right")
+def test_what_is_not_tried() -> None:
+    class Counter:
+        calls = 0
+
+        def __call__(self, **_: Any) -> list[float]:
+            self.calls += 1
+            return []
+
+    counter = Counter()
+    try_reward(counter, "counter", {"prompt": "1"}, 4, 10)
+    try_reward(slow_evens, "slow", {"prompt": "1"}, 4, 10)
+    assert counter.calls == 0
+
+
+@pytest.mark.situation("a reward fails in the middle of a run of the command line", "refused")
+def test_exit_status_of_a_run(
+    command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("late.py").write_text(
+        "calls = []\ndef reward(completions, **_):\n    calls.append(1)\n"
+        "    return [1.0] * len(completions) if len(calls) < 3 else [1 / 0]\n"
+    )
+    monkeypatch.setattr(grpo, "build_trainer", BUILD_TRAINER)
+    argv = command(reward_funcs=["late.reward"], per_device_train_batch_size=4, max_steps=3, save_strategy="no")
+    assert grpo.main(argv) == 1
+    error = capsys.readouterr().err
+    sentence, *rest = error[error.index("error: ") + 7 :].splitlines()
+    assert sentence.startswith("the reward function 'reward' raised ZeroDivisionError: division by zero (")
+    assert rest[0] == "Traceback (most recent call last):"
+    assert rest[-1] == "ZeroDivisionError: division by zero"
+    assert not any("trl_klx" in line for line in rest)

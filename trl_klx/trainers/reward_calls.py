@@ -9,6 +9,7 @@ import math
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +22,12 @@ from .checkpoints import RunError
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 # Columns that a reward function does not get: the trainers give what these would hold under names of their own.
 NOT_GIVEN = ("prompt", "completion", "completion_ids", "input_ids")
+
+_CALLERS = [
+    ("trl_klx", "trainers", "reward_calls.py"),
+    ("trl_klx", "run", "users_code.py"),
+    ("trl_klx", "run", "data.py"),
+]
 
 
 class RewardError(RunError, ValueError):
@@ -38,15 +45,16 @@ def raised(what: str, error: BaseException) -> str:
 
 
 def users_frames(error: BaseException) -> TracebackType | None:
-    """The traceback of an exception from where the user's own code begins."""
+    """The traceback of an exception from where the user's own code begins; None where none of it ran."""
     frames = error.__traceback__
-    while frames is not None and frames.tb_next is not None and _is_a_way_there(frames.tb_frame.f_code.co_filename):
+    while frames is not None and _is_a_way_there(frames.tb_frame.f_code.co_filename):
         frames = frames.tb_next
     return frames
 
 
 def _is_a_way_there(file: str) -> bool:
-    return "importlib" in file or file.replace("\\", "/").endswith(("/reward_calls.py", "/users_code.py"))
+    """Whether a file only calls the user's functions, or imports them."""
+    return "importlib" in file or Path(file).parts[-3:] in _CALLERS
 
 
 def first_line(error: BaseException) -> str:

@@ -59,16 +59,17 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def make(algorithm: str, folder: Path | str, **changes: Any) -> Any:
-    """A trainer; `reward`, `model`, `ref_model`, `peft_config`, `callbacks` are its arguments, others its config's."""
+    """A trainer; `reward`, `model`, `ref_model`, `peft_config`, `callbacks` and (but for DPO) `eval_dataset` are its
+    arguments, the rest fields of its config."""
     model, ref_model = changes.pop("model", None), changes.pop("ref_model", None)
     reward, callbacks = changes.pop("reward", digit_reward), changes.pop("callbacks", None)
-    peft_config = changes.pop("peft_config", None)
+    prompts = {"train_dataset": tiny_dataset(), "eval_dataset": changes.pop("eval_dataset", None)}
+    shared = {"model": tiny_model() if model is None else model, "callbacks": callbacks}
+    shared |= {"processing_class": tiny_tokenizer(), "peft_config": changes.pop("peft_config", None)}
     fields = {**COMMON, **OWN[algorithm], **changes}
-    shared = {"model": tiny_model() if model is None else model, "callbacks": callbacks, "peft_config": peft_config}
-    shared["processing_class"] = tiny_tokenizer()
     if algorithm == "grpo":
         config = KLXGRPOConfig(str(folder), **fields)
-        made = KLXGRPOTrainer(args=config, reward_funcs=reward, train_dataset=tiny_dataset(), **shared)
+        made = KLXGRPOTrainer(args=config, reward_funcs=reward, **prompts, **shared)
         if ref_model is not None:
             made.ref_model.load_state_dict(ref_model.state_dict())
         return made
@@ -79,7 +80,7 @@ def make(algorithm: str, folder: Path | str, **changes: Any) -> Any:
     from trl_klx import KLXPPOConfig, KLXPPOTrainer
 
     config = KLXPPOConfig(str(folder), **fields)
-    return KLXPPOTrainer(config, reward_funcs=reward, ref_model=ref_model, train_dataset=tiny_dataset(), **shared)
+    return KLXPPOTrainer(config, reward_funcs=reward, ref_model=ref_model, **prompts, **shared)
 
 
 class Killer(TrainerCallback):

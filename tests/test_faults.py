@@ -265,7 +265,7 @@ def test_a_spoilt_state_file_is_named_and_refused(algorithm: str, tmp_path: Path
     for content in spoilt:
         path.write_text(content)
         with pytest.raises(CheckpointError, match="not a readable controller state") as refused:
-            trainer.kl.load(path.parent)
+            trainer.kl.load(path.parent, tmp_path)
         assert str(path) in str(refused.value), content
         assert trainer.kl.state() == before
     for content in ("", spoilt[1], spoilt[5], json.dumps({**state, "skipped_steps": math.nan})):

@@ -177,7 +177,7 @@ def test_a_resumed_run_knows_what_went_before(algorithm: str, model: str, tmp_pa
 
 
 def test_an_evaluation_made_again_replaces_the_first(model: str, tmp_path: Path) -> None:
-    """`eval_on_start` evaluates when a run is resumed, too."""
+    """A checkpoint may be older than the last evaluation of its step; and `train` begins a run."""
     settings = {"save_strategy": "steps", "save_steps": 4}
     make_trainer("grpo", tmp_path, model, **settings).train()
     again = make_trainer("grpo", tmp_path, model, **settings)
@@ -467,7 +467,7 @@ def test_an_auto_budget_is_the_monitors_safe_budget(
     resumed = make_trainer(algorithm, tmp_path, model, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.kl.budget.limit == 1e-6
-    assert resumed.state.global_step == 4  # the first reading after it ends the run again
+    assert resumed.state.global_step == 3  # it had ended
 
 
 def test_an_auto_budget_needs_a_gold_reward(model: str, tmp_path: Path) -> None:

@@ -73,19 +73,21 @@ def test_only_checkpoints_made_for_the_budget_are_superseded() -> None:
     assert one.checkpoint == "last"
 
 
-def test_state_goes_on() -> None:
+def test_state_goes_on(tmp_path: Path) -> None:
+    kept = tmp_path / "checkpoint-1"
+    kept.mkdir()
     one = budget()
-    one.wrote(Path("kept"), extra=True)
+    one.wrote(kept, extra=True)
     one.read(0.4)
     again = budget()
-    again.load(one.state())
+    again.load(one.state(), tmp_path)
     again.wrote(Path("next"), extra=False)
     for each in (one, again):
         each.read(0.5)
     assert again.kl == one.kl
-    assert again.superseded == ["kept"]
+    assert again.superseded == [str(kept)]
     with pytest.raises(ValueError, match="budget="):
-        budget().load({"sum": math.nan, "weight": 1.0, "checkpointed": 0.0})
+        budget().load({"sum": math.nan, "weight": 1.0, "checkpointed": 0.0}, tmp_path)
 
 
 def test_a_budget_that_is_found_in_the_run_keeps_an_earlier_checkpoint(tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_a_budget_that_is_found_in_the_run_keeps_an_earlier_checkpoint(tmp_path:
         for _ in range(60):  # until the mean has followed
             one.read(kl)
     again = budget(None)
-    again.load(one.state())
+    again.load(one.state(), tmp_path)
     assert not again.exceeded
     again.set_limit(0.75)
     assert again.checkpoint == str(tmp_path / "checkpoint-1")

@@ -76,7 +76,7 @@ def test_state_holds_controller_and_budget(tmp_path: Path) -> None:
     kl.save(tmp_path)
     again = control(**options)
     again.start(10)
-    again.load(tmp_path)
+    again.load(tmp_path, None)
     assert again.coef == kl.coef > 0.2
     assert measured(again).step() == measured(kl).step()
     assert again.budget.exceeded is kl.budget.exceeded is True
@@ -91,7 +91,7 @@ def test_another_kind_of_controller_starts_afresh(tmp_path: Path) -> None:
     kl.save(tmp_path)
     other = control(kl_controller="pid", kl_target=0.01, beta=0.5)
     other.start(10)
-    other.load(tmp_path)
+    other.load(tmp_path, None)
     assert other.coef == 0.5
 
 

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 class HistoryCallback(TrainerCallback):
     """Appends each log entry to `<output_dir>/metrics.jsonl`, from the main process; a fresh run starts it afresh."""
 
+    _end: dict | None = None  # the last entry of a run that had ended, until it trains on
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
@@ -23,8 +25,9 @@ class HistoryCallback(TrainerCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         # On resume, drop what an interrupted run logged past its last checkpoint: those steps are run again. So is the
         # end of a run that goes on after all.
-        kept = [entry for entry in read_history(path) if state.global_step > 0 and "train_runtime" not in entry]
-        kept = [entry for entry in kept if entry.get("step", 0) <= state.global_step]
+        known = [e for e in read_history(path) if state.global_step > 0 and e.get("step", 0) <= state.global_step]
+        kept = [entry for entry in known if "train_runtime" not in entry]
+        self._end = known[-1] if known and known[-1] not in kept and known[-1]["step"] == state.global_step else None
         partial = path.with_suffix(".partial")  # killed here, the run has the old file or the new one
         partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         os.replace(partial, path)
@@ -38,10 +41,13 @@ class HistoryCallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         if state.is_world_process_zero and logs:
+            entry = {"step": state.global_step, **logs}
+            if self._end is not None and self._end["step"] == state.global_step and "train_runtime" in logs:
+                entry = self._end  # nothing was trained since: its time and loss are the run's
             path = Path(args.output_dir or ".") / HISTORY_FILE
             try:
                 with path.open("a") as file:
-                    file.write(json.dumps({"step": state.global_step, **logs}, default=str) + "\n")
+                    file.write(json.dumps(entry, default=str) + "\n")
             except OSError as error:  # a full disk is no reason to lose the step; the next checkpoint says so
                 logger.warning("step %d is missing in %s (%s)", state.global_step, path, error)
 

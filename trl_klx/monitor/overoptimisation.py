@@ -102,6 +102,11 @@ class OveroptimisationMonitor(TrainerCallback):
         return np.array(rows, dtype=float).reshape(len(self.evaluations), len(prompts))
 
     @property
+    def ends_run(self) -> bool:
+        """Whether training ends here, for the gold reward has turned."""
+        return self._action == "stop" and self.turn is not None
+
+    @property
     def is_measuring(self) -> bool:
         """Whether answers were measured since the last evaluation ended."""
         return bool(self._rows)
@@ -181,7 +186,7 @@ class OveroptimisationMonitor(TrainerCallback):
             return
         if self.turned_at == self.evaluations[-1].step and state.is_world_process_zero:
             logger.warning(self._announcement(Path(args.output_dir or ".")))
-        if self._action == "stop":
+        if self.ends_run:
             control.should_save = True
             control.should_training_stop = True
 

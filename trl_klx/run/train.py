@@ -16,7 +16,8 @@ from ..hub.settings import write_settings
 from ..launching import end_with_launcher
 from ..monitor.history import HistoryCallback
 from ..monitor.progress import KLProgressCallback
-from ..trainers.checkpoints import CheckpointError, NotSavedError, RunError, resolve_checkpoint
+from ..trainers.checkpoints import CheckpointError, NotSavedError, RunError
+from ..trainers.resumed_reference import check_resume
 from ..trainers.reward_calls import RewardError
 from ..trainers.run_lock import run_folder
 from .arguments import BadInput, Recipe, parse_recipe, starts_no_process
@@ -58,7 +59,7 @@ def run_recipe(
             if recipe.run.accelerate_config is not None:
                 raise BadInput(starts_no_process(recipe.run.accelerate_config))
             inputs = load_inputs(recipe)
-            resolve_checkpoint(recipe.args.resume_from_checkpoint, recipe.args.output_dir)
+            check_resume(recipe.args, recipe.model.model_name_or_path)
             check_push(recipe.args)
             if os.environ.get("RANK", "0") == "0":
                 held.enter_context(run_folder(recipe.args.output_dir))

@@ -13,9 +13,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .own_folders import STATE_FILE, discard, is_own, own_checkpoint
 from .run_lock import FolderError, run_folder
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 else:
     _HooksBase = object
 
-STATE_FILE = "kl_state.json"
+logger = get_logger(__name__)
 # Not needed to resume, and not pushed with a checkpoint: a pickle of all arguments, and PEFT's card.
 _NOT_LISTED = (STATE_FILE, "training_args.bin", "README.md")
 LAST = "last"  # as a checkpoint to resume from: the last whole one in output_dir
@@ -138,22 +140,17 @@ def resolve_checkpoint(wanted: str | bool | None, output_dir: str | os.PathLike)
     return str(wanted)
 
 
-def discard(folder: Path) -> None:
-    """Delete a folder; killed in the middle, it does not leave what looks like a whole checkpoint."""
-    (folder / STATE_FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def rotate(output_dir: Path, limit: int | None, keep: set[Path]) -> None:
     """Delete all but `limit` checkpoints, half-written ones first and then the oldest, but none of `keep`."""
     if limit is None or limit <= 0:
         return
-    whole = whole_checkpoints(output_dir)
-    everything = [folder for folder in _folders(output_dir) if folder not in whole] + whole
+    own = [folder for folder in _folders(output_dir) if is_own(folder, output_dir)]
+    whole = [folder for folder in whole_checkpoints(output_dir) if folder in own]
+    everything = [folder for folder in own if folder not in whole] + whole
     surplus = len(everything) - max(limit, len(keep))
     kept = {folder.resolve() for folder in keep}
     for folder in [folder for folder in everything if folder.resolve() not in kept][: max(surplus, 0)]:
-        discard(folder)
+        discard(folder, output_dir)
 
 
 def _folders(output_dir: str | os.PathLike) -> list[Path]:
@@ -221,20 +218,55 @@ class WholeCheckpoints(_HooksBase):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run = Path(self._get_output_dir(trial=trial))
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and (folder.is_symlink() or folder.exists()) and not is_own(folder, run):
+            raise NotSavedError(
+                f"{folder} is no folder but a link or a file, which a run does not write over: move it out of "
+                f"{run}, and resume from the last checkpoint."
+            )
         with self._failure_named(folder):
             if self.args.should_save:
-                discard(folder)  # of an earlier run, or half-written
+                discard(folder, run)  # of an earlier run, or half-written
             self.accelerator.wait_for_everyone()
-            # Rotating is ours: transformers would delete old checkpoints before this one is whole.
-            limit, self.args.save_total_limit = self.args.save_total_limit, None
-            try:
+            with self._rotating_nothing():
                 super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit = limit
             self._complete(folder)
             self._wrote_checkpoint(folder)
             if self.args.should_save:
-                rotate(run, limit, {folder} | self._kept_checkpoints())
+                rotate(run, self.args.save_total_limit, {folder} | self._kept_checkpoints())
+
+    @contextmanager
+    def _rotating_nothing(self) -> Iterator[None]:
+        """Rotating is ours: transformers would delete old checkpoints before a new one is whole, and at the end of a
+        run all but the best, also what the budget keeps and what is to be resumed from."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        with self._rotating_nothing():
+            return super()._finalize_training(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._find_best(checkpoint)
+
+    def _run_of(self, checkpoint: str | os.PathLike) -> Path | None:
+        """output_dir, where the checkpoint lies in it: only then do the names in its files mean folders there."""
+        run = Path(self.args.output_dir)
+        return run if Path(checkpoint).resolve().parent == run.resolve() else None
+
+    def _find_best(self, checkpoint: str) -> None:
+        """Take the best checkpoint for the folder of its name in output_dir: the path is of where the run once was."""
+        state, run = self.state, self._run_of(checkpoint)
+        if run is None and state.best_metric is not None:
+            logger.warning(f"{checkpoint} is of another run than {self.args.output_dir}: the best is looked for anew.")
+            state.best_metric = state.best_global_step = None
+        name = state.best_model_checkpoint or f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        best = None if run is None else own_checkpoint(name, run)
+        state.best_model_checkpoint = None if best is None else str(best)
 
     def _wrote_checkpoint(self, folder: Path) -> None:
         """Take note of a whole checkpoint."""
@@ -256,7 +288,7 @@ class WholeCheckpoints(_HooksBase):
         except Exception as error:  # a full disk is an OSError, RuntimeError or SafetensorError, by who writes
             free = shutil.disk_usage(folder.parent).free / 1e6 if folder.parent.is_dir() else 0.0
             if self.args.should_save:
-                discard(folder)
+                discard(folder, folder.parent)
             earlier = whole_checkpoints(folder.parent)[-1:]
             remedy = f"resume from {earlier[0]}, the last whole one" if earlier else "start again: there is none before"
             reason = " ".join(str(error).split())[:300]

@@ -66,6 +66,8 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
 
     _tag_names = ["trl", "dpo", "trl_klx"]
     _name = "KLX-DPO"
+    _takes_ref_model = True
+    _has_reference = True
     args: KLXDPOConfig
     model: PreTrainedModel
     beta = KLCoefficient(may_be_zero=False)
@@ -101,6 +103,8 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
         check_kept(train_dataset, self.train_dataset, args.max_length)
         check_lengths("dpo", args, train_dataset, eval_dataset, self._tokenizer, self.model.config)
         self.kl_coef = args.kl_coef
+        if args.precompute_ref_log_probs and self.ref_model is None:
+            self._start_print = self._print_of(self.model)
         self.kl = KLControl(args, self.accelerator)
         self.guard = StepGuard(self.accelerator)
         self.kl_term = args.kl_term()

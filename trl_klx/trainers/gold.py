@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..config_rules import unknown
 from ..monitor.overoptimisation import OveroptimisationMonitor
-from .checkpoints import RunError, WholeCheckpoints
+from .checkpoints import RunError
 from .prompt_numbers import prompt_numbers
+from .resumed_run import ResumedRun
 
 if TYPE_CHECKING:
     from ..config import KLArguments
@@ -71,7 +72,7 @@ def check_gold_reward(args: Any, gold_reward_func: Any) -> None:
         )
 
 
-class GoldWatch(WholeCheckpoints):
+class GoldWatch(ResumedRun):
     """The hooks of `transformers.Trainer` that follow a gold reward.
 
     Mix in between `KLControlledTrainer`, whose logs of the KL it reads, and the trainer class.
@@ -114,6 +115,9 @@ class GoldWatch(WholeCheckpoints):
         if self.overoptimisation is not None:
             self.overoptimisation.restart()
         return super().train(*args, **kwargs)
+
+    def _is_over(self) -> bool:
+        return (self.overoptimisation is not None and self.overoptimisation.ends_run) or super()._is_over()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.overoptimisation is not None and self.overoptimisation.is_measuring:

@@ -1,8 +1,13 @@
 """How far the policy may go from the reference in a run, and which checkpoint is the last within that budget."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
+
+from .own_folders import own_checkpoint
+
+logger = logging.getLogger(__name__)
 
 _DECAY = 0.8  # the budget is compared with a mean over about five readings
 _STEP = 0.05  # a checkpoint is due whenever the KL has come this share of the budget closer to it
@@ -47,11 +52,16 @@ class KLBudget:
                 self._before_limit.append((self._unconfirmed[0], self.kl))
                 self._unconfirmed = None
             return False
-        was_exceeded, self.exceeded = self.exceeded, self.kl > self.limit
+        was_exceeded = self.exceeded
+        self.judge()
         if self._unconfirmed is not None:
             self._confirm(*self._unconfirmed)
             self._unconfirmed = None
         return self.exceeded and not was_exceeded
+
+    def judge(self) -> None:
+        """Say whether the KL that is known is beyond the budget, as it is of a run that is resumed where it ended."""
+        self.exceeded = self.limit is not None and self.kl > self.limit
 
     def _confirm(self, folder: str, is_extra: bool) -> None:
         """Take the checkpoint that this reading is of for the last within the budget, if it is."""
@@ -99,15 +109,20 @@ class KLBudget:
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON-serialisable."""
+        """What a checkpoint keeps, JSON-serialisable; of folders only their names, for a run may be moved or copied."""
         kept = {}
         if self.checkpoint:
-            kept = {"checkpoint": self.checkpoint, "checkpoint_kl": self.checkpoint_kl, "is_extra": self._is_extra}
+            name = Path(self.checkpoint).name
+            kept = {"checkpoint": name, "checkpoint_kl": self.checkpoint_kl, "is_extra": self._is_extra}
         numbers = {"sum": self._sum, "weight": self._weight, "checkpointed": self._checkpointed}
-        return {**numbers, "before_limit": [list(pair) for pair in self._before_limit], **kept}
+        return {**numbers, "before_limit": [[Path(folder).name, kl] for folder, kl in self._before_limit], **kept}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any], run: Path | None) -> None:
         """Continue from `state`; the limit is the recipe's.
+
+        Args:
+            state: of a checkpoint.
+            run: the folder with the checkpoints that it names; None where there is none: no name is taken.
 
         Raises:
             ValueError, KeyError, TypeError: it is no state of a budget.
@@ -116,7 +131,19 @@ class KLBudget:
         if not all(map(math.isfinite, numbers)):
             raise ValueError(f"budget={state!r}")
         self._sum, self._weight, self._checkpointed = numbers
-        self._before_limit = [(str(folder), float(kl)) for folder, kl in state["before_limit"]]
-        if state.get("checkpoint") is not None:
-            self.checkpoint, self.checkpoint_kl = str(state["checkpoint"]), float(state["checkpoint_kl"])
-            self._is_extra = bool(state["is_extra"])
+        before_limit = [(_own(str(name), run), float(kl)) for name, kl in state["before_limit"]]
+        self._before_limit = [(folder, kl) for folder, kl in before_limit if folder is not None]
+        if state.get("checkpoint") is None:
+            return
+        name, kl, is_extra = str(state["checkpoint"]), float(state["checkpoint_kl"]), bool(state["is_extra"])
+        self.checkpoint = _own(name, run)
+        if self.checkpoint is None:
+            logger.warning("%s, the last checkpoint within kl_budget, is none of this run's: it is left alone.", name)
+        else:
+            self.checkpoint_kl, self._is_extra = kl, is_extra
+
+
+def _own(name: str, run: Path | None) -> str | None:
+    """The folder that a name means, among the checkpoints of a run."""
+    folder = None if run is None else own_checkpoint(name, run)
+    return None if folder is None else str(folder)

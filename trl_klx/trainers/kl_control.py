@@ -294,8 +294,10 @@ class KLControl:
         """Write the state into a checkpoint folder, whole or not at all."""
         write_state(folder, self.state())
 
-    def load(self, folder: str | os.PathLike) -> None:
+    def load(self, folder: str | os.PathLike, run: Path | None) -> None:
         """Continue from a checkpoint; where its file holds {}, start afresh. Call after `start`.
+
+        `run` is output_dir where the checkpoint lies in it, else None: a run deletes no folder of another.
 
         Raises:
             CheckpointError: the file is unreadable.
@@ -306,7 +308,7 @@ class KLControl:
             logger.warning(f"{STATE_FILE} in {folder} is empty: beta starts at {self.coef:g}.")
             return
         try:
-            self.budget.load(state["budget"])
+            self.budget.load(state["budget"], run)
             saved = {_ALL: state["controller"], **state.get("groups", {})}
             for name, controller in self.controllers.items():
                 self._load_controller(name, controller, saved.get(name))
@@ -317,7 +319,8 @@ class KLControl:
                 self.set_coef(outside["coef"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise unreadable(folder, str(error)) from error
-        self.budget.wrote(Path(folder), extra=False)
+        if run is not None:
+            self.budget.wrote(Path(folder), extra=False)
 
     def _load_controller(self, name: str, controller: Controller, saved: dict[str, Any] | None) -> None:
         """Take what the controller had learnt, and the settings (gains, target, start, length) from today's recipe."""

@@ -7,15 +7,18 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.trainer_utils import SaveStrategy
 
-from .checkpoints import discard, read_state, unreadable
+from .checkpoints import read_state, unreadable
 from .health import health_callback
 from .hub import HubPushes
 from .kl_applied import KL_IN_LOSS, KL_IN_REWARD, KL_MEASURED, STEP_ENDED, AppliedKLCheck
 from .kl_control import KLControl
+from .own_folders import discard
+from .resumed_reference import ResumedReference
+from .resumed_run import ResumedRun
 from .step_guard import LOSS, GuardedSteps, drop_non_finite
 
 
-class KLControlledTrainer(GuardedSteps, HubPushes):
+class KLControlledTrainer(GuardedSteps, ResumedRun, ResumedReference, HubPushes):
     """The hooks of `transformers.Trainer` that carry a `KLControl`. Mix in before the trainer class.
 
     The trainer sets `self.kl` and `self.guard`, and its loss reads beta from a `KLCoefficient`.
@@ -35,7 +38,12 @@ class KLControlledTrainer(GuardedSteps, HubPushes):
         self.guard.restart()
         self.remove_callback(AppliedKLCheck)
         self.add_callback(AppliedKLCheck(self, self._wanted_kl()))
-        return super().train(*args, **kwargs)
+        result = super().train(*args, **kwargs)
+        self._check_weights(f"after step {self.state.global_step}")  # the last step's, which no step looks at
+        return result
+
+    def _is_over(self) -> bool:
+        return self.kl.budget.ends_run or super()._is_over()
 
     def _wanted_kl(self) -> set[str]:
         """Which parts of the KL every step has to come by."""
@@ -61,7 +69,7 @@ class KLControlledTrainer(GuardedSteps, HubPushes):
         drop_non_finite(self._metrics["train"])
         for folder in self.kl.budget.superseded:
             if self.args.should_save:
-                discard(Path(folder))
+                discard(Path(folder), Path(self.args.output_dir))
         self.kl.budget.superseded.clear()
         self._saves_for_budget = self.kl.budget.ends_run or self.kl.budget.checkpoint_is_due()
         self.control.should_save |= self._saves_for_budget
@@ -110,8 +118,10 @@ class KLControlledTrainer(GuardedSteps, HubPushes):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.kl.start(self.state.max_steps)
-            self.kl.load(checkpoint)
+            self.kl.load(checkpoint, self._run_of(checkpoint))
             try:
                 self._load_checkpoint_state(read_state(checkpoint))
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 raise unreadable(checkpoint, str(error)) from error
+            self._take_reference(checkpoint)
+            self.kl.budget.judge()

@@ -83,6 +83,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
 
     _tag_names = ["trl", "ppo", "trl_klx"]
     _name = "KLX-PPO"
+    _takes_ref_model = True
 
     def __init__(
         self,
@@ -157,6 +158,10 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
     @property
     def _saved_model(self) -> Any:
         return self._policy  # without the value model beside it
+
+    @property
+    def _reference_adapter(self) -> str | None:
+        return self.args.ref_adapter_name or super()._reference_adapter
 
     def training_step(self, model: Any, inputs: Rows, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
         """One rollout and all its optimizer steps but the last, which transformers' loop clips, takes and logs."""

@@ -171,12 +171,13 @@ class GuardedSteps(_HooksBase):
             self._metrics["train"]["skipped_steps"] = [float(self.guard.skipped)]  # type: ignore[attr-defined]
         return not bad
 
-    def _check_weights(self) -> None:
+    def _check_weights(self, when: str | None = None) -> None:
         """End the run where the weights themselves are spoilt; they would spoil checkpoints, too."""
         name = self.guard.bad_weight(self.accelerator.unwrap_model(self.model))
         if name is not None:
+            when = f"at step {self.state.global_step + 1}" if when is None else when
             raise NonFiniteError(
-                f"at step {self.state.global_step + 1} the weights of the model are not finite (first {name}): "
+                f"{when} the weights of the model are not finite (first {name}): "
                 f"{self._where_to_resume()}, with a lower learning_rate or in bf16 or float32."
             )
 

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from datasets import IterableDataset
 
-from ...trainers.checkpoints import CheckpointError, resolve_checkpoint
+from ...trainers.checkpoints import CheckpointError
+from ...trainers.resumed_reference import check_resume
 from ..arguments import Recipe
 from ..inputs import Inputs, read_inputs
 from .layout import Layout
@@ -68,7 +69,7 @@ def check_run(
     """Sentences about how configuration, layout, models and data fit together."""
     args = recipe.args
     try:
-        resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+        check_resume(args, recipe.model.model_name_or_path)
     except CheckpointError as error:
         yield str(error)
     rows = None if data is None else data.rows

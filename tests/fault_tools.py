@@ -59,28 +59,28 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def make(algorithm: str, folder: Path | str, **changes: Any) -> Any:
-    """A trainer; `reward`, `model`, `ref_model`, `peft_config`, `callbacks` and (but for DPO) `eval_dataset` are its
+    """A trainer; `reward`, `model`, `ref_model`, `peft_config`, `callbacks` and `eval_dataset` are its
     arguments, the rest fields of its config."""
     model, ref_model = changes.pop("model", None), changes.pop("ref_model", None)
     reward, callbacks = changes.pop("reward", digit_reward), changes.pop("callbacks", None)
-    prompts = {"train_dataset": tiny_dataset(), "eval_dataset": changes.pop("eval_dataset", None)}
-    shared = {"model": tiny_model() if model is None else model, "callbacks": callbacks}
+    data = (preferences(), preferences(12)) if algorithm == "dpo" else (tiny_dataset(), None)
+    shared = {"model": tiny_model() if model is None else model, "callbacks": callbacks, "train_dataset": data[0]}
     shared |= {"processing_class": tiny_tokenizer(), "peft_config": changes.pop("peft_config", None)}
+    shared["eval_dataset"] = changes.pop("eval_dataset", data[1])
     fields = {**COMMON, **OWN[algorithm], **changes}
     if algorithm == "grpo":
         config = KLXGRPOConfig(str(folder), **fields)
-        made = KLXGRPOTrainer(args=config, reward_funcs=reward, **prompts, **shared)
+        made = KLXGRPOTrainer(args=config, reward_funcs=reward, **shared)
         if ref_model is not None:
             made.ref_model.load_state_dict(ref_model.state_dict())
         return made
     if algorithm == "dpo":
         config = KLXDPOConfig(str(folder), **fields)
-        data = {"train_dataset": preferences(), "eval_dataset": preferences(12)}
-        return KLXDPOTrainer(args=config, ref_model=ref_model, **data, **shared)
+        return KLXDPOTrainer(args=config, ref_model=ref_model, **shared)
     from trl_klx import KLXPPOConfig, KLXPPOTrainer
 
     config = KLXPPOConfig(str(folder), **fields)
-    return KLXPPOTrainer(config, reward_funcs=reward, ref_model=ref_model, **prompts, **shared)
+    return KLXPPOTrainer(config, reward_funcs=reward, ref_model=ref_model, **shared)
 
 
 class Killer(TrainerCallback):

@@ -79,8 +79,8 @@ def test_dpo_without_evaluation_reads_its_probes(tmp_path: Path) -> None:
         "pairs ranked right (ties wrong)": ["0.110", "0.440", ""],
         "implicit reward margin": ["0.110", "0.440", ""],
         "log-ratio margin, nats": ["0.110", "0.440", ""],
-        "KL, nats per sequence": ["0.000 ± 0.000", "0.300 ± 0.300", ""],
-        "KL, nats per token": ["0.000 ± 0.000", "0.300 ± 0.300", ""],
+        "KL, nats per sequence, step 1 and step 3": ["0.000 ± 0.000", "0.300 ± 0.300", ""],
+        "KL, nats per token, step 1 and step 3": ["0.000 ± 0.000", "0.300 ± 0.300", ""],
         "kl_coef": ["0.5", "0.5", ""],
     }
     assert set(printed([], args)) == {"title", "caption"}

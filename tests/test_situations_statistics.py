@@ -1,5 +1,6 @@
 """Situations of users: numbers in the logs, tables and cards of a run, and a KL that something outside changes."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 import trl
 from accelerate import Accelerator
 from fault_tools import make
-from tiny import Arguments, tiny_model
+from tiny import Arguments, tiny_dataset, tiny_model
+from tiny_dpo import preferences
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -331,3 +333,152 @@ def test_without_a_kl_patches_are_the_users(algorithm: str, tmp_path: Path, monk
     trainer = make(algorithm, tmp_path, max_steps=2, **FIXED, **none, **probe)
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+# Names and tables
+
+
+def last_digit(completions: list, **columns: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+class Constant:
+    """A reward with a state."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __call__(self, completions: list, **columns: Any) -> list[float]:
+        return [self.value] * len(completions)
+
+
+def of_value(completions: list, value: float, **columns: Any) -> list[float]:
+    return [value] * len(completions)
+
+
+SAME_NAMES = {
+    "lambdas": [lambda completions, **_: [0.25] * len(completions), lambda completions, **_: [0.5] * len(completions)],
+    "partials": [functools.partial(of_value, value=0.25), functools.partial(of_value, value=0.5)],
+    "objects": [Constant(0.25), Constant(0.5)],
+}
+
+
+@pytest.mark.situation("trains on two rewards of one name: lambdas, partials, objects of one class", "right")
+@pytest.mark.parametrize("algorithm", ["grpo", pytest.param("ppo", marks=needs_ppo)])
+@pytest.mark.parametrize("kind", SAME_NAMES)
+def test_every_reward_is_logged(kind: str, algorithm: str, tmp_path: Path) -> None:
+    rewards = list(SAME_NAMES[kind])
+    make(algorithm, tmp_path, max_steps=1, reward=rewards, callbacks=[HistoryCallback()], **FIXED).train()
+    name = {"lambdas": "<lambda>", "partials": "of_value", "objects": "Constant"}[kind]
+    assert logged(tmp_path, f"rewards/{name}/mean") == [0.25]
+    assert logged(tmp_path, f"rewards/{name}_2/mean") == [0.5]
+
+
+@pytest.mark.situation("trains on two reward models whose paths end in one name", "right")
+def test_reward_models_of_one_name() -> None:
+    from trl_klx.trainers.reward_functions import distinct_names
+
+    model = torch.nn.Linear(1, 1)
+    assert distinct_names(["model", "model", "model_2", ""], [model] * 4) == ["model", "model_3", "model_2", "Linear"]
+
+
+@pytest.mark.situation("evaluates on several datasets, and keeps the best model by one of them", "right")
+@pytest.mark.parametrize("algorithm", ALL)
+def test_each_evaluation_set_has_its_own_keys(algorithm: str, tmp_path: Path) -> None:
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    own, best, data = ("kl/data_exact", "log_ratio/margin"), "eval_hard_log_ratio/margin", preferences
+    if algorithm != "dpo":
+        own, data = ("kl/sequence", "kl/k3", "reward", "rewards/digit_reward/mean"), tiny_dataset
+        best = "eval_hard_kl/sequence"
+    sets = {"easy": data(8), "hard": data(16).select(range(8, 16))}
+    kept = {"load_best_model_at_end": True, "metric_for_best_model": best, "per_device_eval_batch_size": 4}
+    trainer = make(algorithm, tmp_path, callbacks=[HistoryCallback()], eval_dataset=sets, **FIXED, **steps, **kept)
+    trainer.train()
+    history = read_history(tmp_path / "metrics.jsonl")
+    for name in own:
+        for prefix in ("eval_easy_", "eval_hard_"):
+            assert len(logged(tmp_path, prefix + name)) == 2, prefix + name
+        assert not logged(tmp_path, f"eval_{name}")
+    assert trainer.state.best_metric == max(logged(tmp_path, best))
+    if algorithm == "dpo":  # the probe answers the prompts of all of them together, once per evaluation
+        assert len(logged(tmp_path, "eval_kl/sequence")) == len(logged(tmp_path, "eval_probe/entropy")) == 2
+        assert not any("kl/sequence" in name and "easy" in name for entry in history for name in entry)
+
+
+def table_of(history: list[dict]) -> list[list[str]]:
+    """The summary table, by columns with their headers."""
+    from trl_klx.run.report import summary_table
+
+    table = summary_table(history, Arguments(kl_estimator="k3"))
+    return [[str(column.header), *(str(cell) for cell in column.cells)] for column in table.columns]
+
+
+def numbers(step: int, value: float, prefix: str = "") -> dict[str, float]:
+    names = ("reward", "rewards/f/mean", "kl/sequence", "kl/k3")
+    return {"step": step, **{f"{prefix}{name}": value for name in names}}
+
+
+TRAINED = [numbers(step, step / 100) for step in (10, 20, 30)]
+END = {"step": 30, "train_runtime": 7.0}
+
+
+@pytest.mark.situation(
+    "reads 'before' in the table or the model card of a run without an evaluation at step 0", "right"
+)
+@pytest.mark.parametrize(
+    ("history", "first", "last"),
+    [
+        (TRAINED, "steps 1 to 10", "steps 21 to 30"),
+        ([numbers(1, 0.1), numbers(2, 0.3)], "step 1", "step 2"),
+        ([*TRAINED, numbers(10, 0.1, "eval_"), numbers(20, 0.2, "eval_")], "after step 10", "after step 20"),
+        ([numbers(0, 0.1, "eval_"), *TRAINED, numbers(30, 0.2, "eval_")], "before", "after"),
+    ],
+)
+def test_first_and_last_say_of_which_steps_they_are(history: list[dict], first: str, last: str) -> None:
+    from trl_klx.hub.facts import rewards
+
+    columns = table_of([*history, END])
+    assert [column[0] for column in columns] == ["", first, last, "target"]
+    results = rewards([*history, END])
+    assert (results.first, results.last) == (first, last)
+    assert [row[1:] for row in results.rows] == [(columns[1][1], columns[2][1])]
+
+
+@pytest.mark.situation("reads the table, the card and the pictures of a run with several evaluation sets", "right")
+def test_tables_and_pictures_show_every_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl_klx.monitor import plots
+
+    history = [*TRAINED, END]
+    for step, value in ((0, 0.1), (30, 0.4)):
+        history += [numbers(step, value, "eval_easy_"), numbers(step, value + 0.5, "eval_hard_")]
+    labels, before, after, _ = table_of(history)
+    rows = {label: (one, two) for label, one, two in zip(labels, before, after, strict=True)}
+    assert rows["reward f (easy)"] == ("0.100", "0.400") and rows["reward f (hard)"] == ("0.600", "0.900")
+    assert rows["KL, nats per sequence (hard)"] == ("0.600", "0.900")
+    figures: dict[str, Any] = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.setdefault(path.name, figure))
+    plots.plot_run(history, tmp_path, target_unit="sequence")
+    for name in (plots.KL_CONTROL, plots.REWARD_VS_KL):
+        lines = {line.get_label(): list(line.get_ydata()) for line in figures[name].axes[0].lines}
+        assert lines["held out: easy"] == [0.1, 0.4] and lines["held out: hard"] == [0.6, 0.9]
+
+
+@pytest.mark.situation("gives reward_funcs as one plain name, in YAML or on the command line", "right")
+@pytest.mark.parametrize("place", ["yaml", "command line"])
+def test_one_reward_needs_no_brackets(place: str, tmp_path: Path) -> None:
+    from trl_klx.hub.card import write_card
+    from trl_klx.run.arguments import parse_recipe
+    from trl_klx.run.report import resolved_recipe
+    from trl_klx.trainers.grpo_config import KLXGRPOConfig
+
+    name = "trl_klx.rewards.exact_match"
+    recipe = tmp_path / "recipe.yaml"
+    line = f"reward_funcs: {name}\n" if place == "yaml" else ""
+    recipe.write_text(f"{line}output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\n")
+    more = [] if place == "yaml" else ["--reward_funcs", name]
+    parsed = parse_recipe("grpo", KLXGRPOConfig, ["--config", str(recipe), *more])
+    assert parsed.run.reward_funcs == [name]
+    settings = resolved_recipe(parsed)
+    for given in (settings, {**settings, "reward_funcs": name}):  # the second: a run of an older version
+        text = write_card(tmp_path, given, is_adapter=False).read_text()
+        assert f"Rewards: `{name}`." in text

@@ -176,7 +176,7 @@ def _data_text(settings: Settings, known: Known) -> str:
 
 
 def _reward_names(settings: Settings) -> list[str]:
-    names = list(settings.get("reward_funcs") or [])
+    names = _as_list(settings.get("reward_funcs") or [])
     model = settings.get("reward_model_path")
     return [f"`{without_path(name)}`" for name in (*names, *([model] if model else []))]
 

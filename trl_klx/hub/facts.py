@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..config import KLArguments
 from ..kl.gradients import gradient_sentence
+from ..monitor.history import set_name, when
 from .settings import Settings
 
 # A field that only one algorithm's config has.
@@ -143,8 +144,10 @@ def _weight(kl: RecordedKL) -> str:
 def _coefficient(kl: RecordedKL, history: list[dict]) -> str:
     name, start = ("beta", kl.dpo_beta) if kl.steers_beta else (kl.coef_name, kl.coef)
     last = [entry["kl/coef"] for entry in history if "kl/coef" in entry][-1:]
-    moved = kl.kl_controller != "fixed" and last
-    return f"{name} {start:g} at the start, {last[0]:.3g} at the end" if moved else f"{name} {start:g}"
+    if not last or (kl.kl_controller == "fixed" and math.isclose(last[0], start, rel_tol=1e-3)):
+        return f"{name} {start:g}"
+    by = ", set by a callback" if kl.kl_controller == "fixed" else ""
+    return f"{name} {start:g} at the start, {last[0]:.3g} at the end{by}"
 
 
 def _target(kl: RecordedKL) -> str:
@@ -205,29 +208,40 @@ def _source(kl: RecordedKL, entry: dict, prefix: str) -> str:
     count = entry.get(f"{prefix}kl/sequences")
     answers = "answers that the policy sampled" if count is None else f"{count:g} answers that the policy sampled"
     if prefix:
-        split = prefix.removeprefix("eval_").rstrip("_")
+        split = set_name(prefix)
         prompts = f"to held-out prompts{f' of {split}' if split else ''}"
     else:
         prompts = "to held-out prompts (the probe)" if kl.algorithm == "dpo" else "to training prompts"
     return f"{answers} {prompts}"
 
 
-def rewards(history: list[dict]) -> list[tuple[str, str, str]]:
-    """(name, first, last) of every reward function's mean, or of DPO's accuracy: held out where the run evaluated."""
+@dataclass(frozen=True)
+class Results:
+    """What the run raised: of which steps the first and the last value are, and (name, first, last) as text."""
+
+    first: str
+    last: str
+    rows: list[tuple[str, str, str]]
+
+
+def rewards(history: list[dict]) -> Results | None:
+    """Every reward function's mean, or DPO's accuracy: held out where the run evaluated; None where none was logged."""
     wanted = re.compile(r"((?:eval_(?:.+_)?)?)rewards/(?:(.+)/mean|(accuracies))")
     for held_out in (True, False):
-        seen: dict[str, list[float]] = {}
+        where = "held-out prompts" if held_out else "training batches"
+        seen: dict[str, list[tuple[float, dict]]] = {}
         for entry in history:
             for name, value in entry.items():
                 match = wanted.fullmatch(name)
                 if match and bool(match[1]) == held_out and isinstance(value, (int, float)):
-                    label = match[2] or "pairs ranked right"
-                    split = match[1].removeprefix("eval_").rstrip("_")
-                    seen.setdefault(f"{label} ({split})" if split else label, []).append(value)
+                    split = set_name(match[1])
+                    label = (match[2] or "pairs ranked right") + (f" ({split})" if split else "")
+                    seen.setdefault(f"{label}, {where}", []).append((value, entry))
         if seen:
-            where = "held-out prompts" if held_out else "training batches"
-            return [(f"{label}, {where}", f"{values[0]:.3f}", f"{values[-1]:.3f}") for label, values in seen.items()]
-    return []
+            values = next(iter(seen.values()))
+            rows = [(label, f"{found[0][0]:.3f}", f"{found[-1][0]:.3f}") for label, found in seen.items()]
+            return Results(when(history, values[0][1]), when(history, values[-1][1]), rows)
+    return None
 
 
 def _with_error(value: float | None, error: float | None) -> str:

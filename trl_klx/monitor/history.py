@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -63,3 +64,27 @@ def read_history(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return entries
+
+
+def evaluated_sets(history: list[dict], *metrics: str) -> list[str]:
+    """The prefixes under which evaluations logged one of `metrics`: eval_ and, of several sets, eval_<name>_."""
+    names = "|".join(map(re.escape, metrics))
+    wanted = re.compile(rf"(eval_(?:.+_)?)(?:{names})")
+    found = [match[1] for entry in history for name in entry if (match := wanted.fullmatch(name))]
+    return list(dict.fromkeys(found))
+
+
+def set_name(prefix: str) -> str:
+    """The name in such a prefix; empty where there is one set without a name."""
+    return prefix.removeprefix("eval_").removesuffix("_")
+
+
+def when(history: list[dict], entry: dict) -> str:
+    """Of what steps an entry is, for a table: before or after training, or the steps whose mean it is."""
+    step = int(entry.get("step", 0))
+    if any(name.startswith("eval_") for name in entry):
+        end = max(int(logged.get("step", 0)) for logged in history)
+        return {0: "before", end: "after"}.get(step, f"after step {step}")
+    earlier = [int(logged.get("step", 0)) for logged in history if not any(name.startswith("eval_") for name in logged)]
+    first = max((other for other in earlier if other < step), default=0) + 1
+    return f"step {step}" if first == step else f"steps {first} to {step}"

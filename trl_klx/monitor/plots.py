@@ -10,6 +10,9 @@ import matplotlib
 matplotlib.use("Agg")  # a training machine has no screen
 from matplotlib import pyplot as plt
 
+from .history import evaluated_sets, set_name
+
+_SET_COLORS = ("crimson", "darkorange", "purple", "teal", "black")
 _GROUP_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 REWARD_VS_KL, KL_CONTROL = "reward_vs_kl.png", "kl_control.png"
 
@@ -98,16 +101,25 @@ def _reward_vs_kl(history: list[dict], path: Path, gain: _Gain) -> Path:
         cmap="viridis",
         label=gain.source,
     )
-    held_out = [e for e in history if _finite(e, "eval_kl/sequence") and _finite(e, f"eval_{gain.metric}")]
-    if held_out:
-        kl = [math.sqrt(max(value, 0.0)) for value in _column(held_out, "eval_kl/sequence")]
-        axes.plot(kl, _column(held_out, f"eval_{gain.metric}"), "o-", color="crimson", markersize=7, label="held out")
+    for prefix, color, label in _held_out_sets(history, "kl/sequence"):
+        held_out = [e for e in history if _finite(e, f"{prefix}kl/sequence") and _finite(e, f"{prefix}{gain.metric}")]
+        kl = [math.sqrt(max(value, 0.0)) for value in _column(held_out, f"{prefix}kl/sequence")]
+        if held_out:
+            axes.plot(kl, _column(held_out, f"{prefix}{gain.metric}"), "o-", color=color, markersize=7, label=label)
     figure.colorbar(points, ax=axes, label="step")
     axes.set_xlabel("square root of the KL to the reference (nats per sequence)")
     axes.set_ylabel(gain.label)
     axes.legend()
     axes.grid(alpha=0.3)
     return _save(figure, path)
+
+
+def _held_out_sets(history: list[dict], metric: str) -> list[tuple[str, str, str]]:
+    """(prefix, colour, label) of each evaluation set that has a metric."""
+    prefixes = evaluated_sets([{n: v for n, v in e.items() if _finite(e, n)} for e in history], metric)
+    names = [set_name(prefix) for prefix in prefixes]
+    labels = [f"held out: {name}" if name else "held out" for name in names]
+    return list(zip(prefixes, cycle(_SET_COLORS), labels, strict=False))
 
 
 def _draw_kl(axes: plt.Axes, history: list[dict], name: str, source: str) -> None:
@@ -118,9 +130,9 @@ def _draw_kl(axes: plt.Axes, history: list[dict], name: str, source: str) -> Non
     low = [value - 2 * e for value, e in zip(kl, error, strict=True)]
     high = [value + 2 * e for value, e in zip(kl, error, strict=True)]
     axes.fill_between(steps, low, high, alpha=0.2, color="tab:blue", label="± 2 standard errors")
-    held_out = [entry for entry in history if _finite(entry, f"eval_{name}")]
-    if held_out:
-        axes.plot(_column(held_out, "step"), _column(held_out, f"eval_{name}"), "o", color="crimson", label="held out")
+    for prefix, color, label in _held_out_sets(history, name):
+        held_out = [entry for entry in history if _finite(entry, f"{prefix}{name}")]
+        axes.plot(_column(held_out, "step"), _column(held_out, f"{prefix}{name}"), "o", color=color, label=label)
     targets = [entry for entry in history if _finite(entry, "kl/target")]
     if targets:
         axes.step(_column(targets, "step"), _column(targets, "kl/target"), "--", color="black", label="target")

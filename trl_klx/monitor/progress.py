@@ -2,6 +2,8 @@
 
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .history import evaluated_sets, set_name
+
 # (label, metric), as far as logged: DPO has a margin instead of a reward. In evaluation they carry the prefix eval_.
 _SHOWN = (("reward", "reward"), ("gold", "rewards/gold/mean"), ("margin", "rewards/margins"), ("kl/seq", "kl/sequence"))
 
@@ -30,8 +32,8 @@ class KLProgressCallback(ProgressCallback):
         shown = {label: f"{logs[name]:.3g}" for label, name in self._shown if logs.get(name) is not None}
         if shown:
             self.training_bar.set_postfix(shown)
-        evaluated = [
-            f"{label} {logs[f'eval_{name}']:.3g}" for label, name in self._shown if logs.get(f"eval_{name}") is not None
-        ]
-        if evaluated:
-            self.training_bar.write(f"step {state.global_step}, held out: {', '.join(evaluated)}")
+        for prefix in evaluated_sets([logs], *(name for _, name in self._shown)):
+            values = [(label, logs.get(prefix + name)) for label, name in self._shown]
+            numbers = ", ".join(f"{label} {value:.3g}" for label, value in values if value is not None)
+            of_set = f" ({set_name(prefix)})" if set_name(prefix) else ""
+            self.training_bar.write(f"step {state.global_step}, held out{of_set}: {numbers}")

@@ -49,6 +49,10 @@ class RunArguments(ScriptArguments):
         default=None, metadata={"help": "Accelerate file whose layout a dry run plans for (`trl-klx` starts it)."}
     )
 
+    def __post_init__(self) -> None:
+        if isinstance(self.reward_funcs, str):  # YAML with one name and no brackets
+            self.reward_funcs = [self.reward_funcs]
+
 
 class Recipe(NamedTuple):
     """A parsed recipe: dataset and rewards, the config of the trainer, and how the model is loaded."""

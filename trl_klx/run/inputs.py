@@ -145,7 +145,7 @@ def _read_rewards(algorithm: str, recipe: Recipe, found: Findings) -> tuple[list
                 "evaluation: remove it, or use GRPO or PPO."
             )
         return [], None
-    names = [run.reward_funcs] if isinstance(run.reward_funcs, str) else run.reward_funcs or []
+    names = run.reward_funcs or []
     has_model = getattr(args, "reward_model_path", None) is not None
     if not names and not has_model:
         missing = (

@@ -1,6 +1,7 @@
 """What a run leaves behind: the resolved recipe at its start, a table and pictures at its end."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -9,7 +10,7 @@ from rich.table import Table
 from ..config import KLArguments
 from ..hub.settings import Settings, plain_settings
 from ..monitor.health import HEALTH_FILE
-from ..monitor.history import HISTORY_FILE, read_history
+from ..monitor.history import HISTORY_FILE, evaluated_sets, read_history, set_name, when
 from ..monitor.plots import group_names, plot_run
 from .arguments import Recipe
 
@@ -60,42 +61,61 @@ def health_lines(folder: Path, args: KLArguments) -> list[str]:
 
 
 def summary_table(history: list[dict], args: KLArguments) -> Table:
-    """Before and after, on held-out prompts where the run evaluated, else on its first and last training batches."""
-    evaluated = [entry for entry in history if any(f"eval_{name}" in entry for name in _EVERY_BATCH)]
-    held_out = len(evaluated) >= 2
-    entries = evaluated if held_out else [entry for entry in history if any(name in entry for name in _EVERY_BATCH)]
-    prefix, source = ("eval_", "held-out prompts") if held_out else ("", "training batches")
-    if not held_out and entries and "rewards/accuracies" in entries[-1]:
+    """First and last, on held-out prompts where the run evaluated twice, else on its training batches."""
+    read = {prefix: _logged(history, prefix) for prefix in evaluated_sets(history, *_EVERY_BATCH)}
+    read = {prefix: entries for prefix, entries in read.items() if len(entries) >= 2}
+    source = "held-out prompts"
+    if not read:
+        read, source = {"": _logged(history, "")}, "training batches"
+    entries = next(iter(read.values()))
+    if "rewards/accuracies" in (entries or [{}])[-1]:
         source += "; KL of answers to held-out prompts"  # DPO's probe
     title = f"{args.kl_estimator} KL in {args.kl_placement}, {args.kl_controller} {args.kl_coef_name}"
     table = Table("", title=title, caption=f"mean ± standard error, {source}")
-    for column in ("before", "after", "target"):
+    ends = [when(history, entry) for entry in (entries[0], entries[-1])] if entries else ["before", "after"]
+    for column in (*ends, "target"):
         table.add_column(column, justify="right")
     if not entries:
         return table
-    ends = entries[0], entries[-1]
-    for label, name in _gains(entries[-1], prefix):
-        table.add_row(label, *(_number(entry, prefix + name) for entry in ends), "")
+    for prefix, logged in read.items():
+        for row in _set_rows(history, prefix, logged, args):
+            table.add_row(*row)
+    coefs = [entry["kl/coef"] for entry in history if "kl/coef" in entry]
+    if coefs:
+        start = args.kl_coef_start if ends[0] == "before" else coefs[0]
+        table.add_row(args.kl_coef_name, f"{start:.3g}", f"{coefs[-1]:.3g}", "")
+    seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
+    if seconds:
+        table.add_row("steps", "0" if ends[0] == "before" else "", str(history[-1]["step"]), "")
+        table.add_row("seconds", "", f"{seconds[-1]:.0f}", "")
+    return table
+
+
+def _logged(history: list[dict], prefix: str) -> list[dict]:
+    """The entries of an evaluation set, or of training."""
+    return [entry for entry in history if any(f"{prefix}{name}" in entry for name in _EVERY_BATCH)]
+
+
+def _set_rows(history: list[dict], prefix: str, entries: list[dict], args: KLArguments) -> Iterator[tuple[str, ...]]:
+    """Rows of gains and KL, first and last; of several sets, each has its name behind the label."""
+    name = set_name(prefix) if prefix else ""
+    of_set = f" ({name})" if name else ""
+    for label, metric in _gains(entries[-1], prefix):
+        yield label + of_set, _number(entries[0], prefix + metric), _number(entries[-1], prefix + metric), ""
     # DPO measures the KL now and then, so that not every training batch has it.
     measured = [entry for entry in entries if f"{prefix}kl/sequence" in entry] or entries
     ends = measured[0], measured[-1]
+    if (ends[0]["step"], ends[1]["step"]) != (entries[0]["step"], entries[-1]["step"]):
+        of_set += f", {when(history, ends[0])} and {when(history, ends[1])}"
     one_target = args.kl_target is not None and not args.kl_group_column
     target = f"{args.kl_target:g}" if one_target else ""
-    for unit, name in (("sequence", "kl/sequence"), ("token", f"kl/{args.kl_reading}")):
-        numbers = (_number(entry, prefix + name, f"{prefix}{name}_se") for entry in ends)
-        table.add_row(f"KL, nats per {unit}", *numbers, target if unit == args.kl_target_unit else "")
+    for unit, metric in (("sequence", "kl/sequence"), ("token", f"kl/{args.kl_reading}")):
+        numbers = (_number(entry, prefix + metric, f"{prefix}{metric}_se") for entry in ends)
+        yield f"KL, nats per {unit}{of_set}", *numbers, target if unit == args.kl_target_unit else ""
     for group in group_names([ends[-1]]):
-        name, own = f"{prefix}kl_groups/{group}/{args.kl_target_unit}", args.kl_target_of(group)
-        numbers = (_number(entry, name, f"{name}_se") for entry in ends)
-        table.add_row(f"  of {group}, nats per {args.kl_target_unit}", *numbers, "" if own is None else f"{own:g}")
-    coefs = [entry["kl/coef"] for entry in history if "kl/coef" in entry]
-    if coefs:
-        table.add_row(args.kl_coef_name, f"{args.kl_coef_start:.3g}", f"{coefs[-1]:.3g}", "")
-    seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
-    if seconds:
-        table.add_row("steps", "0", str(history[-1]["step"]), "")
-        table.add_row("seconds", "", f"{seconds[-1]:.0f}", "")
-    return table
+        metric, own = f"{prefix}kl_groups/{group}/{args.kl_target_unit}", args.kl_target_of(group)
+        numbers = (_number(entry, metric, f"{metric}_se") for entry in ends)
+        yield f"  of {group}, nats per {args.kl_target_unit}{of_set}", *numbers, "" if own is None else f"{own:g}"
 
 
 def _gains(entry: dict, prefix: str) -> list[tuple[str, str]]:

@@ -111,6 +111,7 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
         self._data_kl: dict[str, Tensor] = {}  # sums per prompt of all processes, since the last log
         self._exact = self._exact_forward() if args.kl_needs_exact else None
         self._probed_at: int | None = None
+        self._evaluates_splits = False  # one after the other
         self._probe = self._make_probe() if args.kl_probe_steps is not None else None
         self._pairs = PairStatistics(self.accelerator)
         self._watch_health(self.model, gain="log_ratio/margin", entropy="probe/entropy", tokenizer=self._tokenizer)
@@ -234,7 +235,7 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         sums = self._data_kl.pop(self._mode, None)
         if sums is not None:
-            prefix = "" if self._mode == "train" else "eval_"
+            prefix = "" if self._mode == "train" else f"{self._eval_prefix}_"
             name = "data_exact" if self.kl_term.direction == "reverse" else "data_exact_forward"
             summary = summarise(prompt_moments(sums), ("exact",))["exact"]
             numbers = {f"kl/{name}": summary.per_token, f"kl/{name}_se": summary.per_token_se}
@@ -266,11 +267,23 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
             self._run_probe("train")
         return super().training_step(*args, **kwargs)
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         # Trainer comes back here once for each named split, by its name.
-        if self._probe is not None and not isinstance(eval_dataset, str):
-            self._run_probe("eval")
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        if self._probe is None or isinstance(eval_dataset, str) or self._evaluates_splits:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._run_probe("eval")
+        if not isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        of_all: dict[str, float] = {}  # the probe's prompts are those of all splits together
+        self._eval_prefix, self._evaluates_splits = metric_key_prefix, True
+        try:
+            with self._evaluating():
+                self.log(of_all)
+            return {**super().evaluate(eval_dataset, ignore_keys, metric_key_prefix), **of_all}
+        finally:
+            self._evaluates_splits = False
 
     def _run_probe(self, mode: str) -> None:
         """Sample with the policy as it is now, measure the KL there, and leave everything else as it was."""

@@ -8,6 +8,7 @@ from trl import GRPOTrainer
 from .check_inputs import check_inputs, check_lengths
 from .check_rows import check_prompts
 from .reward_calls import checked
+from .reward_functions import distinct_names
 from .reward_models import RewardModels
 from .vocabulary import KnownPromptTokens
 
@@ -33,6 +34,7 @@ class CheckedGRPOTrainer(RewardModels, KnownPromptTokens, GRPOTrainer):
         more = any(kwargs.get(name) is not None for name in ("rollout_func", "environment_factory"))
         check_inputs("grpo", args, train_dataset, eval_dataset, rewards, more=more)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *positional, **kwargs)
+        self.reward_func_names = distinct_names(self.reward_func_names, self.reward_funcs)
         check_lengths("grpo", args, train_dataset, eval_dataset, self._tokenizer, self.model.config)  # type: ignore[union-attr]
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:

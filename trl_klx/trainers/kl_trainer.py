@@ -85,9 +85,20 @@ class KLControlledTrainer(GuardedSteps, ResumedRun, ResumedReference, HubPushes)
         kept = self.kl.budget.checkpoint
         return super()._kept_checkpoints() | ({Path(kept)} if kept else set())
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        # Of several datasets, transformers evaluates each under a prefix of its own.
+        self._eval_prefix = metric_key_prefix
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
         prefix = "" if mode == "train" else f"{self._eval_prefix}_"
+        if prefix not in ("", "eval_"):  # TRL knows eval_ alone: one dataset's numbers would replace another's
+            drop_non_finite(self._metrics[mode])
+            logs.update({f"{prefix}{name}": sum(values) / len(values) for name, values in self._metrics[mode].items()})
+            self._metrics[mode].clear()
         logs.update({f"{prefix}{name}": value for name, value in self.kl.metrics(mode).items()})
         if mode == "train" and self.args.kl_health:
             logs.update(self._health_metrics())

@@ -183,13 +183,6 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         self._make_rollout(inputs)
         return None, None, None
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        # Of several datasets, transformers evaluates each under a prefix of its own.
-        self._eval_prefix = metric_key_prefix
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         mode = self._mode
         prefix = "" if mode == "train" else f"{self._eval_prefix}_"

@@ -1,6 +1,7 @@
 """Rewards as GRPO's users give them: Python functions, sync or async, and reward models, several and weighted."""
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ class RewardFunctions:
         if not rewards:
             raise ValueError("there is no reward: pass reward_funcs, or reward_model.")
         self.rewards = list(rewards)
-        self.names = [_name(reward) for reward in self.rewards]
+        self.names = distinct_names([_name(reward) for reward in self.rewards], self.rewards)
         self.weights = [1.0] * len(self.rewards) if weights is None else [float(weight) for weight in weights]
         tokenizers = [None] * len(self.rewards) if tokenizers is None else tokenizers
         for what, given in (("reward_weights", self.weights), ("reward_processing_classes", tokenizers)):
@@ -103,9 +104,20 @@ def finite_rewards(rewards: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[
     return rewards.masked_fill(infinite, torch.nan), counts
 
 
+def distinct_names(names: Sequence[str], rewards: Sequence[Any]) -> list[str]:
+    """A name for each reward that no other has, for the log: of several with one name (lambdas, say), the second is
+    `<name>_2`; a model in memory without a name is called by its class."""
+    found: list[str] = []
+    for name, reward in zip(names, rewards, strict=True):
+        name = name or type(reward).__name__
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        found.append(name if name not in found else next(other for other in numbered if other not in (*found, *names)))
+    return found
+
+
 def _name(reward: Any) -> str:
     if isinstance(reward, nn.Module):
-        return get_config_model_id(reward.config).split("/")[-1] or type(reward).__name__  # type: ignore[arg-type]
+        return get_config_model_id(reward.config).split("/")[-1]  # type: ignore[arg-type]
     return get_callable_name(reward)
 
 

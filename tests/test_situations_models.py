@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from fault_tools import ALGORITHMS, make
 from peft import (
     AdaLoraConfig,
@@ -26,8 +28,25 @@ from peft import (
 from tiny import tiny_model
 from tiny_dpo import drift, make_trainer
 from torch import Tensor, nn
+from transformers import (
+    BartForCausalLM,
+    CohereForCausalLM,
+    Gemma2ForCausalLM,
+    GPT2LMHeadModel,
+    GPTJForCausalLM,
+    GraniteForCausalLM,
+    MambaForCausalLM,
+    OPTForCausalLM,
+    PegasusForCausalLM,
+    PreTrainedModel,
+    Qwen3ForCausalLM,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl.trainer.utils import use_adapter
 
+from trl_klx.kl import exact_kl
+from trl_klx.trainers.exact_forward import ExactKLForward
+from trl_klx.trainers.output_head import call_as_forward, whole
 from trl_klx.trainers.trl_compat import FUSED_LM_HEAD
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -199,3 +218,148 @@ def test_an_adapter_that_changes_the_base_is_made_by_the_user(algorithm: str, in
     config = LoraConfig(r=2, target_modules=TWO, init_lora_weights=init, task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match=rf"init_lora_weights='{init}' changes the base model.*get_peft_model"):
         make(algorithm, tmp_path, peft_config=config)
+
+
+def hooked_model() -> PreTrainedModel:
+    """As `device_map` leaves a model, with accelerate's hooks around each module; here every device is the CPU."""
+    model = tiny_model()
+    for module in (model, model.model, *model.model.layers, model.lm_head):
+        add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    return model
+
+
+def kl_of_a_run(algorithm: str, folder: Path, model: Any, **more: Any) -> list[float]:
+    """The exact KL of each step."""
+    trainer = make(algorithm, folder, model=model, max_steps=2, **exact(algorithm), **more)
+    trainer.train()
+    return [row["kl/exact"] for row in trainer.state.log_history if "kl/exact" in row]
+
+
+@pytest.mark.situation("spreads the model over devices (device_map) with the exact KL", "right")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_hooks_of_accelerate_change_nothing(algorithm: str, tmp_path: Path) -> None:
+    plain = kl_of_a_run(algorithm, tmp_path / "plain", tiny_model())
+    hooked = kl_of_a_run(algorithm, tmp_path / "hooked", hooked_model())
+    assert hooked == pytest.approx(plain, rel=1e-5, abs=1e-9)
+    assert plain[1] > 1e-3
+
+
+def test_head_on_another_device_than_its_input() -> None:
+    """The function that stands in for the head runs inside accelerate's hook, with the weights in place."""
+    head = nn.Linear(4, 3)
+    weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
+    cpu_offload(head, "cpu")
+    assert head.weight.is_meta
+    seen = call_as_forward(head, lambda hidden: head.weight.sum() + hidden.sum(), torch.ones(2))
+    assert seen.item() == pytest.approx(float(weight.sum()) + 2)
+    assert head.weight.is_meta
+    read = whole(head)
+    assert torch.equal(read[0], weight)
+    assert torch.equal(read[1], bias)
+
+
+@pytest.mark.situation("gives a reference whose weights are offloaded, with the exact KL", "right")
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "grpo"])  # GRPO takes no reference
+def test_an_offloaded_reference(algorithm: str, tmp_path: Path) -> None:
+    plain = kl_of_a_run(algorithm, tmp_path / "plain", tiny_model(), ref_model=tiny_model(1))
+    reference = cpu_offload(tiny_model(1), "cpu")
+    reference.hf_device_map = {"model": "cpu", "lm_head": "disk"}  # as from_pretrained notes it
+    offloaded = kl_of_a_run(algorithm, tmp_path / "offloaded", tiny_model(), ref_model=reference)
+    assert offloaded == pytest.approx(plain, rel=1e-5)
+    assert plain[0] > 0.1
+
+
+@pytest.mark.situation("compiles the model (torch_compile)", "right")
+@pytest.mark.parametrize(("estimator", "has_adapter"), [("exact", False), ("exact", True), ("k3", True)])
+def test_compiled_dpo_is_dpo(estimator: str, has_adapter: bool, tmp_path: Path) -> None:
+    options = {"max_steps": 1, "kl_coef": 0.7 if estimator == "exact" else 0.0}
+    runs = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        models = {"model": adapted("LoRA")} if has_adapter else {"model": tiny_model(), "ref_model": tiny_model(1)}
+        trainer = make_trainer(folder=tmp_path, **models, **options, **compiled)
+        trainer.train()
+        runs.append(next(row for row in trainer.state.log_history if "loss" in row))
+    for key in ("loss", "grad_norm", "log_ratio/margin"):
+        assert runs[1][key] == pytest.approx(runs[0][key], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.situation("compiles the model (torch_compile)", "right")
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "dpo"])
+def test_compiled_exact_kl_is_the_exact_kl(algorithm: str, tmp_path: Path) -> None:
+    plain = kl_of_a_run(algorithm, tmp_path / "plain", tiny_model())
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    assert kl_of_a_run(algorithm, tmp_path / "c", tiny_model(), **compiled) == pytest.approx(plain, rel=1e-4, abs=1e-7)
+
+
+DECODER = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "d_model": 16}
+COMMON = {"vocab_size": 23, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+LAYERS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4}
+HIDDEN = {"intermediate_size": 32, "num_key_value_heads": 1}
+# Decoders that run past `base_model`, heads with a bias, tied ones, and logits that are scaled or capped.
+ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
+    "OPT": (OPTForCausalLM, {**LAYERS, "ffn_dim": 32, "word_embed_proj_dim": 8}),
+    "BART": (BartForCausalLM, {**DECODER, "is_decoder": True}),
+    "Pegasus": (PegasusForCausalLM, {**DECODER, "is_decoder": True}),
+    "GPT-J, a head with a bias": (GPTJForCausalLM, GPT),
+    "GPT-2, a tied head": (GPT2LMHeadModel, {**GPT, "n_positions": 64}),
+    "Gemma 2, capped logits": (Gemma2ForCausalLM, {**LAYERS, **HIDDEN, "head_dim": 8, "final_logit_softcapping": 3.0}),
+    "Cohere, scaled logits": (CohereForCausalLM, {**LAYERS, **HIDDEN, "logit_scale": 0.25}),
+    "Granite, divided logits": (GraniteForCausalLM, {**LAYERS, **HIDDEN, "logits_scaling": 4.0}),
+    "Mamba": (MambaForCausalLM, {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}),
+}
+
+
+def architecture(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model_class, shape = ARCHITECTURES[name]
+    return model_class(model_class.config_class(**COMMON, **shape, initializer_range=0.3, init_std=0.3, **changes))
+
+
+@pytest.mark.situation("takes the exact KL of a decoder of another architecture", "right")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_exact_kl_of_architectures(name: str) -> None:
+    policy, reference = architecture(name), architecture(name, seed=1)
+    wanted = exact_kl(2.0 * policy.eval()(IDS).logits, 2.0 * reference.eval()(IDS).logits)
+    forward = ExactKLForward(policy, reference, temperature=0.5, direction="reverse")
+    forward.check()
+    mask = torch.ones(1, IDS.size(1) - 1)
+    with forward.hidden_states(reference, mask.size(1)) as ref_hidden:
+        reference(IDS)
+    with forward.exact_kl(policy, ref_hidden[0], mask, with_grad=True) as found:
+        policy(IDS)
+    torch.testing.assert_close(found[0], wanted[:, :-1], rtol=1e-4, atol=1e-5)
+    assert wanted.mean() > 0.1
+
+
+@pytest.mark.situation("takes the exact KL of a decoder of another architecture", "right")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_exact_kl_of_opt_in_training(algorithm: str, tmp_path: Path) -> None:
+    kl = kl_of_a_run(algorithm, tmp_path, architecture("OPT", dropout=0.0))
+    assert kl[0] == pytest.approx(0.0, abs=1e-6)
+    assert kl[1] > 1e-5
+
+
+class OddHead(Qwen3ForCausalLM):
+    """Does more to its logits than its config says."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = 3.0 * output.logits
+        return output
+
+
+class HiddenHead(Qwen3ForCausalLM):
+    """Does not call its head."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        hidden = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+        return CausalLMOutputWithPast(logits=nn.functional.linear(hidden, self.lm_head.weight))
+
+
+@pytest.mark.situation("takes the exact KL of a model whose head does more than is known", "refused")
+@pytest.mark.parametrize("model_class", [OddHead] if FUSED_LM_HEAD else [OddHead, HiddenHead])
+def test_exact_kl_refuses_what_it_does_not_know_before_the_first_step(model_class: type, tmp_path: Path) -> None:
+    model = model_class(tiny_model().config)
+    with pytest.raises(ValueError, match=rf"{model_class.__name__}.*use kl_estimator k1, k2 or k3"):
+        make("dpo", tmp_path, model=model)

@@ -1,6 +1,7 @@
 """The exact KL computed inside the policy's forward, where DDP and its kin see every parameter that is used.
 
-The reference's hidden states (B, C, H) are kept from its scoring pass and go through its output head chunk by chunk.
+The reference's hidden states (B, C, H), what its output head is given, are kept from its scoring pass and go through
+that head chunk by chunk.
 Where the policy's forward returns logits (TRL below 1.16), the KL is taken from them (`chunked_exact_kl_from_logits`);
 where it does not, from the hidden states of its backbone (`chunked_exact_kl`). The result rides out on the model's
 output, as a field of a subclass of the output's own class: wrappers rebuild outputs from their declared fields, and
@@ -21,7 +22,9 @@ from transformers import PreTrainedModel, Trainer
 
 from ..kl import chunked_exact_kl, chunked_exact_kl_from_logits
 from ..kl.exact import Direction
-from .output_head import call_as_forward, check_heads, logit_transform, reshard, whole
+from .output_head import WITHOUT_EXACT, call_as_forward, check_heads, logit_transform, reshard, whole
+from .reference import causal_lm
+from .trl_compat import FUSED_LM_HEAD
 
 
 @dataclass
@@ -40,6 +43,21 @@ class _Request:
     def take(self, rows: int) -> tuple[Tensor, Tensor]:
         start, self.next_row = self.next_row, self.next_row + rows
         return self.ref_hidden[start : self.next_row], self.mask[start : self.next_row].bool()
+
+
+def exact_kl_between(trainer: Any, policy: nn.Module, *, temperature: float, direction: Direction) -> "ExactKLForward":
+    """The exact KL of a trainer's policy to its reference.
+
+    Raises:
+        ValueError: it cannot be computed for this model, or for this kind of sharding.
+    """
+    check_sharding(trainer)
+    causal = causal_lm(policy)
+    reference = causal if trainer.ref_model is None else causal_lm(trainer.accelerator.unwrap_model(trainer.ref_model))
+    exact = ExactKLForward(causal, reference, temperature=temperature, direction=direction)
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # there the first step looks
+        exact.check()
+    return exact
 
 
 class ExactKLForward:
@@ -67,23 +85,54 @@ class ExactKLForward:
         check_heads(policy, reference)
         self._wrap_forward()
 
-    def _keep_hidden(self, backbone: nn.Module, args: tuple, output) -> None:
+    def _keep_backbone_hidden(self, backbone: nn.Module, args: tuple, output) -> None:
         self._hidden = output.last_hidden_state
 
+    def _keep_head_hidden(self, head: nn.Module, args: tuple) -> None:
+        self._hidden = args[0]
+
     def _wrap_forward(self) -> None:
-        # The function and not the bound method: a copy of the model must run itself, not this one.
-        original = self._policy.forward.__func__  # type: ignore[attr-defined]
+        kept = f"_forward_{id(self)}"
+        # Kept on the model: a copy of the model has a copy of it, which is bound to that copy.
+        setattr(self._policy, kept, self._policy.forward)
 
         # Same signature: `generate` validates its model arguments against it.
         @functools.wraps(type(self._policy).forward)
         def forward(model, *args, **kwargs):
+            original = getattr(model, kept)
             if self._request is None or self._request.is_served or model is not self._policy:
-                return original(model, *args, **kwargs)
+                return original(*args, **kwargs)
             reshard(model.get_output_embeddings())
-            output = original(model, *args, **kwargs)
+            output = original(*args, **kwargs)
             return _with_exact_kl(output, self._exact_kl(output))
 
         self._policy.forward = types.MethodType(forward, self._policy)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Run the policy on a few tokens, before it is sharded, to see that what its head does is known.
+
+        Raises:
+            ValueError: it is not.
+        """
+        policy, training = self._policy, self._policy.training
+        ids = torch.arange(4, device=policy.get_input_embeddings().weight.device).unsqueeze(0)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        policy.eval()
+        try:
+            with self._capture(policy, lambda *_: None):
+                output = policy(**inputs)
+                hidden = self._completion_hidden(ids.size(1) - 1)
+                self._check_projection(hidden, output)
+                if FUSED_LM_HEAD:
+                    policy.base_model(**inputs)
+                    if not _are_close(self._completion_hidden(ids.size(1) - 1), hidden):
+                        raise ValueError(
+                            f"TRL's fused head reads other hidden states of {type(policy).__name__} than the model's "
+                            f"own head does: {WITHOUT_EXACT}."
+                        )
+        finally:
+            policy.train(training)
 
     @contextmanager
     def hidden_states(self, model: nn.Module, completion_length: int) -> Iterator[list[Tensor]]:
@@ -129,19 +178,27 @@ class ExactKLForward:
     @contextmanager
     def _capture(self, model: nn.Module, hook) -> Iterator[None]:
         # Only while scoring: generation runs the backbone too, and a copy of the model must not carry our hooks.
-        backbones = {id(m.base_model): m.base_model for m in (self._policy, self._reference)}.values()
-        handles = [backbone.register_forward_hook(self._keep_hidden) for backbone in backbones]
+        models = {id(model): model for model in (self._policy, self._reference)}.values()
+        heads = [model.get_output_embeddings() for model in models]
+        handles = [head.register_forward_pre_hook(self._keep_head_hidden) for head in heads]
+        if FUSED_LM_HEAD:  # which reads the head's weights and does not call it
+            handles += [model.base_model.register_forward_hook(self._keep_backbone_hidden) for model in models]
         handles.append(model.register_forward_hook(hook))
         try:
-            yield
+            # A compiled model (torch_compile) keeps graphs that know nothing of hooks which came later.
+            with torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
             self._hidden = None
 
     def _completion_hidden(self, length: int) -> Tensor:
-        if self._hidden is None:
-            raise RuntimeError(f"{type(self._policy).__name__} ran without its backbone, so no hidden state was seen.")
+        if self._hidden is None or self._hidden.dim() != 3:
+            raise ValueError(
+                f"{type(self._policy).__name__} does not call its output head with the hidden states of all tokens, "
+                f"which the exact KL reads there: {WITHOUT_EXACT}."
+            )
         return self._hidden[:, -length - 1 : -1]
 
     def _exact_kl(self, output) -> Tensor:
@@ -150,7 +207,8 @@ class ExactKLForward:
             raise RuntimeError("exact KL was computed without a request.")
         hidden = self._completion_hidden(request.mask.size(1))
         ref_hidden, mask = request.take(hidden.size(0))
-        self._check_projection(hidden, output)
+        if not self._checked:
+            self._check_projection(hidden, output)
         logits = getattr(output, "logits", None)  # TRL >= 1.16's fused head returns none
         with torch.set_grad_enabled(torch.is_grad_enabled() and request.with_grad):
             if logits is None:
@@ -170,12 +228,13 @@ class ExactKLForward:
     def _from_hidden(self, hidden: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
         """(B, C) from the hidden states of both, (B, C, H)."""
         head = self._policy.get_output_embeddings()
+        ref_hidden, mask = ref_hidden.to(hidden.device), mask.to(hidden.device)
 
         def kl(hidden_NH: Tensor, ref_weight: Tensor, ref_bias: Tensor | None) -> Tensor:
             return chunked_exact_kl(
                 hidden_NH,
                 head.weight,
-                ref_hidden[mask],
+                ref_hidden[mask].to(hidden_NH.device),
                 ref_weight,
                 bias=head.bias,
                 ref_bias=ref_bias,
@@ -190,6 +249,7 @@ class ExactKLForward:
         Takes them whole, the last one included, because a slice or a selection would copy them, forward and backward.
         """
         length = mask.size(1)
+        ref_hidden, mask = ref_hidden.to(logits.device), mask.to(logits.device)
         rows = mask.new_zeros(logits.shape[:-1])
         rows[:, logits.size(1) - length - 1 : logits.size(1) - 1] = mask
 
@@ -205,34 +265,40 @@ class ExactKLForward:
         head, ref_head = self._policy.get_output_embeddings(), self._reference.get_output_embeddings()
         if ref_head is head:  # read inside, where the head's own hooks have gathered them
             return call_as_forward(head, lambda policy: kl(policy, head.weight.detach(), head.bias), policy)
-        weights = whole(ref_head)
-        if in_policy_head:
-            return call_as_forward(head, lambda policy: kl(policy, *weights), policy)
-        return kl(policy, *weights)
+        weight, bias = whole(ref_head)
+
+        def on_its_device(policy: Tensor) -> Tensor:
+            return kl(policy, weight.to(policy.device), None if bias is None else bias.to(policy.device))
+
+        return call_as_forward(head, on_its_device, policy) if in_policy_head else on_its_device(policy)
 
     def _check_projection(self, hidden: Tensor, output) -> None:
-        """Once, on one token: our projection of the hidden state is the logits the model itself returns."""
+        """On one token: our projection of the hidden state is the logits the model itself returns."""
         logits = getattr(output, "logits", None)  # TRL >= 1.16's fused head returns none
-        if self._checked or logits is None or hidden.size(1) == 0:
+        if logits is None or hidden.size(1) == 0:
             return
-        self._checked = True
-        head = self._policy.get_output_embeddings()
+        self._checked, kept = True, self._hidden
         with torch.no_grad():
-            ours = head(hidden[:1, -1]).float() * self._logit_scale
+            ours = self._policy.get_output_embeddings()(hidden[:1, -1]).float() * self._logit_scale
             if self._softcap is not None:
                 ours = torch.tanh(ours / self._softcap) * self._softcap
-        theirs = logits[:1, -2].detach().float()
-        if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max())):
+        self._hidden = kept
+        if not _are_close(ours, logits[:1, -2].detach().float()):
             raise ValueError(
-                f"{type(self._policy).__name__} transforms its logits in a way that exact KL does not know: use "
-                "kl_estimator k1, k2 or k3, and please report the architecture."
+                f"{type(self._policy).__name__} transforms its logits in a way that the exact KL does not know: "
+                f"{WITHOUT_EXACT}, and please report the architecture."
             )
+
+
+def _are_close(ours: Tensor, theirs: Tensor) -> bool:
+    atol = 2e-2 * float(theirs.abs().max())
+    return ours.shape == theirs.shape and torch.allclose(ours.to(theirs.device), theirs, rtol=2e-2, atol=atol)
 
 
 def _scattered(kl_N: Tensor, mask: Tensor) -> Tensor:
     """Per-token values at their places in (B, C), 0 elsewhere."""
     # masked_scatter keeps an all-masked batch connected to the graph, which DDP needs.
-    return kl_N.new_zeros(mask.shape).masked_scatter(mask, kl_N)
+    return kl_N.new_zeros(mask.shape).masked_scatter(mask.to(kl_N.device), kl_N)
 
 
 def check_sharding(trainer: Trainer) -> None:
@@ -241,7 +307,7 @@ def check_sharding(trainer: Trainer) -> None:
     if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(
             f"fsdp_version={plugin.fsdp_version} flattens the output head, which the exact KL reads: use fsdp_version "
-            "2, DDP or DeepSpeed, or kl_estimator k1, k2 or k3 (in DPO kl_coef 0, with kl_monitor=['k1', 'k3'])."
+            f"2, DDP or DeepSpeed; or {WITHOUT_EXACT}."
         )
 
 

@@ -16,7 +16,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from ..kl import importance_weights, kl_estimate, leave_one_out_baseline
 from ..kl.estimators import SAMPLED_ESTIMATORS
 from .adapters import trainable_as_before
-from .exact_forward import ExactKLForward, check_sharding
+from .exact_forward import ExactKLForward, exact_kl_between
 from .gold import GOLD, GoldWatch, check_gold_reward
 from .grpo_aggregation import TOKEN_MEANS, mean_as_trl
 from .grpo_config import KLXGRPOConfig
@@ -38,7 +38,7 @@ from .kl_control import KLControl
 from .kl_groups import group_names
 from .kl_trainer import KLControlledTrainer
 from .prompt_numbers import RolloutPrompts
-from .reference import causal_lm, reference_as_given
+from .reference import reference_as_given
 from .reward_functions import finite_rewards
 from .step_guard import KL, POLICY, REFERENCE, REWARDS, StepGuard
 from .trl_compat import check_trl_version
@@ -105,10 +105,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
         self._watch_gold(gold_reward_func)
 
     def _exact_forward(self) -> ExactKLForward:
-        check_sharding(self)
-        policy = causal_lm(self.model)
-        reference = policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
-        return ExactKLForward(policy, reference, temperature=self.temperature, direction=self.args.kl_term().direction)
+        return exact_kl_between(self, self.model, temperature=self.temperature, direction=self.kl_term.direction)
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {**super()._checkpoint_state(), "micro_batches": self._step}

@@ -88,9 +88,8 @@ class HubPushes(WholeCheckpoints):
         settings |= {"model_name_or_path": get_config_model_id(self._saved_model.config) or None}
         settings |= {"dataset_name": dataset_name, "reward_funcs": self.reward_func_names or None}
         settings["use_peft"] = is_peft_model(self._saved_model)
-        reference = (
-            get_config_model_id(self.accelerator.unwrap_model(self.ref_model).config) if self.ref_model else None
-        )
+        ref_model = None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        reference = None if ref_model is None else get_config_model_id(ref_model.config)
         if reference and reference != settings["model_name_or_path"]:
             settings["reference"] = reference
         return settings

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -10,21 +11,26 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+# What to do where the exact KL cannot be had.
+WITHOUT_EXACT = "use kl_estimator k1, k2 or k3 (in DPO kl_coef 0, with kl_monitor=['k1', 'k3'])"
+
 
 def call_as_forward(head: nn.Module, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
     """Run `function` in place of the head's forward, so that what shards the head gathers it around the function.
 
-    ZeRO-3 and FSDP gather a module's weights by hooks around its forward, and again around its part of backward.
+    ZeRO-3 and FSDP gather a module's weights by hooks around its forward, and again around its part of backward;
+    accelerate's bring inputs, and weights that are offloaded, to the head's device.
     """
-    own = head.__dict__.get("forward")
-    head.forward = function
+    name = "_old_forward" if "_hf_hook" in vars(head) else "forward"  # accelerate puts its hook around the former
+    own = vars(head).get(name)
+    setattr(head, name, function)
     try:
         return head(hidden)
     finally:
         if own is None:
-            del head.forward
+            delattr(head, name)
         else:
-            head.forward = own
+            setattr(head, name, own)
 
 
 def reshard(head: nn.Module) -> None:
@@ -38,7 +44,17 @@ def reshard(head: nn.Module) -> None:
 
 
 def whole(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the frozen reference's head; a gathered copy of them where ZeRO-3 or FSDP has sharded them."""
+    """Weight and bias of the frozen reference's head; a copy of them where they are sharded (ZeRO-3, FSDP) or elsewhere
+    until the head runs (accelerate's offloading)."""
+    if head.weight.is_meta:
+        found: list[tuple[Tensor, Tensor | None]] = []
+
+        def read(nothing: Tensor) -> Tensor:
+            found.append((head.weight.detach(), None if head.bias is None else head.bias.detach()))
+            return nothing
+
+        call_as_forward(head, read, torch.empty(0))
+        return found[0]
     parameters: list[Any] = [head.weight] if head.bias is None else [head.weight, head.bias]
     if is_deepspeed_zero3_enabled():
         with maybe_gather_lm_head_ctx(*parameters):
@@ -51,11 +67,15 @@ def whole(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 def check_heads(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
     head, ref_head = policy.get_output_embeddings(), reference.get_output_embeddings()
+    for model in (policy, reference):
+        if model.get_output_embeddings() is None:
+            raise ValueError(
+                f"{type(model).__name__} has no output head that the exact KL could read: {WITHOUT_EXACT}."
+            )
     if type(head) is not nn.Linear:
         raise ValueError(
             f"the output head is a {type(head).__module__}.{type(head).__name__}: exact KL reads a plain head's "
-            "weight, so remove 'lm_head' from the adapter's target_modules and modules_to_save, or use kl_estimator "
-            "k1, k2 or k3."
+            f"weight, so remove 'lm_head' from the adapter's target_modules and modules_to_save, or {WITHOUT_EXACT}."
         )
     if head.out_features != ref_head.out_features:  # weights may be sharded to nothing
         raise ValueError(

@@ -17,7 +17,7 @@ from trl.trainer.utils import print_prompt_completions_sample, selective_log_sof
 
 from ..kl import kl_estimate, masked_sum
 from ..kl.estimators import SAMPLED_ESTIMATORS
-from .exact_forward import ExactKLForward, check_sharding
+from .exact_forward import ExactKLForward, exact_kl_between
 from .generation import end_tokens
 from .gold import GoldWatch
 from .kl_coefficient import KLCoefficient
@@ -38,7 +38,6 @@ from .ppo_rollout import (
     until_stop,
 )
 from .prompt_numbers import prompt_numbers
-from .reference import causal_lm
 from .reward_functions import RewardFunctions, finite_rewards
 from .step_guard import KL, POLICY, REFERENCE, REWARDS, VALUES, StepGuard
 from .vocabulary import check_tokens, vocabulary_size
@@ -97,11 +96,8 @@ class PPOSampler(GoldWatch, PPOLoop):
         self._exact = self._exact_forward() if config.kl_needs_exact else None
 
     def _exact_forward(self) -> ExactKLForward:
-        check_sharding(self)
-        policy = causal_lm(self.model.policy)
-        reference = policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
         temperature, direction = self.args.temperature, self.kl_term.direction
-        return ExactKLForward(policy, reference, temperature=temperature, direction=direction)
+        return exact_kl_between(self, self.model.policy, temperature=temperature, direction=direction)
 
     @property
     def _mode(self) -> str:

@@ -116,7 +116,7 @@ class ExactKLForward:
             ValueError: it is not.
         """
         policy, training = self._policy, self._policy.training
-        ids = torch.arange(4, device=policy.get_input_embeddings().weight.device).unsqueeze(0)
+        ids = torch.arange(4, device=policy.get_input_embeddings().weight.device).unsqueeze(0)  # type: ignore[arg-type]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         policy.eval()
         try:

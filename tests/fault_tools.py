@@ -59,14 +59,16 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def make(algorithm: str, folder: Path | str, **changes: Any) -> Any:
-    """A trainer; `reward`, `model`, `ref_model`, `peft_config`, `callbacks` and `eval_dataset` are its
+    """A trainer; `reward`, `model`, `ref_model`, `peft_config`, `callbacks` and the datasets are its
     arguments, the rest fields of its config."""
     model, ref_model = changes.pop("model", None), changes.pop("ref_model", None)
     reward, callbacks = changes.pop("reward", digit_reward), changes.pop("callbacks", None)
     data = (preferences(), preferences(12)) if algorithm == "dpo" else (tiny_dataset(), None)
-    shared = {"model": tiny_model() if model is None else model, "callbacks": callbacks, "train_dataset": data[0]}
+    shared = {"model": tiny_model() if model is None else model, "callbacks": callbacks}
     shared |= {"processing_class": tiny_tokenizer(), "peft_config": changes.pop("peft_config", None)}
-    shared["eval_dataset"] = changes.pop("eval_dataset", data[1])
+    shared |= {
+        name: changes.pop(name, rows) for name, rows in zip(("train_dataset", "eval_dataset"), data, strict=True)
+    }
     fields = {**COMMON, **OWN[algorithm], **changes}
     if algorithm == "grpo":
         config = KLXGRPOConfig(str(folder), **fields)

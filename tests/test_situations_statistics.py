@@ -1,6 +1,8 @@
 """Situations of users: numbers in the logs, tables and cards of a run, and a KL that something outside changes."""
 
 import functools
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,9 @@ import pytest
 import torch
 import trl
 from accelerate import Accelerator
+from datasets import Dataset
 from fault_tools import make
-from tiny import Arguments, tiny_dataset, tiny_model
+from tiny import Arguments, save_tiny, tiny_dataset, tiny_model
 from tiny_dpo import preferences
 from torch import Tensor
 from transformers import TrainerCallback
@@ -482,3 +485,54 @@ def test_one_reward_needs_no_brackets(place: str, tmp_path: Path) -> None:
     for given in (settings, {**settings, "reward_funcs": name}):  # the second: a run of an older version
         text = write_card(tmp_path, given, is_adapter=False).read_text()
         assert f"Rewards: `{name}`." in text
+
+
+# Prompts beside messages
+
+ASKED, GOOD, BAD = (
+    {"role": role, "content": text} for role, text in (("user", "1+1="), ("assistant", "2"), ("assistant", "3"))
+)
+NOT_BESIDE = {
+    "UltraFeedback's shape": (
+        {"prompt": "1+1=", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        "its prompt is text, and chosen and rejected are messages: they hold it already, so remove the column prompt",
+    ),
+    "answers alone": (
+        {"prompt": "1+1=", "chosen": [GOOD], "rejected": [BAD]},
+        "its prompt is text, and chosen and rejected are messages: make the prompt messages, too",
+    ),
+    "messages beside text": (
+        {"prompt": [ASKED], "chosen": "2", "rejected": "3"},
+        "its prompt is messages, and chosen and rejected are text",
+    ),
+    "the prompt twice": (
+        {"prompt": [ASKED], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        "begin with the messages of the prompt, which would stand there twice: remove the column prompt",
+    ),
+}
+
+
+@pytest.mark.situation("has preference data whose prompt does not fit chosen and rejected (UltraFeedback)", "refused")
+@pytest.mark.parametrize("kind", NOT_BESIDE)
+def test_a_prompt_that_does_not_fit_the_answers(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from trl_klx.run.dpo import main
+
+    row, sentence = NOT_BESIDE[kind]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row))
+    places = ["--model_name_or_path", save_tiny(tmp_path / "model"), "--dataset_name", str(tmp_path / "data")]
+    argv = [*places, "--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--bf16", "false"]
+    for more in ([], ["--dry_run", "true"]):
+        assert main([*argv, *more])
+        shown = capsys.readouterr()
+        assert sentence in " ".join((shown.out + shown.err).split())
+        assert "Traceback" not in shown.err
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        make("dpo", tmp_path, train_dataset=Dataset.from_list([row, row]))
+
+
+@pytest.mark.situation("has text pairs whose answers begin with the prompt", "warned")
+def test_answers_that_begin_with_the_prompt(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}=", "chosen": f"{i}={i}", "rejected": f"{i}=a"} for i in range(4)]
+    with pytest.warns(UserWarning, match="begin with the prompt, which so stands there twice"):
+        make("dpo", tmp_path, train_dataset=Dataset.from_list(rows))

@@ -72,16 +72,26 @@ def check_prompts(prompts: list) -> None:
 
 
 def _pair_problems(split: str, rows: Iterator[dict[str, Any]]) -> Iterator[str]:
-    equal, count, first_equal = 0, 0, 0
+    equal, count, first_equal, doubled = 0, 0, 0, 0
     for number, row in enumerate(rows):
         wrong = _not_a_pair(row)
         if wrong is not None:
             yield f"row {number} (counted from 0) of the split {split!r}: {wrong}."
             return
         count += 1
+        prompt = row.get("prompt")
+        is_text = isinstance(prompt, str) and prompt != ""
+        doubled += is_text and row["chosen"].startswith(prompt) and row["rejected"].startswith(prompt)
         if row["chosen"] == row["rejected"]:
             first_equal = first_equal if equal else number
             equal += 1
+    if doubled and doubled == count:
+        warnings.warn(
+            f"in every row of the split {split!r} chosen and rejected begin with the prompt, which so stands there "
+            "twice: leave it out of them, or remove the column prompt.",
+            UserWarning,
+            stacklevel=2,
+        )
     if equal and equal == count:
         yield (
             f"in every row of the split {split!r} chosen and rejected are equal, so there is nothing to prefer: give "
@@ -112,12 +122,26 @@ def _not_a_pair(row: Mapping[str, Any]) -> str | None:
             return f"its prompt {wrong}"
         if isinstance(row["prompt"], list) and isinstance(chosen, str):
             return "its prompt is messages, and chosen and rejected are text: make all text, or all messages"
+        if isinstance(chosen, list):
+            return _prompt_beside_messages(row["prompt"], chosen, rejected)
     elif not (chosen and rejected):
         return "there is no column prompt, and an answer that is empty holds none: add the column"
     elif isinstance(chosen, list) and chosen[0] != rejected[0]:
         return "there is no column prompt, and chosen and rejected do not begin with the same message: add the column"
     elif isinstance(chosen, list) and min(len(chosen), len(rejected)) < 2:
         return "there is no column prompt, and chosen or rejected has one message only: add the column"
+    return None
+
+
+def _prompt_beside_messages(prompt: str | list, chosen: list, rejected: list) -> str | None:
+    """Why a prompt cannot stand beside answers that are messages: these may hold it already."""
+    remove = "remove the column prompt (a function named by dataset_prepare can: it returns chosen and rejected alone)"
+    if isinstance(prompt, str):
+        hold_it = chosen[0] == rejected[0] and min(len(chosen), len(rejected)) > 1
+        remedy = f"they hold it already, so {remove}" if hold_it else "make the prompt messages, too"
+        return f"its prompt is text, and chosen and rejected are messages: {remedy}"
+    if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+        return f"chosen and rejected begin with the messages of the prompt, which would stand there twice: {remove}"
     return None
 
 

@@ -46,6 +46,11 @@ def gold(prompts: list[str], trainer_state: Any, **kwargs: object) -> list[float
     return [level + 0.01 * int(prompt[0]) for prompt in prompts]
 
 
+def unscored(completions: list, **kwargs: object) -> list[None]:
+    """A reward that applies to no answer."""
+    return [None for _ in completions]
+
+
 def followed(trainer: Any) -> list | None:
     """What each process's monitor of the gold reward holds."""
     if trainer.overoptimisation is None:
@@ -64,7 +69,7 @@ def grpo(model: str, output: str, settings: dict, shared: dict) -> Any:
             **settings,
         },
     )
-    return FixedGRPO(model, digit_reward, config, **shared)
+    return FixedGRPO(model, shared.pop("reward"), config, **shared)
 
 
 def ppo(model: str, output: str, settings: dict, shared: dict) -> Any:
@@ -76,7 +81,7 @@ def ppo(model: str, output: str, settings: dict, shared: dict) -> Any:
 
     config = KLXPPOConfig(output, **{"response_length": 8, "num_ppo_epochs": 2, "kl_coef": 0.2, **settings})
     # By its path on every launch: what is drawn for its head comes before the adapter's random weights.
-    return FixedPPO(config, model=model, value_model=model, reward_funcs=digit_reward, **shared)
+    return FixedPPO(config, model=model, value_model=model, reward_funcs=shared.pop("reward"), **shared)
 
 
 def dpo(model: str, output: str, settings: dict, shared: dict) -> Any:
@@ -84,6 +89,7 @@ def dpo(model: str, output: str, settings: dict, shared: dict) -> Any:
     probe = {"kl_probe_steps": 1, "kl_probe_prompts": 5, "kl_probe_max_new_tokens": 8}
     config = KLXDPOConfig(output, **{"kl_coef": 0.2, **probe, **settings})
     data = {"train_dataset": preferences(24), "eval_dataset": preferences(10)}
+    del shared["reward"]
     return KLXDPOTrainer(model, args=config, **{**shared, **data})
 
 
@@ -91,6 +97,7 @@ def main(model: str, output: str, options: dict) -> None:
     processes = int(options.pop("processes"))
     algorithm, lora = options.pop("algorithm", "grpo"), options.pop("lora", False)
     sharding, with_gold = options.pop("sharding", None), options.pop("gold", False)
+    reward = unscored if options.pop("unscored", False) else digit_reward
     rows = GLOBAL_BATCH // processes // options.get("gradient_accumulation_steps", 1)
     set_seed(0)
     settings = {
@@ -108,6 +115,7 @@ def main(model: str, output: str, options: dict) -> None:
         **options,
     }
     shared = {
+        "reward": reward,
         "train_dataset": tiny_dataset(24),
         "processing_class": tiny_tokenizer(),
         "peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None,

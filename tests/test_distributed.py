@@ -15,6 +15,7 @@ from tempfile import mkdtemp
 
 import pytest
 from tiny import save_tiny
+from transformers import AutoModelForCausalLM
 
 from trl_klx.trainers.trl_compat import TRL_HAS_PPO
 
@@ -197,3 +198,19 @@ def test_deepspeed_equals_one_process(tmp_path: Path, case: str, stage: int) -> 
 @pytest.mark.parametrize("case", [case for case in CASES if case.endswith(("exact-both", "dpo-exact"))])
 def test_zero1_equals_one_process(tmp_path: Path, case: str) -> None:
     assert_equal_runs(run(tmp_path, STRATEGIES["zero1"], 2, {**CASES[case], **SAVED}), alone(case))
+
+
+def weight_sums(folder: str) -> list[float]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return [float(parameter.detach().double().square().sum()) for parameter in model.parameters()]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU communication with g++")
+@pytest.mark.usefixtures("deepspeed")
+@pytest.mark.situation("GRPO under DeepSpeed: no reward applies to any answer of a step", "right")
+def test_a_step_that_is_skipped_changes_nothing_under_deepspeed(tmp_path: Path) -> None:
+    """Its engine steps within the backward pass, where the KL loss and weight decay are finite all the same."""
+    settings = {"unscored": True, "weight_decay": 0.1, "max_steps": 2, "gradient_accumulation_steps": 2}
+    found = run(tmp_path, STRATEGIES["zero2"], 2, {**settings, "sharding": "DEEPSPEED"})
+    assert [entry["skipped_steps"] for entry in found[0]["logs"] if "loss" in entry] == [1.0, 2.0]
+    assert found[0]["weights"] == pytest.approx(weight_sums(model()), rel=1e-7)

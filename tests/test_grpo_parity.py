@@ -178,11 +178,12 @@ def test_training_is_stock_training_step_by_step(tmp_path: Path) -> None:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
-def test_logged_kl_is_unweighted(trainers) -> None:
-    """Stock logs the weighted k3 as `kl`; ours is the estimator itself, with a standard error."""
+@pytest.mark.parametrize("weight", ["token", "none"])
+def test_logged_kl_is_that_of_the_policy(trainers, weight: str) -> None:
+    """Off-policy the token's weight makes it so, as in stock with its correction; whatever weight the loss takes."""
     _, ours = trainers
     inputs = batch(ours, sampler_shift=0.3)
-    ours.kl_term = KLTerm()
+    ours.kl_term = KLTerm(weight_level=weight)  # type: ignore[arg-type]
     ours.kl._window["train"] = []
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
@@ -190,7 +191,8 @@ def test_logged_kl_is_unweighted(trainers) -> None:
     with torch.no_grad():
         logps = ours._get_per_token_logps_and_entropies(ours.model, ids, attention, 6)[0]
     mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
-    wanted = kl_estimate(logps, inputs["ref_per_token_logps"], "k3")[mask].mean()
+    weights = (logps - inputs["old_per_token_logps"]).exp()
+    wanted = (weights * kl_estimate(logps, inputs["ref_per_token_logps"], "k3"))[mask].mean()
     ours.kl.step()
     assert ours.kl.metrics("train")["kl"] == pytest.approx(float(wanted), rel=1e-5)
 

@@ -424,6 +424,14 @@ def test_probe_measures_length_and_entropy(tmp_path: Path) -> None:
     assert trainer._probe.answer_metrics() == {}
 
 
+class Ends(KLXGRPOTrainer):
+    """No answer is cut off."""
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        answers, logprobs = super()._generate_single_turn(*args, **kwargs)
+        return [[*ids[:-1], self._tokenizer.eos_token_id] for ids in answers], logprobs
+
+
 def quiet(trainer: Any, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         trainer.train()
@@ -441,7 +449,7 @@ def quiet(trainer: Any, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         {"kl_placement": "none", "beta": 0.0},
         {"beta": 0.0},  # no reference at all
         {"bf16": True},
-        {"mask_truncated_completions": True, "generation_kwargs": {"forced_eos_token_id": 1}},
+        {"mask_truncated_completions": True, "trainer": Ends},
     ],
     ids=str,
 )

@@ -3,6 +3,7 @@
 Functions of plain numbers, as in `detect_course`.
 """
 
+import math
 from collections.abc import Sequence
 
 from .readings import SEVERAL, Finding, Reading, Readings, lasts, over, values_of
@@ -13,6 +14,10 @@ FEW_EFFECTIVE = 0.5
 # An engine in bf16 with the trainer's weights differs by 0.05 nats per token (standard deviation; huggingface/trl issue
 # 6789), a KL of 0.05^2 / 2 = 0.00125. This is four times that deviation, 0.2.
 SAMPLER_KL = 0.02
+# Weights of mean 1 but for log-probs that two forwards of one model give otherwise: a noise of 0.2 nats (the deviation
+# of SAMPLER_KL) makes it e^(0.2^2 / 2) = 1.02. Few prompts have a wide error, and answers that are used again deviate
+# together: so many readings, and so many standard errors of their mean.
+WEIGHTS_OFF, WEIGHTS_READINGS, WEIGHTS_ERRORS = 0.03, 10, 5.0
 
 # Lengths differ by a tenth; the length difference explains half of the margin's variance (a correlation of 0.7), and,
 # by the slope, 0.5 nats of it on average. By chance 16 pairs correlate so in 0.2 % of readings.
@@ -72,6 +77,34 @@ def stale_sampler(ess: Readings, sampler_kl: Readings) -> Finding | None:
             "check that weights are synchronised before each rollout, and that both score at one temperature",
         )
     return None
+
+
+def wrong_weights(mean: Readings, error: Readings, ess: Readings) -> Finding | None:
+    """The importance weights are no weights: their mean is not 1, so the answers were sampled by something else.
+
+    Args:
+        mean: of the tokens' weights.
+        error: its standard error, at the same steps.
+        ess: effective sample size; where it is small the mean says nothing, and `stale_sampler` speaks.
+    """
+    values, errors = values_of(mean)[-WEIGHTS_READINGS:], values_of(error)[-WEIGHTS_READINGS:]
+    if min(len(values), len(errors)) < WEIGHTS_READINGS or (ess and ess[-1].value < FEW_EFFECTIVE):
+        return None
+    average = sum(values) / len(values)
+    error_of_average = math.sqrt(sum(e * e for e in errors)) / len(errors)
+    if abs(average - 1) <= max(WEIGHTS_OFF, WEIGHTS_ERRORS * error_of_average):
+        return None
+    below = average < 1
+    return Finding(
+        f"the importance weights average {average:.3f} +- {error_of_average:.2g} (threshold 1 +- {WEIGHTS_OFF:g} and "
+        f"{WEIGHTS_ERRORS:g} standard errors) {over(mean, WEIGHTS_READINGS)}",
+        "the sampler never gives what the policy might (top_k, top_p, min_p, banned or forced tokens)"
+        if below
+        else "the sampler's log-probs are not those it sampled by (raw ones at a temperature, another model's)",
+        "sample from the whole policy at its temperature: top_p 1, top_k 0, no generation_kwargs that change it"
+        if below
+        else "have the engine report processed log-probs (logprobs_mode), at the policy's temperature",
+    )
 
 
 def length_bias(

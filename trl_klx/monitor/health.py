@@ -105,6 +105,9 @@ class HealthMonitor:
             "mode_collapse": self._mode_collapse(),
             "wrong_reference": self._wrong_reference(),
             "stale_sampler": detect_setup.stale_sampler(self._readings("kl/ess"), self._readings("kl/sampler")),
+            "wrong_weights": detect_setup.wrong_weights(
+                *(self._readings(f"kl/{name}") for name in ("weight_mean", "weight_mean_se", "ess"))
+            ),
             "length_bias": self._length_bias(),
             "hidden_kl": detect_setup.hidden_kl(self._readings("kl/masked_share"), self._readings("kl/masked")),
         }

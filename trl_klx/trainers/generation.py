@@ -1,6 +1,6 @@
-"""Sampling from the policy's own distribution, whatever its generation config says."""
+"""Sampling from the policy's own distribution, whatever its generation config says, and where an answer ends."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,3 +37,11 @@ def end_tokens(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[in
     config = causal_lm(policy).generation_config
     own = None if config is None else config.eos_token_id  # an int, a list or None
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+
+
+def until_stop(completion: list[int], stop_tokens: Collection[int]) -> list[int]:
+    """The answer up to and with its first stop token. What a batch pads finished answers with comes after it."""
+    for place, token in enumerate(completion):
+        if token in stop_tokens:
+            return completion[: place + 1]
+    return completion

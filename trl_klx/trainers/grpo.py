@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl.models.utils import disable_gradient_checkpointing
 
-from ..kl import importance_weights, kl_estimate, leave_one_out_baseline
+from ..kl import importance_weights, kl_estimate
 from ..kl.estimators import SAMPLED_ESTIMATORS
 from .adapters import trainable_as_before
 from .exact_forward import ExactKLForward, exact_kl_between
 from .gold import GOLD, GoldWatch, check_gold_reward
 from .grpo_aggregation import TOKEN_MEANS, mean_as_trl
 from .grpo_config import KLXGRPOConfig
+from .grpo_credit import RewardCredit
 from .grpo_inputs import CheckedGRPOTrainer
+from .grpo_sampling import PolicySampling
 from .grpo_scoring import (
-    VISION_INPUTS,
     Scoring,
     attention_to_cut_answers,
     health_metrics,
@@ -30,6 +30,8 @@ from .grpo_scoring import (
     joined,
     loss_mask,
     sampler_logps_of,
+    scored_by_sampler,
+    weighted,
 )
 from .health import PooledSums
 from .kl_applied import KL_IN_LOSS, KL_IN_REWARD, check_rollout, scored, the_only
@@ -46,7 +48,7 @@ from .trl_compat import check_trl_version
 check_trl_version()
 
 
-class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
+class KLXGRPOTrainer(KLControlledTrainer, PolicySampling, RewardCredit, GoldWatch, CheckedGRPOTrainer):
     """`GRPOTrainer` whose KL to the reference you choose: see `KLXGRPOConfig` and the table in the README.
 
     Takes `GRPOTrainer`'s arguments, with a `KLXGRPOConfig` as `args`. Where the policy is given in memory rather than
@@ -91,6 +93,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
         self._exact_request: tuple[Tensor, Tensor, bool] | None = None  # reference hidden states, mask, with gradient
         with reference_as_given(args, model, kwargs.get("peft_config")):
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *positional, **kwargs)
+        self._set_up_sampling()
         self.kl = KLControl(args, self.accelerator, kl_groups)
         self._prompts = RolloutPrompts(self.accelerator)
         self.guard = StepGuard(self.accelerator)
@@ -179,10 +182,6 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
             output["kl_credit"] = self._kl_credit(output, old[0] if old else None)
         return output
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with self._sampling():
-            return super()._generate_single_turn(*args, **kwargs)
-
     def _calculate_rewards(self, inputs: Any, prompts: list, *args: Any, **kwargs: Any) -> Tensor:
         """(answers of all processes, rewards); TRL takes NaN for a reward that does not apply."""
         given = super()._calculate_rewards(inputs, prompts, *args, **kwargs)
@@ -211,61 +210,6 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
             for name, value in kept.items():
                 setattr(self, name, value)
 
-    @property
-    def _shares_hidden(self) -> bool:
-        """Whether the policy's hidden states of TRL's own scoring serve an exact KL in the reward."""
-        return self.kl_term.estimator == "exact" and self.kl_term.in_reward and self.args.kl_is_penalised
-
-    @property
-    def _group_size(self) -> int:
-        """Answers per prompt."""
-        return self.num_generations if self.model.training else self.num_generations_eval  # type: ignore[return-value]
-
-    @torch.no_grad()
-    def _kl_credit(self, output: dict, old: Scoring | None) -> Tensor:
-        """(B, C) KL credit of each token less its leave-one-out baseline, in nats; times -beta it is an advantage.
-
-        `old` is TRL's own scoring of the policy as it is now, which it makes where the loss needs it; without it the
-        answers are scored here.
-        """
-        mask = loss_mask(output)
-        if old is None:
-            old = self._score_policy(output, mask)
-        elif self._exact is not None and old.hidden is not None:
-            with self.accelerator.autocast():
-                old.exact = self._exact.of_hidden_states(old.hidden, output["ref_hidden_states"], mask)
-        credit = self.kl_term.credit(old.logps, output["ref_per_token_logps"], mask, exact=old.exact)
-        return credit - self._baseline(credit, mask)
-
-    def _score_policy(self, output: dict, mask: Tensor) -> Scoring:
-        """Score the sampled answers under the policy as it is now, in TRL's own way."""
-        training = self.model.training
-        exact = (output["ref_hidden_states"], mask, False) if self.kl_term.estimator == "exact" else None
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):  # type: ignore[arg-type]
-            with self._recording(exact=exact) as scorings:
-                self._get_per_token_logps_and_entropies(
-                    self.model,
-                    torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
-                    torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
-                    output["completion_ids"].size(1),
-                    batch_size=self.args.per_device_train_batch_size
-                    if training
-                    else self.args.per_device_eval_batch_size,
-                    **{name: output[name] for name in VISION_INPUTS if name in output},
-                )
-        return scorings[0]
-
-    def _baseline(self, credit: Tensor, mask: Tensor) -> Tensor:
-        """Leave-one-out baseline; the answers to one prompt may lie on several processes."""
-        accelerator = self.accelerator
-        all_credit, all_mask = (
-            accelerator.gather(accelerator.pad_across_processes(tensor, dim=1)) for tensor in (credit, mask.int())
-        )
-        baseline = leave_one_out_baseline(all_credit, all_mask, self._group_size)
-        rows, length = credit.shape
-        start = accelerator.process_index * rows
-        return baseline[start : start + rows, :length]
-
     def _compute_loss(self, model, inputs):
         if self._is_unscored and self.model.training:
             self.guard.watch(REWARDS, torch.nan)
@@ -279,8 +223,9 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
         with self._trl_sees_beta(0.0), self._recording(exact=exact) as scorings:
             loss = super()._compute_loss(model, penalised)
         policy = the_only(scorings, self)
-        weights = self._importance_weights(policy.logps.detach(), inputs, mask)
-        self._measure(policy, inputs, mask, weights)
+        self._tell_changed_sampling(policy.logps.detach(), inputs, mask)
+        token_weights, weights = self._importance_weights(policy.logps.detach(), inputs, mask)
+        self._measure(policy, inputs, mask, token_weights, weights)
         if not (self.kl_term.in_loss and self.args.kl_is_penalised):
             return loss
         self.kl.reached.add(KL_IN_LOSS)
@@ -318,16 +263,40 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         return {**inputs, "advantages": advantages - self._beta_of(inputs) * inputs["kl_credit"]}
 
-    def _importance_weights(self, logps: Tensor, inputs: dict, mask: Tensor) -> Tensor | None:
-        """(B, C) untruncated weights of policy over sampler; None where none are taken or both are the same."""
-        sampler_logps = sampler_logps_of(logps, inputs)
-        if not self.kl_term.takes_weights or sampler_logps is logps:
-            return None
-        return importance_weights(logps, sampler_logps, mask, level=self.kl_term.weight_level)  # type: ignore[arg-type]
+    def _importance_weights(self, logps: Tensor, inputs: dict, mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(B, C) untruncated weights of policy over sampler, of the tokens and on the loss.
 
-    def _measure(self, policy: Scoring, inputs: dict, mask: Tensor, weights: Tensor | None) -> None:
+        None where both are the same, and on a loss that takes none.
+        """
+        sampler_logps = sampler_logps_of(logps, inputs)
+        if sampler_logps is logps:
+            return None, None
+        of_tokens = importance_weights(logps, sampler_logps, mask, level="token")
+        level = self.kl_term.weight_level
+        if not self.kl_term.takes_weights or level == "token":
+            return of_tokens, of_tokens if self.kl_term.takes_weights else None
+        return of_tokens, importance_weights(logps, sampler_logps, mask, level=level)
+
+    @property
+    def _is_first_use(self) -> bool:
+        """Whether the policy has not been trained on the answers of this micro-batch (`num_iterations`)."""
+        earlier_uses = self._step // self.args.steps_per_generation % self.num_iterations  # type: ignore[operator]
+        return not self.model.training or earlier_uses == 0
+
+    def _measure(
+        self, policy: Scoring, inputs: dict, mask: Tensor, token_weights: Tensor | None, weights: Tensor | None
+    ) -> None:
+        """Take the KL into the statistics: of the policy's own tokens, in the states of whoever sampled them.
+
+        An exact KL averages over these tokens itself; the estimates are weighted.
+        """
         logps, ref_logps = policy.logps.detach(), inputs["ref_per_token_logps"]
         sampled = {name: kl_estimate(logps, ref_logps, name) for name in SAMPLED_ESTIMATORS if name in self.kl.names}
+        if token_weights is not None:
+            sampled = {name: weighted(token_weights, values) for name, values in sampled.items()}
+            if self._is_first_use:
+                scored = scored_by_sampler(inputs, mask)
+                self.kl.weight_mean.add(self._mode, token_weights, scored, inputs["kl_prompts"])
         exact = {} if policy.exact is None else {"exact": policy.exact.detach()}
         self.kl.measure(self._mode, sampled | exact, mask, inputs["kl_prompts"], inputs.get("kl_groups"))
         if self.model.training:

@@ -9,6 +9,7 @@ from trl import GRPOConfig
 from ..config import KLArguments
 from .gold import GoldArguments
 from .reward_calls import check_weights
+from .sampling_settings import check_sampling
 from .trl_compat import LIGER_COMPUTES_THE_LOSS
 
 _CHOICES: dict[str, tuple] = {
@@ -26,7 +27,9 @@ _CHOICES: dict[str, tuple] = {
 class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
     """`GRPOConfig` plus the KL arguments. `beta` keeps TRL's name and is where a controller starts.
 
-    With its defaults (k3, loss, token weight) loss and gradients equal TRL's own.
+    With its defaults (k3, loss, token weight) loss and gradients equal TRL's own where TRL samples by `generate`. With
+    vLLM they do not: TRL weights its KL by the ratio to the trainer's own scores of the rollout, and here it is to the
+    engine's log-probs, which are what the answers were sampled by. The weight has no bound until kl_is_cap sets one.
     """
 
     use_bias_correction_kl: bool | None = field(  # type: ignore[assignment]
@@ -52,6 +55,7 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
             self.check_gold,
             partial(check_weights, self.reward_weights),
             self._check_trl_options,
+            partial(check_sampling, self),
             self._check_reward_reaches_every_token,
         ]
         return [self._follow_trl_switch, *super().rules(), *own]

@@ -48,6 +48,13 @@ def with_cut_answers(mask: Tensor, ids: Tensor, pad_token_id: int) -> Tensor:
     return torch.where(mask.bool().any(1, keepdim=True), mask, (positions < length).to(mask.dtype))
 
 
+def is_cut_off(ids: Tensor, mask: Tensor, ends: list[int]) -> Tensor:
+    """(B,) bool: answers whose last token is none of `ends`."""
+    last = last_token_index(mask)
+    final = ids.gather(1, last.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return (last < 0) | ~torch.isin(final, torch.tensor(ends, device=ids.device))
+
+
 def attention_to_cut_answers(attention_mask: Tensor, ids: Tensor, length: int, pad_token_id: int) -> Tensor:
     """(B, P + C) attention mask in which answers, the last `length` tokens, are not hidden for being cut off."""
     answers = with_cut_answers(attention_mask[:, -length:], ids[:, -length:], pad_token_id)
@@ -57,15 +64,17 @@ def attention_to_cut_answers(attention_mask: Tensor, ids: Tensor, length: int, p
 def hidden_mask(inputs: dict, pad_token_id: int) -> Tensor:
     """(B, C) bool: tokens that the policy made and the loss leaves out.
 
-    The inference engine gives a log-prob to what it sampled, and 0 stands for the rest. Without its log-probs all of an
-    answer is the policy's, or, where there are tools, what TRL says is.
+    Without tools all of an answer is the policy's. With them, or with a mask of the environment's, it is what that mask
+    says, and what it leaves out though the inference engine gives it a log-prob: 0 there stands for what the engine has
+    not sampled. (Without a mask it is a token that the policy was certain of.)
     """
     answers = with_cut_answers(inputs["completion_mask"], inputs["completion_ids"], pad_token_id).bool()
     outside = answers & ~loss_mask(inputs).bool()
+    if "tool_mask" not in inputs:
+        return outside
+    made = inputs.get("policy_made", torch.zeros_like(outside)).bool()
     engine_logps = inputs.get("sampling_per_token_logps")
-    if engine_logps is not None:
-        return outside & (engine_logps != 0)
-    return outside if "tool_mask" not in inputs else torch.zeros_like(outside)
+    return outside & (made if engine_logps is None else made | (engine_logps != 0))
 
 
 def health_sums(logps: Tensor, inputs: dict, pad_token_id: int) -> dict[str, Tensor]:
@@ -76,7 +85,7 @@ def health_sums(logps: Tensor, inputs: dict, pad_token_id: int) -> dict[str, Ten
     engine_logps = inputs.get("sampling_per_token_logps")
     if engine_logps is None:
         return {**sums, "sampler_kl": logps.new_zeros(()), "sampled": logps.new_zeros(())}
-    scored = mask.bool() & ~engine_logps.isnan()
+    scored = scored_by_sampler(inputs, mask)
     # The trainer's scores of the rollout: TRL makes them where it needs them, else the policy has not moved since.
     trainer_logps = inputs.get("old_per_token_logps", logps)
     sampler_kl = kl_estimate(engine_logps, trainer_logps, "k3")
@@ -111,6 +120,17 @@ def sampler_logps_of(policy_logps: Tensor, inputs: dict) -> Tensor:
     if engine_logps is None:
         return trainer_logps
     return torch.where(engine_logps.isnan(), trainer_logps, engine_logps)
+
+
+def scored_by_sampler(inputs: dict, mask: Tensor) -> Tensor:
+    """(B, C) bool: tokens of `mask` that have a log-prob of the policy that sampled them."""
+    engine_logps = inputs.get("sampling_per_token_logps")
+    return mask.bool() if engine_logps is None else mask.bool() & ~engine_logps.isnan()
+
+
+def weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Their product, and 0 where the weight is, whatever the value: what the policy never does has no KL."""
+    return torch.where(weights == 0, 0.0, weights * values)
 
 
 def joined(parts: list[Tensor]) -> Tensor | None:

@@ -27,6 +27,7 @@ from .kl_applied import KL_MEASURED
 from .kl_budget import KLBudget
 from .kl_coefficient import coefficient
 from .kl_groups import group_numbers
+from .weight_mean import WeightMean
 
 logger = get_logger(__name__)
 
@@ -55,6 +56,7 @@ class KLControl:
         # Rows of this process: of this optimizer step, or of this evaluation.
         self._window: dict[str, list[Tensor]] = {"train": [], "eval": []}
         self._pools: dict[str, Tensor] = {}  # sums per prompt of all processes, since the last log, by group
+        self.weight_mean = WeightMean(accelerator)  # of answers that another policy sampled
         self.restart()
 
     def start(self, total_steps: int) -> None:

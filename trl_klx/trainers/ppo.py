@@ -256,6 +256,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         for number, rows in enumerate(minibatches):
             if number > 0:
                 self._optimizer_step(model)
+            self._is_first_use = number < self.args.num_mini_batches
             total += self._accumulate(model, experience, rows)
         self._record_update()
         return total / len(minibatches)
@@ -320,6 +321,9 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
             level = self.kl_term.weight_level
             weights = importance_weights(logps, sampler_logps, part.mask, level=level)  # type: ignore[arg-type]
             self._weights.append(weights[part.mask])
+            if self._is_first_use:
+                of_tokens = importance_weights(logps, sampler_logps, part.mask, level="token")  # type: ignore[arg-type]
+                self.kl.weight_mean.add("train", of_tokens, part.mask, part.prompts)
         kl_loss = self.kl_term.loss(logps, ref_logps, part.mask, weights=weights, exact=exact)  # type: ignore[arg-type]
         self.guard.watch(KL, kl_loss, part.mask)
         return kl_loss

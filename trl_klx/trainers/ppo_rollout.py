@@ -204,14 +204,6 @@ def check_answers(rows: int, prompt_ids: list, completion_ids: list, policy_made
             )
 
 
-def until_stop(completion: list[int], stop_tokens: Collection[int]) -> list[int]:
-    """The answer up to and with its first stop token. What a batch pads finished answers with comes after it."""
-    for place, token in enumerate(completion):
-        if token in stop_tokens:
-            return completion[: place + 1]
-    return completion
-
-
 @torch.no_grad()
 def sample(
     model: PolicyAndValue, prompt_ids: list[list[int]], config: GenerationConfig, batch_size: int, device: Any

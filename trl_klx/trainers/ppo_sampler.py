@@ -18,7 +18,7 @@ from trl.trainer.utils import print_prompt_completions_sample, selective_log_sof
 from ..kl import kl_estimate, masked_sum
 from ..kl.estimators import SAMPLED_ESTIMATORS
 from .exact_forward import ExactKLForward, exact_kl_between
-from .generation import end_tokens
+from .generation import end_tokens, until_stop
 from .gold import GoldWatch
 from .kl_coefficient import KLCoefficient
 from .kl_control import KLControl
@@ -35,7 +35,6 @@ from .ppo_rollout import (
     read_prompts,
     sample,
     take_answers,
-    until_stop,
 )
 from .prompt_numbers import prompt_numbers
 from .reward_functions import RewardFunctions, finite_rewards

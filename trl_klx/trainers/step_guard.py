@@ -65,6 +65,11 @@ class StepGuard:
         bad = ~values.isfinite() if mask is None else ~values.isfinite() & mask.bool()
         self._bad[what] = self._bad.get(what, torch.zeros((), dtype=torch.bool, device=device)) | bad.any()
 
+    def noticed(self, decisive: Collection[str] = DECISIVE) -> Tensor:
+        """Whether this process has noted since the last verdict what that will be about; a bool scalar."""
+        flags = [flag for what, flag in self._bad.items() if what in decisive]
+        return torch.stack(flags).any() if flags else torch.zeros((), dtype=torch.bool, device=self._accelerator.device)
+
     def verdict(self, decisive: Collection[str] = DECISIVE) -> list[str]:
         """What was not finite on any process since the last verdict, if the step cannot be taken; counts it then.
 
@@ -119,7 +124,8 @@ class GuardedSteps(_HooksBase):
     A skipped step has no gradients: every optimizer leaves parameters without one as they are, with their moments.
     Learning rate, schedules of beta and the step's number go on. The trainer sets `self.guard`.
 
-    DeepSpeed takes its step within the backward pass and skips for itself what is not finite; it is counted here.
+    DeepSpeed takes its step within the backward pass and skips for itself what is not finite: whatever else is to be
+    skipped gets such a loss, and the step is counted here.
     """
 
     guard: StepGuard
@@ -136,10 +142,10 @@ class GuardedSteps(_HooksBase):
         return self._loss_for_deepspeed(result)
 
     def _loss_for_deepspeed(self, loss: Tensor) -> Tensor:
-        """DeepSpeed steps within the backward pass and skips a gradient that is not finite: make it one."""
+        """DeepSpeed skips a gradient that is not finite: make it one, everywhere, where the step is to be skipped."""
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             return loss
-        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        return loss * torch.where(self.guard.noticed() | ~loss.detach().isfinite(), torch.nan, 1.0)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Of the step that is about to be taken; None where it is skipped."""

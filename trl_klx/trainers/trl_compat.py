@@ -18,6 +18,10 @@ LIGER_COMPUTES_THE_LOSS = TRL_VERSION < Version("1.16")
 # Since 1.16 models carry TRL's fused head, which scores tokens without building the logits.
 FUSED_LM_HEAD = TRL_VERSION >= Version("1.16")
 
+# Up to 1.14, GRPO knows one end token, the tokenizer's: answers run past the other ends of a model's generation config,
+# and one that ends there counts as cut off. Since 1.16 it knows them all, in `eos_token_ids`.
+ONE_END_TOKEN = TRL_VERSION < Version("1.16")
+
 
 def check_trl_version() -> None:
     """Raise ImportError where the trainers would fail later, and less clearly."""

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...kl.gradients import gradient_sentence
+from ...kl.sampling import KL, enumerated_policy, reading, sampler_logits
+from ...trainers.sampling_settings import changed_sampling, in_words, settings_of
 
 
 def sentence(algorithm: str, args: Any) -> str:
@@ -54,13 +56,32 @@ def _grpo(args: Any) -> Iterator[str]:
         )
     if args.sync_ref_model:
         yield "sync_ref_model=true moves the reference after the policy: a KL to a moving target bounds no drift."
-    if args.top_p != 1.0 or (args.top_k or 0) > 0 or args.min_p:
-        yield (
-            f"top_p={args.top_p}, top_k={args.top_k}, min_p={args.min_p}: answers are sampled from a cut distribution "
-            "and scored under the whole one, so sampled KLs are biased; 1.0, 0 and none sample what is scored."
-        )
+    if changed_sampling(args):
+        yield _changed_sampling(args)
     if args.mask_truncated_completions:
         yield "mask_truncated_completions=true: the KL of answers that were cut off is neither penalised nor counted."
+
+
+def _changed_sampling(args: Any) -> str:
+    """Of a recipe that samples from another distribution than it scores: what is done, and what stays wrong."""
+    asked = in_words(changed_sampling(args))
+    start = f"{asked}: answers are sampled from another distribution than the one that is scored; "
+    if args.use_transformers_continuous_batching and not args.use_vllm:
+        return f"{start}with use_transformers_continuous_batching nothing measures or corrects it."
+    given = settings_of(args)
+    sampler = sampler_logits(
+        enumerated_policy().policy,
+        temperature=given.get("temperature", args.temperature) / args.temperature,
+        top_p=given.get("top_p", args.top_p) or 1.0,
+        min_p=given.get("min_p", args.min_p) or 0.0,
+    )
+    k1, k3 = (reading(name, sampler, is_weighted=True) for name in ("k1", "k3"))
+    example = f" (k1 reads {k1:.3f} and k3 {k3:.3f} on enumerated policies where {KL:.3f} is right)"
+    return (
+        f"{start}logged estimates and a weighted KL loss are corrected by the sampler's own log-probs, up to what it "
+        f"never samples{example if round(k3, 3) != KL else ''}, and a KL in the reward is not; the run says at its "
+        "first rollout how far the two are apart."
+    )
 
 
 def _off_policy(term: Any) -> str:

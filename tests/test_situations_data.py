@@ -320,3 +320,22 @@ def test_files(
     printed = capsys.readouterr().out
     assert sentence in printed
     assert "/tmp/tmp" not in printed
+
+
+@pytest.mark.situation("asks for a dry run of a recipe that does not even parse", "refused")
+@pytest.mark.parametrize(
+    "fields", [{"beta": {"start": 1}}, {1: 2}, {"model_init_kwargs": "{"}, {"kl_estimator": "k9", "beta": {"start": 1}}]
+)
+def test_a_dry_run_shows_no_file_of_its_own(
+    fields: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run says first, a dry run says too, of the file that was given."""
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(yaml.safe_dump({**QUIET, **fields}))
+    assert grpo.main(["--config", "recipe.yaml"]) == 2
+    error = capsys.readouterr().err
+    sentence = error[error.index("error: ") + 7 :].splitlines()[0]
+    assert grpo.main(["--config", "recipe.yaml", "--dry_run"]) == 1
+    printed = capsys.readouterr().out
+    assert sentence.removeprefix("in recipe.yaml, ") in printed
+    assert "/tmp" not in printed.replace(str(tmp_path), "")

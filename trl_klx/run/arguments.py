@@ -170,4 +170,4 @@ def unknown_field(name: str, known: set[str]) -> str:
     """The sentence about a field that does not exist."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else "remove it."
-    return f"the field {name!r} does not exist: {hint}"
+    return f"the field {str(name)!r} does not exist: {hint}"

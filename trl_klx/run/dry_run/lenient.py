@@ -38,21 +38,21 @@ def parse_leniently(program: str, config: type, argv: list[str]) -> Lenient:
         try:
             return Lenient(parse_recipe(program, config, argv), problems)
         except BadInput:
-            given, overrides = _split(argv)
+            given, overrides, source = _split(argv)
         problems += [stray_word(word) for word in argv[:1] if not word.startswith("--")]
         known = known_fields(config)
         for name in [name for name in (*given, *overrides) if name.removeprefix("no_") not in known]:
             problems.append(unknown_field(name, known))
             given.pop(name, None)
             overrides.pop(name, None)
-        broken = _broken_rules(program, config, given, overrides)
+        broken = _broken_rules(program, config, given, overrides, source)
         problems += broken
         if broken:  # what TRL says of the rest is asked without the fields of ours that contradict each other
             own = {name for name in known if name.startswith(("kl_", "gold_", "allow_biased", "use_bias_correction"))}
             given, overrides = ({k: v for k, v in d.items() if k not in own} for d in (given, overrides))
         for _ in range(_GIVE_UP_AFTER):
             try:
-                return Lenient(_parse(program, config, given, overrides), problems)
+                return Lenient(_parse(program, config, given, overrides, source), problems)
             except BadInput as error:
                 sentence = str(error)
             problems += [sentence] * (sentence not in problems)
@@ -68,8 +68,8 @@ def _has_accelerator() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def _split(argv: list[str]) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """The recipe's fields, and those of the command line with their words.
+def _split(argv: list[str]) -> tuple[dict[str, Any], dict[str, list[str]], str]:
+    """The recipe's fields, those of the command line with their words, and the recipe's path as it was given.
 
     Raises:
         BadInput: the file is missing, or no mapping.
@@ -82,25 +82,31 @@ def _split(argv: list[str]) -> tuple[dict[str, Any], dict[str, list[str]]]:
             overrides[name] = []
         elif name:
             overrides[name].append(word)
+    source = str(Path(*overrides.pop("config", [])))
     try:
-        return read_recipe(Path(*overrides.pop("config", []))), overrides
+        return {str(name): value for name, value in read_recipe(source).items()}, overrides, source
     except ValueError as error:
         raise BadInput(str(error)) from error
 
 
-def _parse(program: str, config: type, given: dict[str, Any], overrides: dict[str, list[str]]) -> Recipe:
+def _parse(program: str, config: type, given: dict[str, Any], overrides: dict[str, list[str]], source: str) -> Recipe:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump(given))
         words = [word for name, values in overrides.items() for word in (f"--{name}", *values)]
-        return parse_recipe(program, config, ["--config", str(path), *words])
+        try:
+            return parse_recipe(program, config, ["--config", str(path), *words])
+        except BadInput as error:
+            raise BadInput(str(error).replace(str(path), source)) from error
 
 
-def _broken_rules(program: str, config: type, given: dict[str, Any], overrides: dict[str, list[str]]) -> list[str]:
+def _broken_rules(
+    program: str, config: type, given: dict[str, Any], overrides: dict[str, list[str]], source: str
+) -> list[str]:
     """What each rule of this package says of the fields as they were given, asked one by one."""
     unchecked = type("Unchecked", (config,), {"__post_init__": lambda self: None})
     try:
-        args = _parse(program, dataclasses.dataclass(unchecked), given, overrides).args
+        args = _parse(program, dataclasses.dataclass(unchecked), given, overrides, source).args
     except BadInput:
         return []  # a value of the wrong type, which the next attempt names
     sentences = type_problems(args, args.type_rules())

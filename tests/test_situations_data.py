@@ -186,7 +186,14 @@ def test_some_equal_pairs() -> None:
 
 
 def lengths(algorithm: str, rows: list[dict], model_config: Any = None, **settings: Any) -> list[str]:
-    args = {"max_completion_length": 8, "response_length": 8, "max_length": None, "kl_probe_steps": None, **settings}
+    args = {
+        "max_completion_length": 8,
+        "response_length": 8,
+        "max_length": None,
+        "kl_probe_steps": None,
+        "truncation_mode": "keep_start",
+        **settings,
+    }
     data = Dataset.from_list(rows)
     found = length_problems(
         algorithm, SimpleNamespace(**args), "train", data, tiny_tokenizer(), model_config or tiny_model().config
@@ -213,6 +220,8 @@ def test_too_long_or_empty() -> None:
     assert lengths("ppo", [{"prompt": "1" * 56}], learnt) == []
     assert "set max_length to 64 or less" in lengths("dpo", [{**PAIR, "chosen": "2" * 64}])[0]
     assert "set max_length to 64 or less" in lengths("dpo", [{**PAIR, "chosen": "2" * 64}], max_length=100)[0]
+    assert "every prompt alone fills max_length=2" in lengths("dpo", [{**PAIR, "prompt": "12"}] * 2, max_length=2)[0]
+    assert lengths("dpo", [{**PAIR, "prompt": "12"}, PAIR], max_length=2) == []
     for algorithm, settings in (("grpo", {}), ("ppo", {}), ("dpo", {"kl_probe_steps": 1})):
         (found,) = lengths(algorithm, [{**PAIR, "prompt": "1"}, {**PAIR, "prompt": ""}], **settings)
         assert "row 1 (counted from 0) of the split 'train': its prompt is empty" in found
@@ -271,7 +280,7 @@ FILES = {
     "a list": ({"train.jsonl": GOOD_LINE + "[1, 2]\n"}, "train.jsonl, line 2 is a list and no object"),
     "mixed": (
         {"train.jsonl": GOOD_LINE + '{"prompt": 5, "answer": "2"}\n'},
-        "line 2: prompt is a number, and in line 1 text|split 'train': its prompt is 5, of type int",
+        "line 2: prompt is a number, and text in |split 'train': its prompt is 5, of type int",
     ),
     "empty": ({"train.jsonl": ""}, "train.jsonl is empty"),
     "header": ({"train.csv": "prompt,answer\n"}, "is empty: give it at least one row"),
@@ -282,6 +291,11 @@ FILES = {
         {"train.jsonl": GOOD_LINE, "test.jsonl": '{"prompt": "1+1="}\n'},
         "'exact_match' needs a column 'answer', which is None in every row of the split 'test'",
     ),
+    "another column": (
+        {"a.jsonl": GOOD_LINE, "b.jsonl": '{"prompt": "1", "answer": "2", "label": "3"}\n'},
+        "b.jsonl, line 1 has the column 'label', which the files before it lack",
+    ),
+    "pictures": ({"train.jsonl": '{"prompt": "1", "answer": "2", "image": "3"}\n'}, "the model reads no pictures"),
     "trainers' names": (
         {"train.jsonl": '{"prompt": "1", "answer": "2", "completions": "3"}\n'},
         "has a column 'completions'",

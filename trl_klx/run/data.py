@@ -107,8 +107,9 @@ def _prepared(function: Callable, row: Mapping[str, Any], place: str, name: str)
 
 def why_unreadable(name: str, error: BaseException) -> str:
     """The reason why a dataset cannot be loaded: the line of a local file where it is one, else what was said last."""
+    kinds: dict[str, tuple[str, str]] = {}  # of each column, and where it was first seen
     for file in _json_files(Path(name)):
-        reason = _wrong_line(file)
+        reason = _wrong_line(file, kinds)
         if reason is not None:
             return reason
     while error.__cause__ is not None:
@@ -124,8 +125,8 @@ def _json_files(path: Path) -> Iterator[Path]:
     return (file for file in files if file.is_file() and file.suffix in (".jsonl", ".json"))
 
 
-def _wrong_line(file: Path) -> str | None:
-    """What is wrong with the first wrong line of a file of JSON objects, one a line; None: nothing."""
+def _wrong_line(file: Path, kinds: dict[str, tuple[str, str]]) -> str | None:
+    """What is wrong with the first wrong line of a file of JSON objects, one a line, beside the files before it."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -134,7 +135,7 @@ def _wrong_line(file: Path) -> str | None:
         return f"{file} is empty"
     if file.suffix == ".json":
         return None  # may be one value over many lines
-    kinds: dict[str, tuple[str, int]] = {}
+    earlier_columns = set(kinds)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -145,10 +146,14 @@ def _wrong_line(file: Path) -> str | None:
         if not isinstance(row, dict):
             return f"{file}, line {number} is a {type(row).__name__} and no object of columns"
         for column, value in row.items():
-            kind = _kind(value)
-            earlier, where = kinds.setdefault(column, (kind, number)) if kind else (kind, number)
-            if kind != earlier:
-                return f"{file}, line {number}: {column} is {kind}, and in line {where} {earlier}"
+            place = f"{file}, line {number}"
+            if earlier_columns and column not in earlier_columns:
+                return f"{place} has the column {column!r}, which the files before it lack"
+            kind, where = kinds.setdefault(column, (_kind(value), place))
+            if not kind:
+                kinds[column] = (_kind(value), place)
+            elif _kind(value) not in ("", kind):
+                return f"{place}: {column} is {_kind(value)}, and {kind} in {where}"
     return None
 
 

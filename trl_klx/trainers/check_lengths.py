@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from trl.data_utils import maybe_extract_prompt
 
 from .check_rows import rows_of
 
@@ -28,12 +29,16 @@ def length_problems(
         config: of the policy's model; None: not known.
     """
     columns = dataset.column_names or []
-    if {"image", "images", "tools"} & set(columns) or ("prompt" not in columns and "input_ids" in columns):
+    pictures = [] if algorithm == "ppo" else [name for name in columns if name in ("image", "images")]
+    if pictures and config is not None and "vision_config" not in config.to_dict():
+        yield f"the split {split!r} has a column {pictures[0]!r}, and the model reads no pictures: remove the column."
+    if pictures or "tools" in columns or ("prompt" not in columns and "input_ids" in columns):
         return
     limit, room = _limits(algorithm, args, config)
     chat = _chat_arguments(args)
     seen = rows_of(dataset, ["prompt", "chosen", "rejected"])
     candidates: list[tuple[int, int, dict]] = []
+    one_is_kept = algorithm != "dpo" or args.max_length is None or args.truncation_mode != "keep_start"
     for number, row in enumerate(seen):
         texts = [row] if algorithm != "dpo" else _sides(row)
         if number == 0:
@@ -51,11 +56,19 @@ def length_problems(
                 "with no token of its own, so that there is nothing to answer: leave the row out."
             )
             return
+        if not one_is_kept and number < _LOOKED_AT:
+            one_is_kept = len(_tokens(maybe_extract_prompt(row), tokenizer, chat)) < args.max_length
         size = max(_most_tokens(text) for text in texts)
         if limit is not None and size > limit - room:
             heapq.heappush(candidates, (size, number, row))
             if len(candidates) > _LOOKED_AT:
                 heapq.heappop(candidates)
+    if not one_is_kept:
+        yield (
+            f"in the split {split!r} every prompt alone fills max_length={args.max_length}, and TRL leaves such pairs "
+            "out: raise it, or shorten the prompts."
+        )
+        return
     for _, number, row in sorted(candidates, key=lambda candidate: candidate[1]):
         texts = [row] if algorithm != "dpo" else _sides(row)
         length = max(len(_tokens(text, tokenizer, chat)) for text in texts)

@@ -36,6 +36,8 @@ from transformers import (
     GPTJForCausalLM,
     GraniteForCausalLM,
     MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTForCausalLM,
     PegasusForCausalLM,
     PreTrainedModel,
@@ -46,7 +48,9 @@ from trl.trainer.utils import use_adapter
 
 from trl_klx.kl import exact_kl
 from trl_klx.trainers.exact_forward import ExactKLForward
+from trl_klx.trainers.noise import noise_of, without_noise
 from trl_klx.trainers.output_head import call_as_forward, whole
+from trl_klx.trainers.trainable import check_trainable
 from trl_klx.trainers.trl_compat import FUSED_LM_HEAD
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -363,3 +367,99 @@ def test_exact_kl_refuses_what_it_does_not_know_before_the_first_step(model_clas
     model = model_class(tiny_model().config)
     with pytest.raises(ValueError, match=rf"{model_class.__name__}.*use kl_estimator k1, k2 or k3"):
         make("dpo", tmp_path, model=model)
+
+
+@pytest.mark.situation("loads an adapter without is_trainable=True, or freezes the whole policy", "refused")
+@pytest.mark.parametrize("frozen", ["adapter", "policy"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_frozen_policy_is_refused(algorithm: str, frozen: str, tmp_path: Path) -> None:
+    if frozen == "adapter":
+        adapted("LoRA").save_pretrained(tmp_path / "adapter")
+        policy = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
+    else:
+        policy = tiny_model().requires_grad_(False)
+    remedy = "is_trainable=True" if frozen == "adapter" else "requires_grad_"
+    with pytest.raises(ValueError, match=rf"no parameter of the policy requires a gradient.*{remedy}"):
+        make(algorithm, tmp_path, model=policy).train()
+
+
+@pytest.mark.situation("loads an adapter with is_trainable=True: it moves", "right")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_loaded_adapter_moves(algorithm: str, tmp_path: Path) -> None:
+    adapted("LoRA").save_pretrained(tmp_path / "adapter")
+    policy = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", is_trainable=True)
+    start = logits(policy)
+    trainer = make(algorithm, tmp_path, model=policy, max_steps=1)
+    trainer.train()
+    assert not torch.allclose(logits(policy_of(trainer)), start, atol=1e-5)
+
+
+@pytest.mark.situation("passes an optimizer of another model's parameters", "refused")
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "ppo"])
+def test_an_optimizer_without_the_policy_is_refused(algorithm: str, tmp_path: Path) -> None:
+    trainer = make(algorithm, tmp_path)
+    trainer.optimizer = torch.optim.SGD(tiny_model().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="holds no parameter of the policy"):
+        trainer.train()
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+    trainer.train()
+
+
+@pytest.mark.situation("trains weights that device_map has offloaded", "refused")
+def test_offloaded_weights_are_not_trained() -> None:
+    policy = cpu_offload(tiny_model(), "cpu")
+    policy.hf_device_map = {"model": "cpu", "lm_head": "disk"}
+    with pytest.raises(ValueError, match=r"device_map has put.*device_map=None"):
+        check_trainable(policy)
+
+
+@pytest.mark.situation("adds NEFTune's noise to the embeddings", "refused")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_neftune_is_refused(algorithm: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"neftune_noise_alpha=5\.0 adds noise.*remove it"):
+        make(algorithm, tmp_path, neftune_noise_alpha=5.0)
+
+
+NOISY = {"dropout": 0.3, "attention_dropout": 0.3, "layerdrop": 0.3}
+
+
+@pytest.mark.situation("trains a model with dropout, whatever transformers calls it, and disable_dropout", "right")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_without_dropout_nothing_is_random(algorithm: str, tmp_path: Path) -> None:
+    more = {} if algorithm == "ppo" else {"disable_dropout": True}
+    kl = kl_of_a_run(algorithm, tmp_path, architecture("OPT", **NOISY), **more)
+    assert kl[0] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.situation("has a router that jitters in training, and disable_dropout", "right")
+def test_router_jitter_is_noise() -> None:
+    shape = {**LAYERS, **HIDDEN, "num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.5}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**COMMON, **shape)).train()
+    assert noise_of(model)["jitter_noise"] == 0.5
+    assert not torch.equal(model(IDS).logits, model(IDS).logits)
+    without_noise(model)
+    assert torch.equal(model(IDS).logits, model(IDS).logits)
+    assert not noise_of(model)
+
+
+@pytest.mark.situation("trains with LoRA dropout in GRPO", "warned")
+def test_dropout_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = LoraConfig(r=2, target_modules=TWO, lora_dropout=0.25, task_type="CAUSAL_LM")
+    make("grpo", tmp_path, peft_config=config, max_steps=1).train()
+    assert "makes noise in training (dropout 0.25)" in caplog.text
+    assert "disable_dropout=true" in caplog.text
+
+
+@pytest.mark.situation("trains an adapter on a base whose packed weights read as NaN (FSDP-QLoRA)", "right")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_packed_weights_are_not_judged(algorithm: str, tmp_path: Path) -> None:
+    """bitsandbytes keeps nibbles in bf16 where FSDP wants one dtype; no layer multiplies by them as they are."""
+    model = tiny_model()
+    model.packed = nn.Parameter(torch.full((4,), torch.nan, dtype=torch.bfloat16), requires_grad=False)
+    trainer = make(algorithm, tmp_path, model=model, max_steps=1)
+    trainer.train()
+    assert trainer.guard.bad_weight(trainer.model) is None
+    with torch.no_grad():
+        next(policy_of(trainer).model.layers.parameters())[0] = torch.nan
+    assert trainer.guard.bad_weight(trainer.model) is not None

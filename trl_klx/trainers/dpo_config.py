@@ -8,6 +8,7 @@ from trl import DPOConfig
 
 from ..config import KLArguments
 from ..config_rules import check_names, check_number, unknown
+from .noise import check_neftune
 from .trl_compat import LIGER_COMPUTES_THE_LOSS
 
 CONTROLS = ("kl_coef", "beta")
@@ -224,6 +225,8 @@ class KLXDPOConfig(KLArguments, DPOConfig):
             )
 
     def _check_trl_options(self) -> None:
+        if self.kl_on_data:
+            check_neftune(self.neftune_noise_alpha)
         if self.precompute_ref_log_probs and self.kl_is_measured:
             raise ValueError(
                 "precompute_ref_log_probs=true keeps no reference during training, and kl_coef, kl_placement='none' "

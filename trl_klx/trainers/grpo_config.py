@@ -8,6 +8,7 @@ from trl import GRPOConfig
 
 from ..config import KLArguments
 from .gold import GoldArguments
+from .noise import check_neftune
 from .reward_calls import check_weights
 from .sampling_settings import check_sampling
 from .trl_compat import LIGER_COMPUTES_THE_LOSS
@@ -66,6 +67,7 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
         super().__post_init__()
 
     def _check_trl_options(self) -> None:
+        check_neftune(self.neftune_noise_alpha)
         if LIGER_COMPUTES_THE_LOSS and self.use_liger_kernel and self.kl_is_measured:
             raise ValueError(
                 "use_liger_kernel=true computes TRL's loss in a fused kernel with its own k3 KL: set it to false, or "

@@ -12,10 +12,12 @@ from .health import health_callback
 from .hub import HubPushes
 from .kl_applied import KL_IN_LOSS, KL_IN_REWARD, KL_MEASURED, STEP_ENDED, AppliedKLCheck
 from .kl_control import KLControl
+from .noise import settle_noise
 from .own_folders import discard
 from .resumed_reference import ResumedReference
 from .resumed_run import ResumedRun
 from .step_guard import LOSS, GuardedSteps, drop_non_finite
+from .trainable import check_trainable
 
 
 class KLControlledTrainer(GuardedSteps, ResumedRun, ResumedReference, HubPushes):
@@ -34,6 +36,8 @@ class KLControlledTrainer(GuardedSteps, ResumedRun, ResumedReference, HubPushes)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.kl.check_args(self.args if self.given_args is None else self.given_args)
+        check_trainable(self._saved_model, self.optimizer)
+        settle_noise(self._saved_model, self.args)
         self.kl.restart()
         self.guard.restart()
         self.remove_callback(AppliedKLCheck)

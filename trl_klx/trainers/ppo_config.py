@@ -13,6 +13,7 @@ from trl.experimental.ppo import PPOConfig  # noqa: E402  (the check says why it
 
 from ..config import KLArguments  # noqa: E402
 from .gold import GoldArguments  # noqa: E402
+from .noise import check_neftune  # noqa: E402
 from .reward_calls import check_weights  # noqa: E402
 
 
@@ -116,6 +117,7 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOConfig):
             )
 
     def _check_ppo_choices(self) -> None:
+        check_neftune(self.neftune_noise_alpha)
         if self.stop_token_id is not None:
             self.stop_token = None  # the more specific of the two; "eos" is only the default
         if self.stop_token not in (None, "eos"):

@@ -20,10 +20,11 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl.experimental.ppo import PPOTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import disable_dropout_in_model, get_config_model_id, identity, use_adapter
+from trl.trainer.utils import get_config_model_id, identity, use_adapter
 
 from .adapters import REF_ADAPTER, trainable_as_before
 from .checkpoints import CheckpointError
+from .noise import without_noise
 from .ppo_config import KLXPPOConfig
 from .ppo_model import VALUE_FOLDER, PolicyAndValue
 
@@ -60,7 +61,7 @@ class PPOLoop(PPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = _as_the_loop_sees_it(args)
-        _without_dropout(model)
+        without_noise(model)
         self.is_peft_model = isinstance(model.policy, PeftModel)
         if self.is_peft_model and args.gradient_checkpointing:
             model.policy.enable_input_require_grads()
@@ -83,7 +84,7 @@ class PPOLoop(PPOTrainer):
 
     def _frozen(self, model: nn.Module) -> Any:
         """Prepare a model that is only run: placed, in the run's precision, sharded where the policy is."""
-        _without_dropout(model)
+        without_noise(model)
         model.eval()
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)
@@ -179,14 +180,6 @@ def _as_the_loop_sees_it(args: KLXPPOConfig) -> KLXPPOConfig:
     if seen.ddp_find_unused_parameters is None:
         seen.ddp_find_unused_parameters = False  # every forward uses all of them
     return seen
-
-
-def _without_dropout(model: nn.Module) -> None:
-    """A ratio of two dropout masks is no ratio of policies. TRL's function sees modules; attention reads a number."""
-    disable_dropout_in_model(model)
-    for module in model.modules():
-        if "attention_dropout" in vars(module):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _check_size(args: KLXPPOConfig, dataset: Any) -> None:

@@ -90,12 +90,16 @@ class StepGuard:
         self.in_a_row = 0
 
     def bad_weight(self, model: nn.Module) -> str | None:
-        """A parameter that is not finite, on any process; None where all are. Call on every process."""
-        floating = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and p.element_size() > 1]
-        weights = [(name, _local(p)) for name, p in floating]
+        """A parameter that is trained and not finite, on any process; None where all are. Call on every process.
+
+        Only these can be spoilt; and frozen ones may hold packed integers that no float means (a quantised base).
+        """
+        weights = [
+            (name, _local(p)) for name, p in model.named_parameters() if p.requires_grad and p.element_size() > 1
+        ]
         # A sum needs no memory, and is finite exactly when all addends are (float32 does not overflow here).
-        sums = torch.stack([weight.sum(dtype=torch.float32).to(self._accelerator.device) for _, weight in weights])
-        here = sums.isfinite().logical_not()
+        sums = [weight.sum(dtype=torch.float32).to(self._accelerator.device) for _, weight in weights]
+        here = torch.stack(sums or [torch.zeros((), device=self._accelerator.device)]).isfinite().logical_not()
         if not self._accelerator.reduce(here.any().float(), reduction="sum"):
             return None
         return next((weights[i][0] for i in here.nonzero().flatten().tolist()), "one that another process holds")

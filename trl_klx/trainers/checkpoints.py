@@ -256,7 +256,7 @@ class WholeCheckpoints(_HooksBase):
     def _run_of(self, checkpoint: str | os.PathLike) -> Path | None:
         """output_dir, where the checkpoint lies in it: only then do the names in its files mean folders there."""
         run = Path(self.args.output_dir)
-        return run if Path(checkpoint).resolve().parent == run.resolve() else None
+        return run if Path(checkpoint).parent.resolve() == run.resolve() else None
 
     def _find_best(self, checkpoint: str) -> None:
         """Take the best checkpoint for the folder of its name in output_dir: the path is of where the run once was."""

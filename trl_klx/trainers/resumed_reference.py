@@ -31,14 +31,20 @@ class ResumedReference(WholeCheckpoints):
     _saved_model: Any
     _takes_ref_model = False  # whether the trainer has such an argument
     _start_print: str | None = None  # of the policy as it was given, where it was the reference and is none any more
+    _first_print: str | None = None  # of the reference when training began, and at the last checkpoint
     _seen_print: str | None = None
     _has_moved = False
     _known_reference: tuple[str, float, str] | None = None  # the checkpoint's: fingerprint, KL to it, name
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._first_print = self._reference_print()
+        return super().train(*args, **kwargs)
+
     def _complete(self, folder: Path) -> None:
         self._seen_print = self._reference_print()
-        self._has_moved |= self._moves
-        if self._has_moved:
+        # By sync_ref_model, or by a callback of the user's.
+        self._has_moved |= self._moves or self._seen_print != self._first_print
+        if self._has_moved and self.ref_model is not None:
             self._save_moved(folder)
         super()._complete(folder)
 
@@ -91,7 +97,7 @@ class ResumedReference(WholeCheckpoints):
         reference = self.accelerator.unwrap_model(self.ref_model)
         if self._is_sharded(reference):
             logger.warning(
-                f"{folder} cannot be resumed from: sync_ref_model has moved the reference, which is sharded and not "
+                f"{folder} cannot be resumed from: the reference has moved (sync_ref_model), and it is sharded and not "
                 "saved. Use DDP or ZeRO-2, or sync_ref_model=false."
             )
         elif self.args.should_save:
@@ -109,7 +115,14 @@ class ResumedReference(WholeCheckpoints):
         moved = Path(checkpoint) / MOVED_REFERENCE
         reference = self.accelerator.unwrap_model(self.ref_model) if self.ref_model is not None else None
         if reference is not None and moved.is_file() and not self._is_sharded(reference):
-            reference.load_state_dict(torch.load(moved, map_location="cpu", mmap=True, weights_only=True))
+            try:
+                reference.load_state_dict(torch.load(moved, map_location="cpu", mmap=True, weights_only=True))
+            except Exception as error:  # torch raises a different class for each way in which a file can be wrong
+                reason = " ".join(str(error).split())[:200]
+                raise CheckpointError(
+                    f"{moved} is not the reference of this run ({type(error).__name__}: {reason}): resume from another "
+                    "checkpoint."
+                ) from error
             self._has_moved = True
         elif self._moves:
             raise CheckpointError(
@@ -117,6 +130,9 @@ class ResumedReference(WholeCheckpoints):
                 f"hold it, or not for a sharded model: resume from a checkpoint before step "
                 f"{self.args.ref_model_sync_steps}, or start the run again."
             )
+        self._compare_reference(checkpoint)
+
+    def _compare_reference(self, checkpoint: str) -> None:
         if self._known_reference is None:
             return
         weights, kl, name = self._known_reference

@@ -131,6 +131,22 @@ def test_an_unscored_answer_is_not_learnt_from(tmp_path: Path, changes: dict) ->
     assert not torch.equal(unscored["policy.lm_head.weight"], tiny_model().lm_head.weight)
 
 
+@pytest.mark.situation("PPO: no reward applies to any answer of a minibatch", "right")
+def test_a_minibatch_without_a_reward_moves_nothing(tmp_path: Path) -> None:
+    """Neither by momentum nor by weight decay: the update is that of the one answer that is scored."""
+
+    def first_only(completions: list, **_: Any) -> list[float | None]:
+        return [1.0, *[None] * (len(completions) - 1)]
+
+    changes: dict[str, Any] = {"optim": "adamw_torch", "weight_decay": 0.1, "learning_rate": 0.01}
+    runs = [trainer(tmp_path, reward_funcs=first_only, num_mini_batches=number, **changes) for number in (8, 1)]
+    for made in runs:
+        made.train()
+    many, one = (weights(made.model) for made in runs)
+    for name, value in many.items():
+        torch.testing.assert_close(value, one[name], msg=name)
+
+
 @pytest.mark.situation("PPO: the logged reward where no reward applies to some answers", "right")
 def test_an_unscored_answer_is_in_no_mean_of_rewards(tmp_path: Path) -> None:
     made = trainer(tmp_path, reward_funcs=length_or_none, missing_eos_penalty=1.5, ref_model=tiny_model(3))
@@ -218,9 +234,7 @@ def test_padding_tokens_at_the_ends_are_padding(tmp_path: Path, side: str, added
 
 def test_a_padding_token_within_a_prompt_stays(tmp_path: Path) -> None:
     """Where padding and end are one token, the ends of the turns of a conversation are no padding."""
-    rows = [{"input_ids": [0, 0, 5, 0, 6, 0]}, {"input_ids": [0, 0]}]
-    prompts = read_prompts(rows, tiny_tokenizer(), None, 0)[1]
-    assert prompts == [[5, 0, 6], []]
+    assert read_prompts([{"input_ids": [0, 0, 5, 0, 6, 0]}], tiny_tokenizer(), None, 0)[1] == [[5, 0, 6]]
 
 
 @pytest.mark.situation("PPO: [PAD] added to the tokenizer, the model not resized (as in TRL's examples)", "right")
@@ -285,6 +299,15 @@ def test_tokens_of_a_rollout_function_that_the_model_does_not_know(tmp_path: Pat
 def test_a_mask_of_another_length(tmp_path: Path) -> None:
     data = Dataset.from_dict({"input_ids": [[3, 4, 5]] * 16, "attention_mask": [[1, 1]] * 16})
     with pytest.raises(ValueError, match="a row has 3 input_ids and 2 entries of attention_mask"):
+        trainer(tmp_path, given=False, train_dataset=data)
+
+
+@pytest.mark.situation("PPO: input_ids of padding alone", "refused")
+@pytest.mark.parametrize("mask", [False, True], ids=["no mask", "mask"])
+def test_a_prompt_of_padding_alone(tmp_path: Path, mask: bool) -> None:
+    rows = {"input_ids": [[3, 4, 5]] * 15 + [[0, 0, 0]], "attention_mask": [[1, 1, 1]] * 15 + [[0, 0, 0]]}
+    data = Dataset.from_dict(rows if mask else {"input_ids": rows["input_ids"]})
+    with pytest.raises(ValueError, match="the input_ids of a row are padding alone"):
         trainer(tmp_path, given=False, train_dataset=data)
 
 

@@ -14,6 +14,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 from ..config_rules import fields_of_mappings
 from ..config_types import type_rules
 from ..recipe_files import read_recipe, shipped_recipe
+from ..trainers.loading import loading_arguments
 
 
 @dataclass
@@ -113,6 +114,7 @@ def parse_recipe(program: str, config: type, argv: list[str]) -> Recipe:
         for given in (parsed[0], parsed[2]):
             for rule in type_rules(given).values():
                 rule()
+        _take_loading_arguments(parsed[1], parsed[2])
     except ValueError as error:
         raise BadInput(str(error)) from error
     fields = [text.lstrip("-").split("=")[0].replace("-", "_") for text in unknown if text.startswith("--")]
@@ -121,6 +123,27 @@ def parse_recipe(program: str, config: type, argv: list[str]) -> Recipe:
     if unknown:
         raise BadInput(stray_word(unknown[0]))
     return Recipe(*parsed)
+
+
+def _take_loading_arguments(args: Any, model: ModelConfig) -> None:
+    """Let `model_init_kwargs` say what has a field of its own too; TRL's fields have defaults, which would win.
+
+    Raises:
+        ValueError: both are given, and differ.
+    """
+    if args.model_init_kwargs is None:
+        return
+    loading = loading_arguments(args.model_init_kwargs)
+    for option, name in (("dtype", "dtype"), ("model_revision", "revision"), ("attn_implementation",) * 2):
+        if name not in loading:
+            continue
+        value, own = loading.pop(name), getattr(model, option)
+        if own not in (value, getattr(ModelConfig(), option)):
+            raise ValueError(
+                f"{option}={own!r} and model_init_kwargs with {name}={value!r} differ: remove one of them."
+            )
+        setattr(model, option, value)
+    args.model_init_kwargs = loading or None
 
 
 def known_fields(config: type) -> set[str]:

@@ -20,6 +20,7 @@ from ..trainers.checkpoints import CheckpointError, NotSavedError, RunError
 from ..trainers.resumed_reference import check_resume
 from ..trainers.reward_calls import RewardError
 from ..trainers.run_lock import run_folder
+from ..trainers.vocabulary import TokenError
 from .arguments import BadInput, Recipe, parse_recipe, starts_no_process
 from .dry_run.command import dry_run
 from .early import early_flag
@@ -27,6 +28,10 @@ from .help import help_parser
 from .inputs import Inputs
 from .report import report, resolved_recipe
 from .users_code import users_traceback
+
+# One process may find its disk full, or have the answer or the prompt that a run fails on; that a step is not finite
+# all of them know.
+_OF_ONE_PROCESS = (NotSavedError, RewardError, TokenError)
 
 
 def run_recipe(
@@ -77,9 +82,7 @@ def _train_to_the_end(trainer: Any, recipe: Recipe) -> int:
     except CheckpointError as error:
         return refuse(error)
     except RunError as error:
-        # One process may find its disk full, or have the answer that a reward fails on; that a step is not finite all
-        # of them know.
-        return refuse(error, status=1, from_any_process=isinstance(error, (NotSavedError, RewardError)))
+        return refuse(error, status=1, from_any_process=isinstance(error, _OF_ONE_PROCESS))
     except HubError as error:  # the run itself is whole
         status = refuse(error, status=1)
     _leave_together(trainer)

@@ -23,6 +23,7 @@ from .gold import check_gold_reward
 from .kl_applied import KL_IN_LOSS, KL_IN_REWARD
 from .kl_groups import group_names
 from .kl_trainer import KLControlledTrainer
+from .loading import loading_arguments
 from .ppo_config import KLXPPOConfig
 from .ppo_loop import check_arguments, load_tokenizer
 from .ppo_loss import (
@@ -112,7 +113,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         kl_groups = group_names(args, train_dataset, eval_dataset)
         check_gold_reward(args, gold_reward_func)
         self.given_args = args
-        loading = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+        loading = loading_arguments(args.model_init_kwargs)  # type: ignore[arg-type]
         quantized = {**loading, **({} if quantization_config is None else {"quantization_config": quantization_config})}
         base = load_policy(model, quantized)  # type: ignore[arg-type]
         for name in ("revision", "quantization_config"):  # the policy's own
@@ -275,7 +276,8 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
 
     def _accumulate(self, model: Any, experience: Experience, rows: Tensor) -> Tensor:
         """Add up the gradients of a minibatch, by micro-batches: of the mean over its tokens on all processes."""
-        tokens = self._sum(experience.rollout.mask[rows].sum()).clamp(min=1) / self.accelerator.num_processes
+        count = self._sum(experience.rollout.mask[rows].sum())
+        tokens = count.clamp(min=1) / self.accelerator.num_processes
         micro_batches = rows.split(self.args.per_device_train_batch_size)
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         total = torch.zeros((), device=tokens.device)
@@ -287,6 +289,8 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
                     loss = self._loss_for_deepspeed(self._loss(model, experience, part) / tokens)
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
             total += loss.detach()
+        if not count:  # nothing was scored, and without a gradient nothing moves, not by momentum either
+            model.zero_grad()
         self.guard.watch(LOSS, total)
         return total
 

@@ -17,7 +17,7 @@ from .check_rows import check_prompts
 from .generation import generating_with
 from .ppo_loss import Batch
 from .ppo_model import PolicyAndValue
-from .vocabulary import check_tokens
+from .vocabulary import TokenError, check_tokens
 
 Rows = Sequence[dict[str, Any]]
 # As TRL's GRPO: (prompts, trainer) -> {"prompt_ids", "completion_ids", optional "env_mask", columns for the rewards}.
@@ -131,13 +131,17 @@ def _without_padding(row: dict[str, Any], padding: int | None) -> list[int]:
     mask = row.get("attention_mask")
     if mask is None:
         kept = [place for place, token in enumerate(ids) if token != padding]
-        return ids[kept[0] : kept[-1] + 1] if kept else []
-    if len(mask) != len(ids):
-        raise ValueError(
+        ids = ids[kept[0] : kept[-1] + 1] if kept else []
+    elif len(mask) == len(ids):
+        ids = [token for token, counts in zip(ids, mask, strict=True) if counts]
+    else:
+        raise TokenError(
             f"a row has {len(ids)} input_ids and {len(mask)} entries of attention_mask: give one for each token, or "
             "remove the column."
         )
-    return [token for token, counts in zip(ids, mask, strict=True) if counts]
+    if not ids:
+        raise TokenError("the input_ids of a row are padding alone, so that there is nothing to answer: leave it out.")
+    return ids
 
 
 def check_first_prompts(

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTok
 from trl.trainer.utils import get_config_model_id
 
 from .checkpoints import RunError
+from .loading import loading_arguments
 
 if TYPE_CHECKING:
     from trl import DPOTrainer as _PairsBase
@@ -25,8 +26,8 @@ logger = get_logger(__name__)
 RESIZE = "call model.resize_token_embeddings(len(tokenizer)) and save the model"
 
 
-class UnknownTokenError(RunError, ValueError):
-    """A token has no entry in the model's embedding; the message names it, and the remedy."""
+class TokenError(RunError, ValueError):
+    """The tokens of a prompt or an answer cannot be read by the model; the message says why, and what to do."""
 
 
 def vocabulary_size(model: nn.Module) -> int:
@@ -38,11 +39,11 @@ def check_tokens(rows: Iterable[Sequence[int]], vocabulary: int, what: str) -> N
     """Refuse token ids, of `what`, that the model has no entry for.
 
     Raises:
-        UnknownTokenError: with the first of them.
+        TokenError: with the first of them.
     """
     unknown = next((token for ids in rows for token in ids if not 0 <= token < vocabulary), None)
     if unknown is not None:
-        raise UnknownTokenError(
+        raise TokenError(
             f"{what} holds the token {unknown} and the model's vocabulary has {vocabulary} entries: tokenise with the "
             f"model's own tokenizer, or, where tokens were added to it, {RESIZE}."
         )
@@ -167,6 +168,8 @@ class KnownTokens:
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(super().__init__).bind(model, *args, **kwargs)
         given = bound.arguments
+        if given["args"].model_init_kwargs is not None:
+            given["args"].model_init_kwargs = loading_arguments(given["args"].model_init_kwargs)
         given["processing_class"] = self._known(model, given["args"], given.get("processing_class"))
         super().__init__(*bound.args, **bound.kwargs)
 

@@ -72,6 +72,12 @@ def grpo(model: str, output: str, settings: dict, shared: dict) -> Any:
     return FixedGRPO(model, shared.pop("reward"), config, **shared)
 
 
+def digits_in_part(completions: list[str], **kwargs: object) -> list[float | None]:
+    """As `digit_reward`, which does not apply to empty answers and those that begin with one of a few letters."""
+    rewards = digit_reward(completions, **kwargs)
+    return [None if text[:1] in "abc" else reward for text, reward in zip(completions, rewards, strict=True)]
+
+
 def ppo(model: str, output: str, settings: dict, shared: dict) -> Any:
     from trl_klx import KLXPPOConfig, KLXPPOTrainer  # not everywhere: TRL 1.12 is the last that has PPO
 
@@ -97,7 +103,8 @@ def main(model: str, output: str, options: dict) -> None:
     processes = int(options.pop("processes"))
     algorithm, lora = options.pop("algorithm", "grpo"), options.pop("lora", False)
     sharding, with_gold = options.pop("sharding", None), options.pop("gold", False)
-    reward = unscored if options.pop("unscored", False) else digit_reward
+    scored = digits_in_part if algorithm == "ppo" else digit_reward
+    reward = unscored if options.pop("unscored", False) else scored
     rows = GLOBAL_BATCH // processes // options.get("gradient_accumulation_steps", 1)
     set_seed(0)
     settings = {

@@ -164,7 +164,7 @@ class KLArguments:
 
     def choices(self) -> dict[str, tuple]:
         """The values that TRL's own fields may have, where their annotation does not name them."""
-        return {}
+        return {"include_num_input_tokens_seen": ("all", "non_padding", "no", True, False)}
 
     def type_rules(self) -> dict[str, Callable[[], None]]:
         """A rule for the value of each field by itself; they come before the others, which rely on the types."""

@@ -182,6 +182,17 @@ def _is_list(kind: Any) -> bool:
     return kind is list or get_origin(kind) is list
 
 
+def number_problem(name: str, value: Any) -> str | None:
+    """What is wrong with a number that stands under a field's name elsewhere, in `generation_kwargs` for one."""
+    if name not in _RANGE_OF or value is None:
+        return None
+    try:
+        _check_range(name, value)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _check_range(name: str, value: float) -> None:
     if name == "max_steps" and value < 1 and value != -1:
         raise ValueError(f"max_steps={value} must be at least 1, or -1 to train for num_train_epochs.")

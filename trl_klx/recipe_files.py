@@ -76,4 +76,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a YAML mapping of field: value, and is a {type(content).__name__}.")
+    for name in content:
+        if not isinstance(name, str):
+            raise ValueError(f"{path} has {name!r} where a field's name belongs: write field: value.")
     return content

@@ -173,7 +173,7 @@ def _check_config_file(argv: list[str], config: type) -> None:
         if name not in known:
             raise BadInput(f"in {path}, {unknown_field(name, known)}")
         if isinstance(value, dict) and name not in mappings:
-            raise BadInput(f"in {path}, {name} must be a plain value, not a mapping: recipes are flat.")
+            raise BadInput(f"{name} must be a plain value, not a mapping: recipes are flat.")
 
 
 def stray_word(word: str) -> str:

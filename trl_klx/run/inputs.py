@@ -19,6 +19,7 @@ from ..trainers.gold import check_gold_reward
 from ..trainers.reward_calls import check_weights, first_line
 from .arguments import BadInput, Recipe
 from .data import maker, open_dataset, wanted_splits
+from .settings import setting_problems
 from .users_code import load_function, try_reward
 
 
@@ -65,6 +66,8 @@ def read_inputs(algorithm: str, recipe: Recipe, found: Findings, *, streaming: b
         None where there is a problem with the dataset itself, and `found` does not raise.
     """
     run, args, _ = recipe
+    for problem in setting_problems(recipe):
+        found.add(problem)
     config = _check_models(recipe, found)
     rewards, gold = _read_rewards(algorithm, recipe, found)
     dataset = found.ask(open_dataset, run, streaming=run.dataset_streaming or (streaming and not _is_local(recipe)))

@@ -129,7 +129,7 @@ class KLXDPOConfig(KLArguments, DPOConfig):
         return "exact" if reverse and "exact" in self._probe_estimators else "k3"
 
     def choices(self) -> dict[str, tuple]:
-        return {"loss_type": _LOSSES, "f_divergence_type": _DIVERGENCES}
+        return {**super().choices(), "loss_type": _LOSSES, "f_divergence_type": _DIVERGENCES}
 
     def rules(self) -> list[Callable[[], None]]:
         first: list[Callable[[], None]] = [self._check_budget, partial(check_names, self), self._check_what_dpo_has]

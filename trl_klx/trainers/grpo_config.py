@@ -49,7 +49,7 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
         return "beta"
 
     def choices(self) -> dict[str, tuple]:
-        return _CHOICES
+        return {**super().choices(), **_CHOICES}
 
     def rules(self) -> list[Callable[[], None]]:
         own: list[Callable[[], None]] = [

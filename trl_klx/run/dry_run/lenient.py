@@ -4,15 +4,18 @@ import dataclasses
 import re
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 
+from ...command_line import UsageError
 from ...config_types import type_problems
 from ...recipe_files import read_recipe
 from ..arguments import BadInput, Recipe, known_fields, parse_recipe, stray_word, unknown_field
+from ..early import early_flag
 
 _GIVE_UP_AFTER = 12
 
@@ -34,7 +37,9 @@ def parse_leniently(program: str, config: type, argv: list[str]) -> Lenient:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if not _has_accelerator():
-            argv = [*argv, "--use_cpu", "true"]
+            with suppress(UsageError):  # what is neither true nor false is left for the parser to refuse
+                early_flag(argv, "use_cpu")
+                argv = [*argv, "--use_cpu", "true"]
         try:
             return Lenient(parse_recipe(program, config, argv), problems)
         except BadInput:

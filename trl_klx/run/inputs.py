@@ -68,11 +68,11 @@ def read_inputs(algorithm: str, recipe: Recipe, found: Findings, *, streaming: b
     run, args, _ = recipe
     for problem in setting_problems(recipe):
         found.add(problem)
-    config = _check_models(recipe, found)
     rewards, gold = _read_rewards(algorithm, recipe, found)
     dataset = found.ask(open_dataset, run, streaming=run.dataset_streaming or (streaming and not _is_local(recipe)))
     needs_test = bool(getattr(args, "kl_probe_steps", None)) or args.eval_strategy != "no" or bool(args.eval_on_start)
     splits = None if dataset is None else found.ask(wanted_splits, dataset, run, needs_test=needs_test)
+    config = _check_models(recipe, found)
     tokenizer = found.ask(read_tokenizer, recipe)
     if splits is None:
         return None

@@ -454,6 +454,21 @@ def test_a_moved_reference_is_put_back(algorithm: str, tmp_path: Path) -> None:
         assert again.kl.budget.kl == whole.kl.budget.kl
 
 
+@pytest.mark.situation("trains with sync_ref_model and a sharded reference, and resumes", "refused")
+def test_a_moved_reference_that_is_sharded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from trl_klx.trainers import resumed_reference
+
+    monkeypatch.setattr(resumed_reference, "is_sharded", lambda model: True)
+    options = {"max_steps": 3, **SYNC, **K3}
+    make("grpo", tmp_path, **options, **EVERY_STEP).train()
+    assert "checkpoint-2 cannot be resumed from: the reference has moved" in caplog.text
+    assert "checkpoint-1 cannot" not in caplog.text
+    with pytest.raises(CheckpointError, match=r"does not hold it, or not for a sharded model.*before step 2"):
+        make("grpo", tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 class Moves(TrainerCallback):
     """A user's own way to move the reference, after every step."""
 

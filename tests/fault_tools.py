@@ -65,7 +65,8 @@ def make(algorithm: str, folder: Path | str, **changes: Any) -> Any:
     reward, callbacks = changes.pop("reward", digit_reward), changes.pop("callbacks", None)
     data = (preferences(), preferences(12)) if algorithm == "dpo" else (tiny_dataset(), None)
     shared = {"model": tiny_model() if model is None else model, "callbacks": callbacks}
-    shared |= {"processing_class": tiny_tokenizer(), "peft_config": changes.pop("peft_config", None)}
+    shared |= {"peft_config": changes.pop("peft_config", None)}
+    shared["processing_class"] = changes.pop("processing_class", tiny_tokenizer())
     shared |= {
         name: changes.pop(name, rows) for name, rows in zip(("train_dataset", "eval_dataset"), data, strict=True)
     }

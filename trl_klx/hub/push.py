@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from .card import ADAPTER_CONFIG, CARD_FILE
 from .settings import RECIPE_FILE, as_yaml, public_settings, without_path
+from .versions import version_of
 
 NO_TOKEN = "no token is found: run `hf auth login`, or set HF_TOKEN"
 _STAYS = ["_*", "checkpoint-*", "completions/*", "wandb/*", *("training_args.bin", "*/training_args.bin")]
@@ -103,7 +103,7 @@ def push_checkpoint(
 @cache
 def _api() -> HfApi:
     """One for all: it runs its background jobs one after the other."""
-    return HfApi(library_name="trl_klx", library_version=version("trl_klx"))
+    return HfApi(library_name="trl_klx", library_version=version_of("trl_klx"))
 
 
 def _run(job: Callable[[], Any], repo_id: str, background: bool) -> Any:

@@ -3,13 +3,13 @@
 import json
 import platform
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..recipe_files import read_recipe
+from .versions import version_of
 
 RECIPE_FILE, VERSIONS_FILE = "resolved_recipe.yaml", "versions.json"
 Settings = dict[str, Any]
@@ -64,7 +64,7 @@ def write_settings(folder: Path, settings: Settings) -> None:
     """Write the settings (`resolved_recipe.yaml`) and the versions of what runs here (`versions.json`)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECIPE_FILE).write_text(as_yaml(settings))
-    versions = {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()}
+    versions = {name: version_of(name) for name in _VERSIONED} | {"python": platform.python_version()}
     (folder / VERSIONS_FILE).write_text(json.dumps(versions, indent=2) + "\n")
 
 

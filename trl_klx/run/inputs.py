@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from trl.trainer.utils import get_callable_name
 
 from ..trainers.check_inputs import split_problems
 from ..trainers.check_lengths import length_problems
 from ..trainers.check_rows import rows_of
 from ..trainers.gold import check_gold_reward
+from ..trainers.packages import missing_for_model
 from ..trainers.reward_calls import check_weights, first_line
+from ..trainers.start import load_tokenizer
 from .arguments import BadInput, Recipe
+from .checks import model_problems
 from .data import maker, open_dataset, wanted_splits
 from .settings import setting_problems
 from .users_code import load_function, try_reward
@@ -123,6 +126,8 @@ def _check_models(recipe: Recipe, found: Findings) -> PreTrainedConfig | None:
     for option in ("reward_model_path", "value_model_path"):
         if getattr(args, option, None) is not None:
             found.ask(check_model, getattr(args, option), option=option, trust_remote_code=trusts)
+    for problem in (*missing_for_model(config, f"model_name_or_path={path!r}"), *model_problems(recipe)):
+        found.add(problem)
     return config
 
 
@@ -195,12 +200,6 @@ def read_tokenizer(recipe: Recipe) -> Any:
     model = recipe.model
     if model.model_name_or_path is None:
         return None
-    try:
-        return AutoTokenizer.from_pretrained(
-            model.model_name_or_path, revision=model.model_revision, trust_remote_code=_trusts(recipe)
-        )
-    except Exception as error:  # as many classes as there are tokenizers
-        raise BadInput(
-            f"the tokenizer of model_name_or_path={model.model_name_or_path!r} cannot be loaded here "
-            f"({type(error).__name__}: {first_line(error)})."
-        ) from error
+    path = model.model_name_or_path
+    where: dict[str, Any] = {"revision": model.model_revision, "trust_remote_code": _trusts(recipe)}
+    return load_tokenizer(path, f"model_name_or_path={path!r}", **where)

@@ -22,6 +22,7 @@ from ..trainers.reward_calls import RewardError
 from ..trainers.run_lock import run_folder
 from ..trainers.vocabulary import TokenError
 from .arguments import BadInput, Recipe, parse_recipe, starts_no_process
+from .checks import start_problems
 from .dry_run.command import dry_run
 from .early import early_flag
 from .help import help_parser
@@ -63,6 +64,8 @@ def run_recipe(
             recipe = parse_recipe(program, config, argv)
             if recipe.run.accelerate_config is not None:
                 raise BadInput(starts_no_process(recipe.run.accelerate_config))
+            for problem in start_problems(recipe):
+                raise BadInput(problem)
             inputs = load_inputs(recipe)
             check_resume(recipe.args, recipe.model.model_name_or_path)
             check_push(recipe.args)

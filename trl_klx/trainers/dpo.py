@@ -31,6 +31,7 @@ from .kl_probe import KLProbe, distinct_prompts
 from .kl_trainer import KLControlledTrainer
 from .prompt_numbers import pair_prompts, prompt_numbers
 from .reference import reference_is_a_copy
+from .start import check_start
 from .step_guard import KL, POLICY, REFERENCE, StepGuard
 from .trl_compat import check_trl_version, check_virtual_tokens
 from .vocabulary import KnownPairTokens
@@ -95,6 +96,7 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
                 "none: pass an eval_dataset, or remove kl_probe_steps."
             )
         check_inputs("dpo", args, train_dataset, eval_dataset)
+        check_start(args, model, *positional[:1], ref_model=ref_model, **kwargs)
         check_virtual_tokens(model, kwargs.get("peft_config"))
         # Precomputed log-probs need no second model; an adapter is copied for them all the same.
         wanted = ref_model is None and not (args.precompute_ref_log_probs and isinstance(model, PreTrainedModel))

@@ -42,6 +42,7 @@ from .kl_trainer import KLControlledTrainer
 from .prompt_numbers import RolloutPrompts
 from .reference import reference_as_given
 from .reward_functions import finite_rewards
+from .start import check_start
 from .step_guard import KL, POLICY, REFERENCE, REWARDS, StepGuard
 from .trl_compat import check_trl_version
 
@@ -88,6 +89,7 @@ class KLXGRPOTrainer(KLControlledTrainer, PolicySampling, RewardCredit, GoldWatc
             raise TypeError(f"args is a {type(args).__name__}: KLXGRPOTrainer takes a KLXGRPOConfig.")
         kl_groups = group_names(args, train_dataset, eval_dataset)
         check_gold_reward(args, gold_reward_func)
+        check_start(args, model, *positional[:1], **kwargs)
         self._scorings: list[Scoring] | None = None
         self._keep_ref_hidden = False
         self._exact_request: tuple[Tensor, Tensor, bool] | None = None  # reference hidden states, mask, with gradient

@@ -25,7 +25,7 @@ from .kl_groups import group_names
 from .kl_trainer import KLControlledTrainer
 from .loading import loading_arguments
 from .ppo_config import KLXPPOConfig
-from .ppo_loop import check_arguments, load_tokenizer
+from .ppo_loop import check_arguments
 from .ppo_loss import (
     Clipping,
     generalized_advantages,
@@ -45,6 +45,7 @@ from .ppo_rollout import Experience, Rollout, RolloutFunction, Rows, check_first
 from .ppo_sampler import PPOSampler
 from .reward_functions import RewardFunctions
 from .reward_models import loaded_rewards
+from .start import check_start
 from .step_guard import ADVICE, KL, LOSS
 from .vocabulary import check_vocabularies, vocabulary_size, with_known_padding
 
@@ -112,13 +113,14 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         check_inputs("ppo", args, train_dataset, eval_dataset, given, more=rollout_func is not None)
         kl_groups = group_names(args, train_dataset, eval_dataset)
         check_gold_reward(args, gold_reward_func)
+        others = {"ref_model": ref_model, "reward_model": reward_model, "value_model": value_model}
+        tokenizer = check_start(args, model, processing_class, quantization_config=quantization_config, **others)
         self.given_args = args
         loading = loading_arguments(args.model_init_kwargs)  # type: ignore[arg-type]
         quantized = {**loading, **({} if quantization_config is None else {"quantization_config": quantization_config})}
         base = load_policy(model, quantized)  # type: ignore[arg-type]
         for name in ("revision", "quantization_config"):  # the policy's own
             loading.pop(name, None)
-        tokenizer = load_tokenizer(base) if processing_class is None else processing_class
         self._prompt_padding, vocabulary = tokenizer.pad_token_id, vocabulary_size(base)
         tokenizer = with_known_padding(tokenizer, vocabulary, "the policy")
         template = args.chat_template_kwargs

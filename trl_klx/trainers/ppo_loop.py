@@ -17,10 +17,10 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl.experimental.ppo import PPOTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import get_config_model_id, identity, use_adapter
+from trl.trainer.utils import identity, use_adapter
 
 from .adapters import REF_ADAPTER, trainable_as_before
 from .checkpoints import CheckpointError
@@ -192,14 +192,6 @@ def _check_size(args: KLXPPOConfig, dataset: Any) -> None:
             f"the dataset has {rows} prompts and a rollout takes {args.batch_size} (per_device_train_batch_size * "
             "gradient_accumulation_steps * processes): lower one of these, or give more prompts."
         )
-
-
-def load_tokenizer(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
-    """The tokenizer of the policy's path, as TRL's GRPO finds it."""
-    path = get_config_model_id(model.config)
-    if not path:
-        raise ValueError("the policy in memory says no path that its tokenizer could come from: pass processing_class.")
-    return AutoTokenizer.from_pretrained(path)
 
 
 def check_arguments(

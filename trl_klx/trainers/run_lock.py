@@ -8,11 +8,12 @@ import errno
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ..launching import is_alive
 
@@ -54,6 +55,22 @@ def run_folder(output_dir: str | os.PathLike) -> Iterator[None]:
         _held.discard(mine)
         path.unlink(missing_ok=True)
         file.close()
+
+
+def folder_problem(output_dir: Any) -> str | None:
+    """A sentence about an output_dir that is no folder or cannot be written to; None: it can."""
+    if not isinstance(output_dir, (str, os.PathLike)) or not str(output_dir).strip():
+        return f"output_dir={output_dir!r} is no folder: give the path of one."
+    folder = Path(output_dir).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    reason = f"{existing} is no folder"
+    if existing.is_dir():
+        try:  # what permissions and mounts allow, only trying says: to root they seem to allow everything
+            Path(tempfile.mkdtemp(prefix=".trl_klx", dir=existing)).rmdir()
+            return None
+        except OSError as error:
+            reason = f"{existing}: {error.strerror}"
+    return f"output_dir={output_dir!r} cannot be written to ({reason}): give a folder that can."
 
 
 def check_not_in_use(output_dir: str | os.PathLike) -> None:

@@ -1,12 +1,27 @@
 """What differs between the TRL versions we support, in one place."""
 
-from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
 from peft import PeftConfig, PeftModel, PeftType
 
-TRL_VERSION = Version(version("trl"))
+from ..hub.versions import UNKNOWN, version_of
+
+
+def _trl_version() -> Version:
+    """TRL's version. A checkout on the path that was never installed has it in a file, or shows it by having PPO."""
+    found = version_of("trl")
+    if found == UNKNOWN:
+        package = find_spec("trl")
+        file = Path(str(package and package.origin)).parent.parent / "VERSION"
+        has_ppo = find_spec("trl.experimental.ppo") is not None
+        found = file.read_text().strip() if file.is_file() else "1.12" if has_ppo else "1.16"
+    return Version(found)
+
+
+TRL_VERSION = _trl_version()
 
 # TRL removed PPO in 1.13.
 TRL_HAS_PPO = TRL_VERSION < Version("1.13")

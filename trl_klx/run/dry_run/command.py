@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..algorithms import ALGORITHMS, config_of
 from ..arguments import BadInput, Recipe, starts_no_process
+from ..checks import start_problems
 from ..early import early_flag, early_value
 from ..explain.command import advice
 from ..explain.notes import sentence
@@ -81,6 +82,8 @@ def make_plan(algorithm: str, argv: list[str], program: str = "dry_run") -> Plan
         )
     with warnings.catch_warnings(), from_the_cache_only() if hub_is_away else nullcontext():
         warnings.simplefilter("ignore")
+        for problem in start_problems(recipe):
+            found.add(problem)
         data = check_inputs(algorithm, recipe, found)
         models = found.ask(count_models, algorithm, recipe)
     for problem in check_run(algorithm, recipe, data, models, layout):

@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,11 @@ import torch
 from huggingface_hub import get_token
 
 from ...trainers.checkpoints import whole_checkpoints
-from ...trainers.run_lock import FolderError, check_not_in_use
+from ...trainers.packages import DEEPSPEED
 from ..arguments import Recipe
 from .layout import Layout
 from .memory import optimizer_bytes
 from .parameters import Models
-
-_TRACKERS = {
-    "wandb": "wandb",
-    "trackio": "trackio",
-    "tensorboard": "tensorboard",
-    "mlflow": "mlflow",
-    "swanlab": "swanlab",
-}
 
 
 def check_machine(recipe: Recipe, layout: Layout, models: Models | None, *, on_cpu: bool) -> Iterator[str]:
@@ -37,38 +28,17 @@ def check_machine(recipe: Recipe, layout: Layout, models: Models | None, *, on_c
         yield f"{started} processes were started and {layout.source} is for {layout.processes}."
     if args.bf16 and not on_cpu and not (devices and torch.cuda.is_bf16_supported()):
         yield "bf16=true needs a GPU that has it, and this machine has none: run it elsewhere, or set bf16 to false."
-    yield from _packages(recipe, layout)
-    yield from _output(args)
+    if layout.kind == "DEEPSPEED" and not DEEPSPEED.is_there:
+        yield f"{layout.source} needs DeepSpeed, which is not installed: pip install {DEEPSPEED.pip}."
+    yield from _earlier_run(args)
     if args.push_to_hub and args.hub_token is None and get_token() is None:
         yield "push_to_hub=true needs a token: run `hf auth login`, or set HF_TOKEN."
     if models is not None:
         yield from _space(args, models, adapter_only=bool(recipe.model.use_peft))
 
 
-def _packages(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    args, model = recipe.args, recipe.model
-    if getattr(args, "use_vllm", False) and find_spec("vllm") is None:
-        yield "use_vllm=true and vLLM is not installed: pip install 'trl_klx[vllm]', or set use_vllm to false."
-    if layout.kind == "DEEPSPEED" and find_spec("deepspeed") is None:
-        yield f"{layout.source} needs DeepSpeed, which is not installed: pip install 'trl_klx[deepspeed]'."
-    if (model.load_in_4bit or model.load_in_8bit) and find_spec("bitsandbytes") is None:
-        yield "load_in_4bit and load_in_8bit need bitsandbytes, which is not installed: pip install bitsandbytes."
-    names = args.report_to if isinstance(args.report_to, list) else [args.report_to]
-    for name in names:
-        if name in _TRACKERS and find_spec(_TRACKERS[name]) is None:
-            yield f"report_to names {name}, which is not installed: pip install {_TRACKERS[name]}, or remove it."
-
-
-def _output(args: Any) -> Iterator[str]:
+def _earlier_run(args: Any) -> Iterator[str]:
     folder = Path(args.output_dir)
-    existing = _existing(folder)
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        yield f"output_dir={args.output_dir!r} cannot be written to ({existing} is no folder to write in)."
-        return
-    try:
-        check_not_in_use(folder)
-    except FolderError as error:
-        yield str(error)
     if folder.is_dir() and args.resume_from_checkpoint is None and whole_checkpoints(folder):
         last = whole_checkpoints(folder)[-1].name
         yield (

@@ -1,0 +1,18 @@
+"""Versions of packages, also of those that are on the path without having been installed."""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+UNKNOWN = "unknown"
+
+
+def version_of(name: str) -> str:
+    """A package's version: as it was installed, else as it says itself, else "unknown"."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        pass
+    try:
+        return str(getattr(import_module(name), "__version__", UNKNOWN))
+    except ImportError:
+        return UNKNOWN

@@ -1,0 +1,103 @@
+"""Weights on disk: whether they are there, whole, and of the shapes that the model's config says. No tensor is read."""
+
+import json
+import math
+import struct
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
+
+SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+
+
+def weight_problems(path: str | None, option: str, *, classifier: bool = False) -> Iterator[str]:
+    """A sentence for what is wrong with the weights of a local model, given as `option`; of the Hub's, none."""
+    folder = Path(path or "")
+    if not path or not (folder / "config.json").is_file():
+        return
+    files, missing = _weight_files(folder)
+    if missing is not None:
+        yield f"{option}={path!r} holds no {missing}: its weights are not all there; copy or download it again."
+        return
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        try:
+            shapes |= _shapes(file)
+        except ValueError as error:
+            yield f"{option}={path!r} is not whole ({file.name} {error}): copy or download it again."
+            return
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError):  # it needs code of its own, or is refused as no model
+        return
+    for name, expected in _expected_shapes(config, classifier=classifier).items():
+        found = shapes.get(name, expected)
+        if found != expected and not getattr(config, "quantization_config", None):
+            yield (
+                f"{option}={path!r} holds weights of another shape than its config.json says ({name} is {found}, for "
+                f"{expected}): put the config.json there that belongs to the weights."
+            )
+            return
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], str | None]:
+    """The files that hold the weights, as transformers looks for them, and the name of one that is missing."""
+    for name in (SAFETENSORS, PICKLED):
+        if (folder / name).is_file():
+            return [folder / name], None
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return [], f"readable {index.name}"
+            missing = next((name for name in names if not (folder / name).is_file()), None)
+            return [folder / name for name in names if missing is None], missing
+    return [], SAFETENSORS
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """The shapes in a file; of a pickled one none, which is only looked at from outside.
+
+    Raises:
+        ValueError: it is cut or no such file, in words that follow its name.
+    """
+    size = file.stat().st_size
+    if file.suffix != ".safetensors":
+        with file.open("rb") as stream:
+            is_zip = stream.read(2) == b"PK"
+        if size == 0 or (is_zip and not zipfile.is_zipfile(file)):
+            raise ValueError("is cut")
+        return {}
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else math.inf
+        if 8 + length > size:
+            raise ValueError("is cut")
+        try:
+            header = {name: entry for name, entry in json.loads(stream.read(int(length))).items() if name[:2] != "__"}
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            shapes = {name: list(entry["shape"]) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError("is no safetensors file") from error
+    if size != 8 + length + end:
+        raise ValueError(f"has {size} bytes and should have {8 + int(length) + end}")
+    return shapes
+
+
+def _expected_shapes(config: PreTrainedConfig, *, classifier: bool) -> dict[str, list[int]]:
+    """The shapes of a model's parameters; none where transformers does not have its class."""
+    try:
+        with torch.device("meta"):
+            if classifier:
+                config.num_labels = 1
+                model = AutoModelForSequenceClassification.from_config(config)
+            else:
+                model = getattr(transformers, (config.architectures or [""])[0])._from_config(config)
+    except Exception:  # a class that is not there, or a config that it cannot be built from: loading says so
+        return {}
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}

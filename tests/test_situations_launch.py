@@ -420,8 +420,8 @@ def test_nothing_is_unpickled_and_no_code_of_a_model_is_run() -> None:
 # What is not installed
 
 ASKED = [
-    ({"report_to": ["wandb"]}, "report_to='wandb' and wandb is not installed: pip install wandb"),
-    ({"report_to": "comet_ml"}, "report_to='comet_ml' and comet_ml is not installed: pip install comet-ml"),
+    ({"report_to": ["wandb"]}, "report_to names wandb and wandb is not installed: pip install wandb"),
+    ({"report_to": "comet_ml"}, "report_to names comet_ml and comet_ml is not installed: pip install comet-ml"),
     ({"optim": "paged_adamw_8bit"}, "optim='paged_adamw_8bit' and bitsandbytes is not installed: pip install bits"),
     ({"optim": "adamw_bnb_8bit"}, "optim='adamw_bnb_8bit' and bitsandbytes is not installed"),
     ({"optim": "lion_32bit"}, "optim='lion_32bit' and bitsandbytes is not installed"),
@@ -469,7 +469,7 @@ def test_a_package_that_is_not_there(
     assert ALGORITHMS[algorithm].main(argv) == 2
     found = refusal(capsys)
     assert sentence in found
-    assert found in make_plan(algorithm, argv).problems
+    assert any(found in problem for problem in make_plan(algorithm, argv).problems)
 
 
 @pytest.mark.situation("asks in Python for a package that is not installed", "refused")
@@ -518,7 +518,7 @@ def refused_alike(algorithm: str, argv: list[str], capsys: pytest.CaptureFixture
     """What the command says; the dry run must say the same."""
     assert ALGORITHMS[algorithm].main(argv) == 2
     sentence = refusal(capsys)
-    assert sentence in make_plan(algorithm, argv).problems
+    assert any(sentence in problem for problem in make_plan(algorithm, argv).problems)
     return sentence
 
 

@@ -92,7 +92,7 @@ def missing_packages(args: Any, loading: Mapping[str, Any]) -> Iterator[str]:
 def _wanted(args: Any, loading: Mapping[str, Any]) -> Iterator[tuple[str, Package]]:
     for name in [args.report_to] if isinstance(args.report_to, str) else args.report_to or []:
         if name in _TRACKERS:
-            yield f"report_to={name!r}", _TRACKERS[name]
+            yield f"report_to names {name}", _TRACKERS[name]
     optimizer = str(getattr(args.optim, "value", args.optim))
     for pattern, package in _OPTIMIZERS.items():
         if re.fullmatch(pattern, optimizer):

@@ -83,7 +83,7 @@ def make_plan(algorithm: str, argv: list[str], program: str = "dry_run") -> Plan
     with warnings.catch_warnings(), from_the_cache_only() if hub_is_away else nullcontext():
         warnings.simplefilter("ignore")
         for problem in start_problems(recipe):
-            found.add(problem)
+            found.add(f"on this machine: {problem}")
         data = check_inputs(algorithm, recipe, found)
         models = found.ask(count_models, algorithm, recipe)
     for problem in check_run(algorithm, recipe, data, models, layout):

@@ -55,7 +55,7 @@ def test_targets_by_group_as_a_mapping(tmp_path: Path) -> None:
 
 MAPPINGS = [
     ("kl_group_targets", {"math": 2.0}),
-    ("model_init_kwargs", {"dtype": "float32"}),
+    ("model_init_kwargs", {"use_cache": False}),
     ("generation_kwargs", {"top_k": 5}),
     ("chat_template_kwargs", {"enable_thinking": False}),
     ("lr_scheduler_kwargs", {"num_cycles": 2}),
@@ -338,7 +338,7 @@ def test_files(
 
 @pytest.mark.situation("asks for a dry run of a recipe that does not even parse", "refused")
 @pytest.mark.parametrize(
-    "fields", [{"beta": {"start": 1}}, {1: 2}, {"model_init_kwargs": "{"}, {"kl_estimator": "k9", "beta": {"start": 1}}]
+    "fields", [{"beta": {"start": 1}}, {"model_init_kwargs": "{"}, {"kl_estimator": "k9", "beta": {"start": 1}}]
 )
 def test_a_dry_run_shows_no_file_of_its_own(
     fields: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -596,11 +596,11 @@ def test_beta_of_the_controller_reaches_the_update(tmp_path: Path) -> None:
         for name in ("kl/loss", "objective/non_score_reward"):
             assert entry[name] == pytest.approx(logged[0][name] * entry["kl/coef"], rel=1e-4), name
     rollout = first_rollout(made)
-    made._apply_kl_coef(0.0)
+    made.kl._coefs[""] = 0.0
     uncharged, _ = made._shape_rewards(rollout)
-    made._apply_kl_coef(0.5)
+    made.kl._coefs[""] = 0.5
     charged, _ = made._shape_rewards(rollout)
-    made._apply_kl_coef(1.0)
+    made.kl._coefs[""] = 1.0
     torch.testing.assert_close(made._shape_rewards(rollout)[0] - uncharged, 2 * (charged - uncharged))
     assert (charged - uncharged).abs().max() > 0.01
 

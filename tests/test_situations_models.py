@@ -46,6 +46,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl.trainer.utils import use_adapter
 
+from trl_klx.analysis.models import Scorer
 from trl_klx.kl import exact_kl
 from trl_klx.trainers.exact_forward import ExactKLForward
 from trl_klx.trainers.noise import noise_of, without_noise
@@ -463,3 +464,22 @@ def test_packed_weights_are_not_judged(algorithm: str, tmp_path: Path) -> None:
     with torch.no_grad():
         next(policy_of(trainer).model.layers.parameters())[0] = torch.nan
     assert trainer.guard.bad_weight(trainer.model) is not None
+
+
+@pytest.mark.situation("probes DPO's KL under FSDP1", "refused")
+def test_fsdp1_leaves_nothing_to_sample_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl_klx.trainers.dpo.is_fsdp1", lambda trainer: True)
+    with pytest.raises(ValueError, match=r"kl_probe_steps=1 .*fsdp_version 2, DDP or DeepSpeed, or remove it"):
+        make("dpo", tmp_path)
+
+
+@pytest.mark.situation("adds NEFTune's noise to the embeddings in DPO without a KL on the data", "right")
+def test_dpo_alone_may_have_neftune(tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_model(), tmp_path, kl_coef=0.0, max_steps=1, neftune_noise_alpha=1.0)
+    trainer.train()
+
+
+@pytest.mark.situation("measures a model of another architecture", "right")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_measure_knows_architectures(name: str) -> None:
+    assert Scorer(architecture(name), temperature=1.0, name=name).vocab_size == 23

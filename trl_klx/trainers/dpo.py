@@ -23,7 +23,7 @@ from .adapters import REF_ADAPTER, trainable_as_before
 from .check_inputs import check_inputs, check_kept, check_lengths
 from .dpo_config import KLXDPOConfig
 from .dpo_pairs import PairStatistics
-from .exact_forward import ExactKLForward, exact_kl_between
+from .exact_forward import ExactKLForward, exact_kl_between, is_fsdp1
 from .kl_applied import KL_IN_LOSS, KL_ON_DATA, STEP_ENDED, the_only
 from .kl_coefficient import KLCoefficient
 from .kl_control import KLControl
@@ -122,6 +122,11 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
         return exact_kl_between(self, self.model, temperature=1.0, direction=self.kl_term.direction)
 
     def _make_probe(self) -> KLProbe:
+        if is_fsdp1(self):
+            raise ValueError(
+                f"kl_probe_steps={self.args.kl_probe_steps} samples from the policy, whose weights fsdp_version=1 "
+                "flattens: use fsdp_version 2, DDP or DeepSpeed, or remove it."
+            )
         if self._is_vision_dataset:
             raise ValueError(
                 f"kl_probe_steps={self.args.kl_probe_steps} samples answers to text prompts and the data has images: "

@@ -303,12 +303,16 @@ def _scattered(kl_N: Tensor, mask: Tensor) -> Tensor:
 
 def check_sharding(trainer: Trainer) -> None:
     """Refuse the exact KL under FSDP1, which flattens the head into one parameter with others."""
-    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    if plugin is not None and plugin.fsdp_version != 2:
+    if is_fsdp1(trainer):
         raise ValueError(
-            f"fsdp_version={plugin.fsdp_version} flattens the output head, which the exact KL reads: use fsdp_version "
-            f"2, DDP or DeepSpeed; or {WITHOUT_EXACT}."
+            "fsdp_version=1 flattens the output head, which the exact KL reads: use fsdp_version 2, DDP or DeepSpeed, "
+            "or kl_estimator k1, k2 or k3 (in DPO kl_coef 0 and no kl_probe_steps)."
         )
+
+
+def is_fsdp1(trainer: Trainer) -> bool:
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    return plugin is not None and plugin.fsdp_version != 2
 
 
 @functools.cache

@@ -115,8 +115,9 @@ def parse_recipe(program: str, config: type, argv: list[str]) -> Recipe:
             for rule in type_rules(given).values():
                 rule()
         _take_loading_arguments(parsed[1], parsed[2])
-    except ValueError as error:
-        raise BadInput(str(error)) from error
+    except (ValueError, OSError, TypeError) as error:  # the latter two of files and mappings that TRL takes apart
+        what = "" if isinstance(error, ValueError) else "a field that holds a file or a mapping cannot be read: "
+        raise BadInput(f"{what}{error}") from error
     fields = [text.lstrip("-").split("=")[0].replace("-", "_") for text in unknown if text.startswith("--")]
     if fields:
         raise BadInput(f"on the command line, {unknown_field(fields[0], known)}")

@@ -185,7 +185,7 @@ class KnownTokens:
             vocabulary = int(config.get_text_config().vocab_size)
             path = model if isinstance(model, str) else get_config_model_id(config)
             processor = AutoProcessor.from_pretrained(path, **loading) if processing_class is None else processing_class
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, ImportError, KeyError):
             return processing_class  # TRL says what it cannot load
         tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
         if token_count(tokenizer) <= vocabulary:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
+from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig
 from tiny import digit_reward, save_tiny, tiny_dataset, tiny_family, tiny_model, tiny_tokenizer
@@ -567,3 +569,35 @@ def test_budget_stops_with_a_checkpoint(model_path: str, tmp_path: Path) -> None
     warned.train()
     assert warned.state.global_step == 8
     assert warned.kl.budget.exceeded
+
+
+@pytest.mark.parametrize("rows", [None, {"level": [1, 2, 3, 4]}], ids=["no dataset", "no prompts"])
+def test_an_environment_may_make_the_prompts(tmp_path: Path, rows: dict | None) -> None:
+    class Sums:
+        def reset(self, **kwargs: object) -> str:
+            return "1+2="
+
+        def add(self, a: int, b: int) -> int:
+            """Add two numbers.
+
+            Args:
+                a: one number
+                b: the other
+            """
+            return a + b
+
+        def get_reward(self) -> float:
+            return 1.0
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = Path(trl.__file__).parent.joinpath("chat_templates", "qwen3.jinja").read_text()
+    trainer = KLXGRPOTrainer(
+        tiny_model(),
+        args=KLXGRPOConfig(str(tmp_path), **{**SETTINGS, "max_steps": 1}),
+        train_dataset=None if rows is None else Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        environment_factory=Sums,
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/Sums/mean"] == 1.0
+    assert trainer.state.log_history[0]["kl/sequences"] == 8

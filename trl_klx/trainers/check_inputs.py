@@ -13,7 +13,14 @@ from .reward_calls import check_call, check_names, check_weights, needed_columns
 
 
 def check_inputs(
-    algorithm: str, args: Any, train_dataset: Any, eval_dataset: Any, rewards: Sequence[Any] = (), *, more: bool = False
+    algorithm: str,
+    args: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    rewards: Sequence[Any] = (),
+    *,
+    more: bool = False,
+    has_prompts: bool = True,
 ) -> None:
     """Refuse data and rewards that a trainer cannot use.
 
@@ -23,6 +30,7 @@ def check_inputs(
         train_dataset, eval_dataset: as the trainers take them; the latter may be a mapping of named ones.
         rewards: functions, models or their paths.
         more: whether a rollout function or an environment gives the reward functions more than the dataset does.
+        has_prompts: False where environments make the prompts, so that the dataset need not hold any.
 
     Raises:
         ValueError: the first problem, in one sentence.
@@ -30,7 +38,7 @@ def check_inputs(
     if rewards:
         check_weights(getattr(args, "reward_weights", None), len(rewards))
     for split, dataset in _splits(train_dataset, eval_dataset):
-        for problem in split_problems(algorithm, split, dataset, rewards, more=more):
+        for problem in split_problems(algorithm, split, dataset, rewards, more=more, has_prompts=has_prompts):
             raise ValueError(problem)
 
 
@@ -54,7 +62,13 @@ def check_kept(given: Any, kept: Any, max_length: int | None) -> None:
 
 
 def split_problems(
-    algorithm: str, split: str, dataset: Dataset | IterableDataset, rewards: Sequence[Any] = (), *, more: bool = False
+    algorithm: str,
+    split: str,
+    dataset: Dataset | IterableDataset,
+    rewards: Sequence[Any] = (),
+    *,
+    more: bool = False,
+    has_prompts: bool = True,
 ) -> Iterator[str]:
     """A sentence for everything that is wrong with a dataset, and with the rewards that read it."""
     first = next(rows_of(dataset), None)
@@ -63,7 +77,8 @@ def split_problems(
         return
     columns = dataset.column_names or list(first)  # a stream may not know them
     missing = list(column_problems(algorithm, split, columns))
-    yield from missing
+    if has_prompts:
+        yield from missing
     for reward in rewards:
         wrong = list(_sentence(check_call, reward, columns, split, more=more))
         yield from wrong

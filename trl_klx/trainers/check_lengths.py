@@ -32,7 +32,7 @@ def length_problems(
     pictures = [] if algorithm == "ppo" else [name for name in columns if name in ("image", "images")]
     if pictures and config is not None and "vision_config" not in config.to_dict():
         yield f"the split {split!r} has a column {pictures[0]!r}, and the model reads no pictures: remove the column."
-    if pictures or "tools" in columns or ("prompt" not in columns and "input_ids" in columns):
+    if pictures or "tools" in columns or (algorithm != "dpo" and columns and "prompt" not in columns):
         return
     limit, room = _limits(algorithm, args, config)
     chat = _chat_arguments(args)

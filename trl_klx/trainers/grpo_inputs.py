@@ -32,13 +32,15 @@ class CheckedGRPOTrainer(RewardModels, KnownPromptTokens, GRPOTrainer):
     ) -> None:
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] * (reward_funcs is not None)
         more = any(kwargs.get(name) is not None for name in ("rollout_func", "environment_factory"))
-        check_inputs("grpo", args, train_dataset, eval_dataset, rewards, more=more)
+        has_prompts = kwargs.get("environment_factory") is None
+        check_inputs("grpo", args, train_dataset, eval_dataset, rewards, more=more, has_prompts=has_prompts)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *positional, **kwargs)
         self.reward_func_names = distinct_names(self.reward_func_names, self.reward_funcs)
         check_lengths("grpo", args, train_dataset, eval_dataset, self._tokenizer, self.model.config)  # type: ignore[union-attr]
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        check_prompts([row["prompt"] for row in inputs])
+        # Environments may make the prompts.
+        check_prompts([row["prompt"] for row in inputs if "prompt" in row or self.environment_factories is None])
         return super()._generate_and_score_completions(inputs)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """Reward functions as users write them: what they take, what they return, what they raise."""
 
 import functools
+import importlib
 import json
 import math
 import statistics
@@ -14,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from fault_tools import ALGORITHMS, make
 from tiny import save_tiny, tiny_dataset, tiny_tokenizer
 from trl.trainer.utils import get_callable_name
 
 from trl_klx import KLXGRPOConfig
 from trl_klx.run import grpo
+from trl_klx.run.data import prepare_rows
 from trl_klx.run.users_code import try_reward
 from trl_klx.trainers import reward_calls
 from trl_klx.trainers.checkpoints import RunError
@@ -446,3 +448,24 @@ def test_exit_status_of_a_run(
     assert rest[0] == "Traceback (most recent call last):"
     assert rest[-1] == "ZeroDivisionError: division by zero"
     assert not any("trl_klx" in line for line in rest)
+
+
+@pytest.mark.situation("edits the function that prepares the rows, and runs again", "right")
+def test_an_edited_dataset_prepare_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    tmp_path.joinpath("train.jsonl").write_text('{"prompt": "1+1="}\n')
+    seen = []
+    for text in ("1=", "2="):
+        tmp_path.joinpath("edited_prepare.py").write_text(f"def prepare(row):\n    return {{'prompt': {text!r}}}\n")
+        sys.modules.pop("edited_prepare", None)
+        importlib.invalidate_caches()
+        rows = load_dataset("json", data_files=str(tmp_path / "train.jsonl"), cache_dir=str(tmp_path / "cache"))
+        prepared = prepare_rows(rows, "edited_prepare.prepare")["train"]
+        # What a trainer makes of the rows is kept by `datasets`, too.
+        seen.append([prepared[0]["prompt"], prepared.map(str_of_prompt)[0]["text"]])
+    assert seen == [["1=", "1="], ["2=", "2="]]
+
+
+def str_of_prompt(row: dict[str, Any]) -> dict[str, str]:
+    return {"text": row["prompt"]}

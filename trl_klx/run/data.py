@@ -1,12 +1,13 @@
 """The dataset that a recipe names: opened, prepared row by row, and a sentence about whatever keeps it from that."""
 
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 
 from ..trainers.reward_calls import first_line, raised
 from .arguments import BadInput, RunArguments
@@ -69,8 +70,10 @@ def prepare_rows(dataset: DatasetDict, name: str | None) -> DatasetDict:
             continue
         _prepared(function, dict(first), f"the first row of the split {split!r}", name)
         prepare = _Prepare(function, name, split)
+        # `datasets` knows an imported function by its name, and would take what an earlier version of it made.
+        anew = {"load_from_cache_file": False} if isinstance(rows, Dataset) else {}
         try:
-            prepared[split] = rows.map(prepare, with_indices=True, remove_columns=list(first))
+            made = rows.map(prepare, with_indices=True, remove_columns=list(first), **anew)
         except BadInput:
             raise
         except Exception as error:  # rows whose types do not fit together
@@ -78,7 +81,18 @@ def prepare_rows(dataset: DatasetDict, name: str | None) -> DatasetDict:
                 f"dataset_prepare={name!r} makes rows of the split {split!r} that do not fit together "
                 f"({type(error).__name__}: {first_line(error)}): give every row the same columns and types."
             ) from error
+        if isinstance(made, Dataset):
+            made._fingerprint = _content(made)  # so that what is made of it (tokens, say) is not taken from before
+        prepared[split] = made
     return type(dataset)(prepared)
+
+
+def _content(rows: Dataset) -> str:
+    """A fingerprint of what the rows hold."""
+    digest = hashlib.sha256(repr(rows.features).encode())
+    for batch in rows.data.to_batches():
+        digest.update(batch.serialize())
+    return digest.hexdigest()[:16]
 
 
 class _Prepare:

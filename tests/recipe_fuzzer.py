@@ -420,6 +420,8 @@ def make_cases(seed: int, count: int, algorithms: tuple[str, ...]) -> Iterator[C
             what, words, refuse = _word_case(rng, known[algorithm])
         else:
             what, text, refuse = _syntax_case(rng, fields)
+        if any(part in what for part in _OPEN):
+            continue
         yield Case(
             algorithm,
             f"{name}, {what}",

@@ -267,6 +267,12 @@ def is_running(process: int) -> bool:
         return False
 
 
+def hears_signals() -> None:
+    """A process started in the background may have been told to ignore some, and its children inherit that."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.situation("kills a run that --accelerate_config started", "right")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL], ids=lambda n: n.name)
@@ -274,7 +280,8 @@ def is_running(process: int) -> bool:
 def test_what_was_started_ends_too(tmp_path: Path, number: signal.Signals, moment: str) -> None:
     """The signal goes to the process that the user started; all that it started must be gone."""
     launcher = [sys.executable, "-c", LAUNCHER, TRAINER, str(tmp_path), moment]
-    started = subprocess.Popen([sys.executable, "-c", f"from trl_klx.launching import become; become({launcher!r})"])
+    command = [sys.executable, "-c", f"from trl_klx.launching import become; become({launcher!r})"]
+    started = subprocess.Popen(command, preexec_fn=hears_signals)
     until((tmp_path / "ready").exists)
     trainer = int((tmp_path / "ready").read_text())
     assert is_running(trainer)
@@ -671,3 +678,31 @@ def test_whole_weights(tmp_path: Path, kind: str) -> None:
         (folder / "model.safetensors").unlink()
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
     assert list(weight_problems(str(folder), "model_name_or_path")) == []
+
+
+@pytest.mark.situation(
+    "gives model_init_kwargs that the model does not know, or LoRA on layers that it lacks", "refused"
+)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"model_init_kwargs": {"speed": 1}}, "model_init_kwargs gives speed=1, which neither from_pretrained nor the"),
+        ({"use_peft": True, "lora_target_modules": ["nothing_proj"]}, "fits no layer of the model: name some, or"),
+    ],
+    ids=["keyword", "layers"],
+)
+def test_what_the_model_does_not_have(
+    tmp_path: Path, inputs: Path, given: dict, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused_alike("grpo", recipe(tmp_path, fields(inputs, **given)), capsys)
+
+
+def test_weights_elsewhere(tmp_path: Path, inputs: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(inputs / "model", folder)
+    (folder / "below").mkdir()
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(folder / name, folder / "below" / name)
+    (folder / "model.safetensors").unlink()
+    changes = {"model_name_or_path": str(folder), "model_init_kwargs": {"subfolder": "below"}}
+    assert grpo.main(recipe(tmp_path, fields(inputs, **changes))) == 0

@@ -7,6 +7,7 @@ from ..trainers.packages import missing_packages
 from ..trainers.run_lock import FolderError, check_not_in_use, folder_problem
 from ..trainers.start import overwritten_checkpoints, overwritten_models
 from .arguments import Recipe
+from .meta_models import policy_problems
 from .model_files import weight_problems
 
 
@@ -31,12 +32,16 @@ def _folder_problems(args: Any) -> Iterator[str]:
 
 
 def model_problems(recipe: Recipe) -> Iterator[str]:
-    """Sentences about the files of a recipe's models: weights, and a run that would overwrite them."""
+    """Sentences about a recipe's models: weights, a run over them, keywords and adapters that do not fit."""
     args, model = recipe.args, recipe.model
     classifiers = {name: getattr(args, name, None) for name in ("reward_model_path", "value_model_path")}
     paths = {"model_name_or_path": model.model_name_or_path, **classifiers}
     yield from overwritten_models(args.output_dir, paths)
     if not args.resume_from_checkpoint:
         yield from overwritten_checkpoints(args.output_dir, paths)
-    for option, path in paths.items():
+    # Weights in a folder below, or under another name, are left to transformers to find.
+    loading = getattr(args, "model_init_kwargs", None) or {}
+    elsewhere = {"subfolder", "variant", "gguf_file", "state_dict"} & set(loading)
+    for option, path in ({} if elsewhere else paths).items():
         yield from weight_problems(path, option, classifier=option in classifiers)
+    yield from policy_problems(recipe)

@@ -1,17 +1,15 @@
 """What the models of a recipe consist of, counted on the meta device: the real modules, without their weights."""
 
-import warnings
 from typing import Any, NamedTuple
 
 import torch
-import transformers
-from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
-from trl import get_peft_config, get_quantization_config
+from transformers import AutoConfig, PreTrainedConfig
+from trl import get_quantization_config
 
-from ..arguments import BadInput, Recipe
+from ..arguments import Recipe
 from ..inputs import check_model
+from ..meta_models import classifier_on_meta, policy_on_meta, with_adapter
 
 
 class Weights(NamedTuple):
@@ -67,14 +65,14 @@ def count_models(algorithm: str, recipe: Recipe) -> Models:
     path = model.model_name_or_path
     config = read_config(path, "model_name_or_path", recipe, revision=model.model_revision)
     dtype = _dtype(model.dtype, config)
-    base_module = _policy_on_meta(config, dtype)
+    base_module = policy_on_meta(config, dtype)
     base = Weights.of(base_module)
     quantized = get_quantization_config(model) is not None
     if quantized:
         base = base._replace(bytes=_quantized_bytes(base_module, four_bits=bool(model.load_in_4bit)))
     policy, adapts_head = base, False
     if model.use_peft:
-        adapted = _with_adapter(base_module, recipe)
+        adapted = with_adapter(base_module, recipe)
         policy = Weights.of(adapted)
         if quantized:
             policy = policy._replace(bytes=base.bytes + policy.trainable_bytes)
@@ -85,10 +83,10 @@ def count_models(algorithm: str, recipe: Recipe) -> Models:
         value_config = config
         if args.value_model_path:
             value_config = read_config(args.value_model_path, "value_model_path", recipe)
-        value = Weights.of(_classifier_on_meta(value_config, dtype))
+        value = Weights.of(classifier_on_meta(value_config, dtype))
         if args.reward_model_path:
             reward_config = read_config(args.reward_model_path, "reward_model_path", recipe)
-            reward = Weights.of(_classifier_on_meta(reward_config, dtype), frozen=True)
+            reward = Weights.of(classifier_on_meta(reward_config, dtype), frozen=True)
     needs_reference = _needs_reference(algorithm, args) and not model.use_peft
     return Models(config, policy, base, frozen if needs_reference else None, value, reward, adapts_head)
 
@@ -113,36 +111,6 @@ def _dtype(name: Any, config: PreTrainedConfig) -> torch.dtype:
     if name in ("auto", None):
         return getattr(config, "dtype", None) or torch.float32
     return getattr(torch, str(name))
-
-
-def _policy_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """The architecture that the checkpoint names, as TRL chooses it."""
-    names = config.architectures or [""]
-    architecture = getattr(transformers, names[0], None)
-    if architecture is None:
-        raise BadInput(
-            f"the model's architecture {names[0]!r} is not transformers' own: its parameters are not counted."
-        )
-    with torch.device("meta"):
-        return architecture._from_config(config, dtype=dtype)
-
-
-def _classifier_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
-    config.num_labels = 1
-    with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-
-
-def _with_adapter(module: nn.Module, recipe: Recipe) -> nn.Module:
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return get_peft_model(module, get_peft_config(recipe.model))  # type: ignore[arg-type]
-    except ValueError as error:
-        targets = recipe.model.lora_target_modules
-        raise BadInput(
-            f"lora_target_modules={targets} fits no layer of the model: name some, or [all-linear]."
-        ) from error
 
 
 def _quantized_bytes(module: nn.Module, *, four_bits: bool) -> int:

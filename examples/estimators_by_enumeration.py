@@ -62,7 +62,8 @@ HEADER = "".join(f"{f'KL {kl:.3f}':>16}" for kl in KLS.values())
 print(f"Value: bias and standard deviation of one answer's estimate, relative to the KL\n{'':<32}{HEADER}")
 for estimator in ("k1", "k2", "k3", "exact"):
     moments = {distance: value_of(estimator, reference_at(distance)) for distance in DISTANCES}
-    cells = [f"{mean / KLS[d] - 1:+.1%}, {deviation / KLS[d]:.2f}" for d, (mean, deviation) in moments.items()]
+    biases = {d: round(mean / KLS[d] - 1, 4) + 0.0 for d, (mean, _) in moments.items()}  # -0.0 becomes 0.0
+    cells = [f"{biases[d]:+.1%}, {deviation / KLS[d]:.2f}" for d, (_, deviation) in moments.items()]
     print(f"{estimator:<32}" + "".join(f"{cell:>16}" for cell in cells))
 
 # %% [markdown]

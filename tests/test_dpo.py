@@ -124,7 +124,7 @@ def test_wrong_arguments_of_the_trainer(model_path: str, tmp_path: Path) -> None
         make_trainer(model_path, tmp_path, eval_dataset=None, **PROBE)
     long = Dataset.from_dict({"prompt": ["12+34="], "chosen": ["1"], "rejected": ["2"]})
     short = Dataset.from_dict({"prompt": ["1"], "chosen": ["1"], "rejected": ["2"]})
-    with pytest.raises(ValueError, match="none is shorter than max_length=2"):
+    with pytest.raises(ValueError, match="every prompt alone fills max_length=2"):
         make_trainer(model_path, tmp_path, train_dataset=short, eval_dataset=long, max_length=2, **PROBE)
     lora = LoraConfig(**{**LORA, "target_modules": ["q_proj", "lm_head"]})
     with pytest.raises(ValueError, match=r"lm_head"):
@@ -513,8 +513,8 @@ def test_evaluation_probes_once(model_path: str, tmp_path: Path) -> None:
     trainer = make_trainer(model_path, tmp_path, eval_dataset=splits, eval_strategy="steps", eval_steps=2, **PROBE)
     assert trainer._probe._prompts == distinct_prompts([trainer.eval_dataset["b"]], 6)
     trainer.train()
-    evaluations = [entry for entry in trainer.state.log_history if "eval_b_loss" in entry or "eval_a_loss" in entry]
-    assert [("eval_kl/sequence" in entry) for entry in evaluations] == [True, False] * 2  # after steps 2 and 3
+    evaluations = [entry for entry in trainer.state.log_history if "eval_kl/sequence" in entry]
+    assert [entry["step"] for entry in evaluations] == [2, 3]
     trained = [entry for entry in trainer.state.log_history if "kl/sequence" in entry]
     assert [entry["step"] for entry in trained] == [1, 3]
     # Evaluated after two steps and probed before the third: the same policy, the same answers.

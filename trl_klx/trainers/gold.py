@@ -116,6 +116,10 @@ class GoldWatch(ResumedRun):
             self.overoptimisation.restart()
         return super().train(*args, **kwargs)
 
+    def _knows_its_start(self) -> bool:
+        # A checkpoint of a run without a gold reward holds no evaluation: the curve begins where it is.
+        return super()._knows_its_start() and (self.overoptimisation is None or bool(self.overoptimisation.evaluations))
+
     def _is_over(self) -> bool:
         return (self.overoptimisation is not None and self.overoptimisation.ends_run) or super()._is_over()
 

@@ -24,8 +24,12 @@ class ResumedRun(WholeCheckpoints):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def _knows_its_start(self) -> bool:
+        """Whether `eval_on_start` has nothing to measure any more."""
+        return self.state.global_step > 0
+
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         # Only `eval_on_start` skips the scheduler. Its answers would be others, and those of the checkpoint's policy.
-        if skip_scheduler and self.state.global_step > 0:
+        if skip_scheduler and self._knows_its_start():
             return {}
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)

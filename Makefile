@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 VENV_TRL116 := .venv-trl116
 # What TRL 1.16 can run: it has no PPO.
 TESTS_TRL116 := $(addprefix tests/test_,grpo.py grpo_parity.py dpo.py dpo_parity.py kl_control.py kl_groups.py kl_budget.py \
-	config.py bad_input.py health.py gold.py recipes.py explain.py dry_run.py real_recipes.py distributed.py)
+	config.py bad_input.py health.py gold.py recipes.py explain.py dry_run.py real_recipes.py distributed.py) \
+	$(filter-out %_ppo.py,$(wildcard tests/test_situations_*.py))
 
 .PHONY: demo test test-trl116 lint docs clean
 

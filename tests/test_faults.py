@@ -641,9 +641,9 @@ def test_a_recipe_that_is_not_finite(
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("wrong", [-1, 1.5, True, "3", None])
+@pytest.mark.parametrize("wrong", [-1, 1.5, True, "many", None])
 def test_max_skipped_steps_is_checked(wrong: Any) -> None:
     assert Arguments().max_skipped_steps == 10
     assert Arguments(max_skipped_steps=0).max_skipped_steps == 0
-    with pytest.raises(ValueError, match=f"max_skipped_steps={wrong!r} must be a whole number, zero or more"):
+    with pytest.raises(ValueError, match=f"max_skipped_steps={wrong!r} must be a whole number"):
         Arguments(max_skipped_steps=wrong)

@@ -21,6 +21,7 @@ from trl_klx.kl.sampling import KL, enumerated_policy, reading, sampler_logits
 from trl_klx.kl.variance import DISTANCES, World, world
 from trl_klx.monitor.detect_setup import wrong_weights
 from trl_klx.monitor.readings import Reading
+from trl_klx.trainers import packages
 from trl_klx.trainers.grpo_scoring import hidden_mask
 
 END, TURN, PAD = 1, 7, 0  # the tokenizer's end token, and one more of a chat model's
@@ -237,9 +238,15 @@ class Engine:
         return prompts, answers, [[[-0.5]] * len(ids) for ids in answers], None
 
 
+def install(engine: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put it in the engine's place, as if vLLM were there."""
+    monkeypatch.setattr(grpo_trainer, "VLLMGeneration", engine)
+    monkeypatch.setattr(packages, "_VLLM", packages._VLLM._replace(modules=("torch",)))
+
+
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo_trainer, "VLLMGeneration", Engine)
+    install(Engine, monkeypatch)
 
 
 @pytest.mark.usefixtures("engine")
@@ -580,7 +587,7 @@ class RawEngine(Engine):
 
 @pytest.mark.situation("GRPO with vLLM: the engine reports raw log-probs at a temperature", "warned")
 def test_log_probs_that_were_not_sampled_by_raise_the_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo_trainer, "VLLMGeneration", RawEngine)
+    install(RawEngine, monkeypatch)
     made = plain(tmp_path, use_vllm=True, temperature=1.6, max_steps=12, learning_rate=1e-3)
     made.train()
     assert "health/wrong_weights" in logged_alarms(made)

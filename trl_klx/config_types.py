@@ -52,6 +52,8 @@ RANGES = {
 _RANGE_OF = {name: bounds for bounds, names in RANGES.items() for name in names.split()}
 # From 1 on a number of steps, below it a share of the run.
 _STEPS_OR_SHARE = ("logging_steps", "save_steps", "eval_steps", "warmup_steps")
+# Texts for which a truth value means something of its own.
+_TEXT_OR_TRUTH = ("resume_from_checkpoint",)
 # Lists for which one text means something of its own.
 _TEXT_OR_LIST = ("lora_target_modules", "kl_monitor")
 
@@ -144,7 +146,7 @@ def _taken_as(name: str, given: Any, kinds: tuple) -> Any:
             return value
         elif kind in (int, float) and (number := _number(given, kind)) is not None:
             return number
-        elif kind is str and isinstance(given, str):
+        elif kind is str and (isinstance(given, str) or (name in _TEXT_OR_TRUTH and isinstance(given, bool))):
             return given
     raise ValueError(_misfit(name, given, kinds))
 

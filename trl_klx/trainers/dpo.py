@@ -33,7 +33,7 @@ from .prompt_numbers import pair_prompts, prompt_numbers
 from .reference import reference_is_a_copy
 from .start import check_start
 from .step_guard import KL, POLICY, REFERENCE, StepGuard
-from .trl_compat import check_trl_version, check_virtual_tokens
+from .trl_compat import check_reference_head, check_trl_version, check_virtual_tokens
 from .vocabulary import KnownPairTokens
 
 check_trl_version()
@@ -97,6 +97,7 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
             )
         check_inputs("dpo", args, train_dataset, eval_dataset)
         check_start(args, model, *positional[:1], ref_model=ref_model, **kwargs)
+        check_reference_head(ref_model)
         check_virtual_tokens(model, kwargs.get("peft_config"))
         # Precomputed log-probs need no second model; an adapter is copied for them all the same.
         wanted = ref_model is None and not (args.precompute_ref_log_probs and isinstance(model, PreTrainedModel))

@@ -6,6 +6,7 @@ from typing import Any
 
 from packaging.version import Version
 from peft import PeftConfig, PeftModel, PeftType
+from transformers import PreTrainedModel
 
 from ..hub.versions import UNKNOWN, version_of
 
@@ -53,6 +54,16 @@ def check_trl_has_ppo() -> None:
         raise ImportError(
             f"trl {TRL_VERSION} is installed and has no PPO: TRL removed it in 1.13, and KLXPPOTrainer builds on it. "
             "Install the last version that has it: pip install 'trl==1.12.0'. GRPO and DPO run on this version."
+        )
+
+
+def check_reference_head(ref_model: Any) -> None:
+    """Raise ValueError where TRL's fused head, since 1.16, would read a weight that accelerate has offloaded."""
+    head = ref_model.get_output_embeddings() if FUSED_LM_HEAD and isinstance(ref_model, PreTrainedModel) else None
+    if head is not None and head.weight.is_meta:
+        raise ValueError(
+            f"the output head of ref_model is offloaded, and DPO of trl {TRL_VERSION} reads its weight past "
+            "accelerate's hooks: load the reference without device_map, or leave ref_model out."
         )
 
 

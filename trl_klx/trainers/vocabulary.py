@@ -220,7 +220,8 @@ class KnownPairTokens(KnownTokens, _PairsBase):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.ref_model is not None:
-            check_vocabularies(self.model, self.ref_model, "reference", tokens=token_count(self._tokenizer))  # type: ignore[arg-type]
+            reference: Any = self.accelerator.unwrap_model(self.ref_model)  # DeepSpeed's engine has a config of its own
+            check_vocabularies(self.model, reference, "reference", tokens=token_count(self._tokenizer))  # type: ignore[arg-type]
 
     def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
         dataset = super()._prepare_dataset(*args, **kwargs)

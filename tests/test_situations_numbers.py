@@ -289,6 +289,11 @@ def test_a_dry_run_says_all_of_it(inputs: Path, tmp_path: Path) -> None:
 SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("grpo", {"optim_args": "fast"}, "optim_args='fast' has no effect with optim='adamw_torch_fused': remove it."),
     ("ppo", {"lr_scheduler_kwargs": {"speed": 1}}, "lr_scheduler_kwargs={'speed': 1}"),
+    (
+        "grpo",
+        {"lr_scheduler_kwargs": {"speed": 1}, "lr_scheduler_type": "constant_with_warmup"},
+        "lr_scheduler_kwargs={'speed': 1} has no effect with 'constant_with_warmup'",
+    ),
     ("dpo", {"lr_scheduler_type": "reduce_lr_on_plateau"}, "requires an eval strategy"),
     ("dpo", {"lr_scheduler_type": "cosine_with_min_lr"}, "cannot work with lr_scheduler_kwargs=None"),
     ("grpo", {"generation_kwargs": {"top_p": "1e-1"}}, "generation_kwargs: top_p='1e-1' must be a finite number"),

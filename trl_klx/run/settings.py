@@ -54,6 +54,9 @@ def _optimizer(args: Any) -> Iterator[str]:
         yield f"optim={kind!r} cannot work ({error})."
         return
     kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if args.lr_scheduler_kwargs and kind in ("constant", "constant_with_warmup"):
+        yield f"lr_scheduler_kwargs={args.lr_scheduler_kwargs!r} has no effect with {kind!r}: remove it."
+        return
     try:
         get_scheduler(
             kind,

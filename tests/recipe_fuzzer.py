@@ -514,7 +514,7 @@ def judge(case: Case, run: Outcome, dry: Outcome) -> list[str]:
         faults.append("is refused and means something")
     if run.status == 2 and run.loaded:
         faults.append("refused after the model was loaded")
-    if "/tmp/tmp" in dry.printed:
+    if str(Path(tempfile.gettempdir(), "tmp")) in dry.printed:
         faults.append("dry run: shows a temporary file")
     return faults
 

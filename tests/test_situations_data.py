@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -333,7 +334,7 @@ def test_files(
     assert grpo.main(["--config", str(path), "--dry_run"]) == 1
     printed = capsys.readouterr().out
     assert sentence in printed
-    assert "/tmp/tmp" not in printed
+    assert str(Path(tempfile.gettempdir(), "tmp")) not in printed
 
 
 @pytest.mark.situation("asks for a dry run of a recipe that does not even parse", "refused")

@@ -202,7 +202,10 @@ _MISSPELLED = ["grpoo", "sigmoidd", "", "Group", ["nothing"], {"a": 1}, 3, True,
 # What only transformers, torch or peft know.
 _SETTINGS: list[tuple[str, Any]] = [
     *(("optim_args", value) for value in ("fast", "betas=2", "speed=3", "betas=(2,0.9)")),
-    *(("lr_scheduler_kwargs", value) for value in ({"speed": 1}, {"num_cycles": "many"}, "fast", [1])),
+    *(
+        ("lr_scheduler_kwargs", value)
+        for value in ({"speed": 1}, {"num_cycles": "many"}, {"num_cycles": 1}, "fast", [1])
+    ),
     *(("lr_scheduler_type", value) for value in ("reduce_lr_on_plateau", "cosine_with_min_lr")),
     *(("generation_kwargs", {name: -1}) for name in ("temperature", "top_p", "repetition_penalty", "speed", "min_p")),
     *(("generation_kwargs", {name: value}) for name, value in (("top_p", 2), ("temperature", "warm"))),
@@ -237,7 +240,6 @@ _LEGAL: list[tuple[str, Any]] = [
     ("max_steps", "1"),
     ("warmup_steps", 0.1),
     ("lr_scheduler_type", "cosine"),
-    ("lr_scheduler_kwargs", {"num_cycles": 1}),
     ("optim", "sgd"),
     ("report_to", "none"),
     ("scale_rewards", False),

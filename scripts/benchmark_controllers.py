@@ -2,8 +2,8 @@
 
 python scripts/benchmark_controllers.py --output controllers.json
 
-Plants, courses and figures are those of `trl_klx/plants.py`. All controllers are at their default settings where the
-name gives none, and meet the same plants and noise. `trl-klx controllers` compares any settings with the defaults;
+Plants, courses and figures are those of `trl_klx/control/plants.py`. All controllers are at their default settings
+where the name gives none, and meet the same plants and noise. `trl-klx controllers` compares settings with them;
 here are, besides, the PID law of before and the present one less each of its parts.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from trl_klx.control import Controller, PIDController, make_controller
-from trl_klx.controllers import add_plant_options, figures_table, plants_of
-from trl_klx.plants import WINDOW, Figures, measure
+from trl_klx.control.comparison import add_plant_options, figures_table, plants_of
+from trl_klx.control.plants import WINDOW, Figures, measure
 
 
 class FormerPID(PIDController):

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from trl_klx.analysis.divergence import TokenStatistics, chunked_token_statistics, token_statistics
-from trl_klx.analysis.inputs import Row
-from trl_klx.analysis.measure import REFERENCE, Measurement, compare
-from trl_klx.analysis.models import Scorer, Source, load_model
-from trl_klx.analysis.options import MeasureOptions
-from trl_klx.analysis.store import Store
-from trl_klx.analysis.tokens import Encoded
+from trl_klx.measure.compute import REFERENCE, Measurement, compare
+from trl_klx.measure.divergence import TokenStatistics, chunked_token_statistics, token_statistics
+from trl_klx.measure.inputs import Row
+from trl_klx.measure.models import Scorer, Source, load_model
+from trl_klx.measure.options import MeasureOptions
+from trl_klx.measure.store import Store
+from trl_klx.measure.tokens import Encoded
 
 HIDDEN = 896
 

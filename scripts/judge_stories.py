@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_klx.monitor.overoptimisation_law import best_of_n, fit_law
+from trl_klx.monitor.overoptimisation.law import best_of_n, fit_law
 from trl_klx.tasks.story_rewards import cheerful_story, story_judge, vader_sentiment
 
 Texts = list[list[str]]  # (P, N)

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from trl_klx.monitor.overoptimisation_law import fit_law, law_gain, law_peak
-from trl_klx.monitor.overoptimisation_turn import find_turn
+from trl_klx.monitor.overoptimisation.law import fit_law, law_gain, law_peak
+from trl_klx.monitor.overoptimisation.turn import find_turn
 
 # A law that is over its peak before the middle of a run, and back at its start in the end. The gain at the peak is 0.36
 # standard deviations of a prompt's answers.

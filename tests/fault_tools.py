@@ -21,7 +21,7 @@ from tiny_dpo import preferences
 from transformers import TrainerCallback
 
 from trl_klx import KLXDPOConfig, KLXDPOTrainer, KLXGRPOConfig, KLXGRPOTrainer
-from trl_klx.trainers.trl_compat import TRL_VERSION
+from trl_klx.trainers.seams import TRL_VERSION
 
 ALGORITHMS = ("grpo", "ppo", "dpo") if Version("1.13") > TRL_VERSION else ("grpo", "dpo")
 COMMON = {

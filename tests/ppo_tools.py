@@ -9,8 +9,8 @@ from tiny import digit_reward, tiny_dataset, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForSequenceClassification
 
-from trl_klx.trainers.ppo import KLXPPOTrainer
-from trl_klx.trainers.ppo_config import KLXPPOConfig
+from trl_klx.trainers.ppo.config import KLXPPOConfig
+from trl_klx.trainers.ppo.trainer import KLXPPOTrainer
 
 ANSWERS = [[7, 8, 9, 1], [5, 6, 1], [9, 9, 12, 4, 1], [1], [7, 3, 1], [4, 4, 4, 4, 4, 4], [8, 1], [10, 11, 12, 13, 1]]
 

@@ -473,7 +473,7 @@ def _child(case: Case, folder: Path, words: tuple[str, ...]) -> int:
         os.dup2(handle, stream)
     from transformers import PreTrainedModel
 
-    from trl_klx import cli
+    from trl_klx.cli import commands as cli
 
     load = PreTrainedModel.from_pretrained.__func__
 
@@ -542,7 +542,7 @@ def warm_up(folder: Path) -> tuple[str, ...]:
     import datasets as _  # noqa: F401
 
     from trl_klx.run import dpo, grpo  # noqa: F401
-    from trl_klx.trainers.trl_compat import TRL_HAS_PPO
+    from trl_klx.trainers.seams import TRL_HAS_PPO
 
     sys.path.insert(0, str(folder))
     prepare(folder)

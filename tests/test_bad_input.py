@@ -11,12 +11,12 @@ import yaml
 from packaging.version import Version
 from tiny import save_tiny
 
-from trl_klx import cli
+from trl_klx.cli import commands as cli
 from trl_klx.run import dpo, grpo, ppo
 from trl_klx.run.arguments import Recipe
 from trl_klx.run.inputs import Inputs
-from trl_klx.trainers import trl_compat
-from trl_klx.trainers.trl_compat import TRL_VERSION
+from trl_klx.trainers import seams
+from trl_klx.trainers.seams import TRL_VERSION
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +204,8 @@ def test_without_ppo_in_trl_one_sentence_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """TRL from 1.13 on: what the import of the config raises there reaches the user as one sentence."""
-    monkeypatch.delitem(sys.modules, "trl_klx.trainers.ppo_config", raising=False)
-    monkeypatch.setattr(trl_compat, "TRL_VERSION", Version("1.13.0"))
+    monkeypatch.delitem(sys.modules, "trl_klx.trainers.ppo.config", raising=False)
+    monkeypatch.setattr(seams, "TRL_VERSION", Version("1.13.0"))
     assert cli.main(["ppo", "--config", "any.yaml"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: trl 1.13.0 is installed and has no PPO")

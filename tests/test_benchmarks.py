@@ -14,9 +14,9 @@ from packaging.version import Version
 from rich.console import Console
 from tiny import save_tiny
 
-from trl_klx.plants import PHASES
+from trl_klx.control.plants import PHASES
 from trl_klx.tasks.starter import make_problems
-from trl_klx.trainers.trl_compat import TRL_VERSION
+from trl_klx.trainers.seams import TRL_VERSION
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 

@@ -11,16 +11,16 @@ from tiny import digit_reward, save_tiny, tiny_dataset
 from tiny_dpo import preferences
 from trl import DPOTrainer, GRPOTrainer
 
-from trl_klx import cli
+from trl_klx.cli import commands as cli
 from trl_klx.hub.card import may_be_on_the_hub, write_card
 from trl_klx.hub.papers import PAPERS
 from trl_klx.hub.settings import plain_settings, public_settings
 from trl_klx.kl.gradients import EXPLANATION
-from trl_klx.trainers.dpo import KLXDPOTrainer
-from trl_klx.trainers.dpo_config import KLXDPOConfig
-from trl_klx.trainers.grpo import KLXGRPOTrainer
-from trl_klx.trainers.grpo_config import KLXGRPOConfig
-from trl_klx.trainers.trl_compat import TRL_HAS_PPO
+from trl_klx.trainers.dpo.config import KLXDPOConfig
+from trl_klx.trainers.dpo.trainer import KLXDPOTrainer
+from trl_klx.trainers.grpo.config import KLXGRPOConfig
+from trl_klx.trainers.grpo.trainer import KLXGRPOTrainer
+from trl_klx.trainers.seams import TRL_HAS_PPO
 
 QUICK = {
     "use_cpu": True,
@@ -307,8 +307,8 @@ def test_a_trainer_in_python_writes_the_same_card(algorithm: str, tmp_path: Path
         args = KLXDPOConfig(str(folder), **QUICK, kl_coef=0.1)
         trainer = KLXDPOTrainer(path, args=args, train_dataset=preferences())
     else:
-        from trl_klx.trainers.ppo import KLXPPOTrainer
-        from trl_klx.trainers.ppo_config import KLXPPOConfig
+        from trl_klx.trainers.ppo.config import KLXPPOConfig
+        from trl_klx.trainers.ppo.trainer import KLXPPOTrainer
 
         settings = {**QUICK, "gradient_accumulation_steps": 2, "response_length": 4}
         args = KLXPPOConfig(str(folder), **settings, kl_coef=0.1)

@@ -9,12 +9,12 @@ import pytest
 import shtab
 from packaging.version import Version
 
-from trl_klx import cli
-from trl_klx.cli import COMMANDS
+from trl_klx.cli import commands as cli
+from trl_klx.cli.commands import COMMANDS
 from trl_klx.config import KLArguments
 from trl_klx.run.help import help_parser
-from trl_klx.trainers.grpo_config import KLXGRPOConfig
-from trl_klx.trainers.trl_compat import TRL_VERSION
+from trl_klx.trainers.grpo.config import KLXGRPOConfig
+from trl_klx.trainers.seams import TRL_VERSION
 
 HAVE = [name for name in COMMANDS if name != "ppo" or Version("1.13") > TRL_VERSION]
 

@@ -27,7 +27,8 @@ from datasets import load_dataset
 from tiny import Arguments
 
 import trl_klx
-from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig, cli
+from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig
+from trl_klx.cli import commands as cli
 from trl_klx.recipe_files import accelerate_file
 from trl_klx.rewards import exact_match
 from trl_klx.run.arguments import RunArguments, parse_recipe

@@ -10,10 +10,10 @@ from tiny import Arguments
 
 from trl_klx import KLXGRPOConfig
 from trl_klx.config import KLArguments
-from trl_klx.config_rules import CHOICES, ESTIMATORS
+from trl_klx.config.rules import CHOICES, ESTIMATORS
 from trl_klx.control import KINDS
 from trl_klx.kl.gradients import EXPLANATION, SOUND, expected_gradient
-from trl_klx.trainers import grpo_config
+from trl_klx.trainers.grpo import config as grpo_config
 
 
 def test_every_combination_is_accepted_exactly_when_its_gradient_is_a_kls() -> None:

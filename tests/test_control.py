@@ -576,7 +576,7 @@ def test_none_means_not_given() -> None:
 
 
 def test_module_needs_the_standard_library_only() -> None:
-    tree = ast.parse(Path(trl_klx.control.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(trl_klx.control.controllers.__file__).read_text(encoding="utf-8"))
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import yaml
 
-from trl_klx import cli, controllers
+from trl_klx.cli import commands as cli
 from trl_klx.control import KINDS, FixedController, make_controller
-from trl_klx.plants import PHASES, figures, make_plants, measure, simulate
+from trl_klx.control import comparison as controllers
+from trl_klx.control.plants import PHASES, figures, make_plants, measure, simulate
 
 
 def test_plants_end_at_the_analytic_kl() -> None:

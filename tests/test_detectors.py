@@ -1,8 +1,8 @@
 """Each alarm as a function of numbers: just beyond its thresholds, and just within each of them."""
 
-from trl_klx.monitor.detect_course import Target, collapse, is_flat, mode_collapse, runaway
-from trl_klx.monitor.detect_setup import hidden_kl, length_bias, stale_sampler, wrong_reference
-from trl_klx.monitor.readings import Finding, Reading
+from trl_klx.monitor.health.course import Target, collapse, is_flat, mode_collapse, runaway
+from trl_klx.monitor.health.readings import Finding, Reading
+from trl_klx.monitor.health.setup import hidden_kl, length_bias, stale_sampler, wrong_reference
 
 
 def readings(*values: float, every: int = 10) -> list[Reading]:

@@ -17,7 +17,7 @@ import pytest
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
-from trl_klx.trainers.trl_compat import TRL_HAS_PPO
+from trl_klx.trainers.seams import TRL_HAS_PPO
 
 TESTS = Path(__file__).parent
 SHARED = """\

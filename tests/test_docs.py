@@ -11,13 +11,14 @@ from commands import PAGES, ROOT, fenced
 from test_oracle import oracle_table
 
 from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXPPOConfig
-from trl_klx.analysis.divergence import TokenStatistics
-from trl_klx.analysis.options import MeasureOptions
 from trl_klx.config import KLArguments
-from trl_klx.config_rules import ESTIMATORS
+from trl_klx.config.rules import ESTIMATORS
 from trl_klx.kl.gradients import SOUND, expected_gradient
-from trl_klx.monitor import detect_course, detect_setup
-from trl_klx.monitor.readings import Finding
+from trl_klx.measure.divergence import TokenStatistics
+from trl_klx.measure.options import MeasureOptions
+from trl_klx.monitor.health import course as detect_course
+from trl_klx.monitor.health import setup as detect_setup
+from trl_klx.monitor.health.readings import Finding
 
 FOLDERS = (".ci", ".github", "docs", "examples", "recipes", "scripts", "tests", "trl_klx")
 # What a run writes: named in the docs, not in the repository.
@@ -66,7 +67,7 @@ def test_paths_in_docs_exist(page: Path) -> None:
 
 
 def test_names_of_the_package_in_the_docs_exist() -> None:
-    """`trl_klx.analysis.measure_kl` and its like."""
+    """`trl_klx.measure.measure_kl` and its like."""
     names = {name for page in PAGES for name in re.findall(r"`(trl_klx(?:\.\w+)+)", page.read_text())}
     assert names
     for name in sorted(names):

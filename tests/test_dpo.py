@@ -16,11 +16,11 @@ from trl import DPOConfig
 
 from trl_klx.config import KLArguments
 from trl_klx.kl import exact_kl, kl_estimate
-from trl_klx.trainers import dpo_config
-from trl_klx.trainers.dpo import KLXDPOTrainer
-from trl_klx.trainers.dpo_config import KLXDPOConfig
-from trl_klx.trainers.kl_control import STATE_FILE
-from trl_klx.trainers.kl_probe import GumbelSampling, distinct_prompts
+from trl_klx.trainers.dpo import config as dpo_config
+from trl_klx.trainers.dpo.config import KLXDPOConfig
+from trl_klx.trainers.dpo.probe import GumbelSampling, distinct_prompts
+from trl_klx.trainers.dpo.trainer import KLXDPOTrainer
+from trl_klx.trainers.session.session import STATE_FILE
 
 PID = {"kl_controller": "pid", "kl_target": 0.01}
 

@@ -18,18 +18,18 @@ from tiny import save_tiny, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from trl_klx import cli
+from trl_klx.cli import commands as cli
 from trl_klx.run import grpo
 from trl_klx.run.arguments import BadInput
-from trl_klx.run.dry_run import machine
-from trl_klx.run.dry_run.command import make_plan
-from trl_klx.run.dry_run.layout import Layout, read_layout
-from trl_klx.run.dry_run.memory import EXACT, Memory, Part, training_state
-from trl_klx.run.dry_run.page import memory_sentence
-from trl_klx.run.dry_run.parameters import Weights
-from trl_klx.run.dry_run.problems import count_rows
+from trl_klx.run.check import machine
+from trl_klx.run.check.command import make_plan
+from trl_klx.run.check.layout import Layout, read_layout
+from trl_klx.run.check.memory import EXACT, Memory, Part, training_state
+from trl_klx.run.check.page import memory_sentence
+from trl_klx.run.check.parameters import Weights
+from trl_klx.run.check.problems import count_rows
 from trl_klx.run.early import early_flag
-from trl_klx.trainers.trl_compat import TRL_VERSION
+from trl_klx.trainers.seams import TRL_VERSION
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ZERO3 = str(RECIPES / "accelerate" / "zero3.yaml")

@@ -9,13 +9,13 @@ from enumeration import targets
 from packaging.version import Version
 from test_oracle import FIXTURE_VARIANCES, all_terms, exact_values, label, term_gradient
 
-from trl_klx import cli
+from trl_klx.cli import commands as cli
 from trl_klx.kl import KLTerm
 from trl_klx.kl.gradients import SOUND
 from trl_klx.kl.variance import DISTANCES, SAMPLER_DISTANCE, expected, figures, relative_variance, sequence_kl, world
 from trl_klx.run.explain import choices, command
 from trl_klx.run.explain.choices import best_of, gradient_of, rows
-from trl_klx.trainers.trl_compat import TRL_VERSION
+from trl_klx.trainers.seams import TRL_VERSION
 
 HAS_PPO = Version("1.13") > TRL_VERSION
 

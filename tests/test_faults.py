@@ -25,8 +25,8 @@ from trl import GRPOTrainer
 
 from trl_klx.monitor.history import HISTORY_FILE, HistoryCallback, read_history
 from trl_klx.run import grpo
-from trl_klx.trainers import checkpoints
-from trl_klx.trainers.checkpoints import (
+from trl_klx.trainers.checkpoints import whole as checkpoints
+from trl_klx.trainers.checkpoints.whole import (
     STATE_FILE,
     CheckpointError,
     NotSavedError,
@@ -36,8 +36,8 @@ from trl_klx.trainers.checkpoints import (
     whole_checkpoints,
     write_state,
 )
-from trl_klx.trainers.kl_control import KLControl
-from trl_klx.trainers.step_guard import NonFiniteError
+from trl_klx.trainers.session.session import KLControl
+from trl_klx.trainers.shared.step_guard import NonFiniteError
 
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
@@ -230,7 +230,7 @@ def test_a_run_that_goes_on_after_its_end_has_one_end(tmp_path: Path) -> None:
 
 
 def test_what_goes_to_the_hub_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trl_klx.trainers import hub
+    from trl_klx.trainers.checkpoints import pushes as hub
 
     seen: list[str | None] = []
     done: Future = Future()

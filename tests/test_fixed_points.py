@@ -17,7 +17,7 @@ from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
-from trl_klx.trainers.ppo import KLXPPOTrainer
+from trl_klx.trainers.ppo.trainer import KLXPPOTrainer
 
 ARMS = list(range(3, 8))  # the tokens "0" to "4"
 GROUP = 32

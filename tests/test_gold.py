@@ -19,12 +19,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
 from trl_klx.monitor.history import read_history
-from trl_klx.monitor.overoptimisation import PICTURE, TABLE, OveroptimisationMonitor
+from trl_klx.monitor.overoptimisation.monitor import PICTURE, TABLE, OveroptimisationMonitor
 from trl_klx.run import grpo
-from trl_klx.trainers.checkpoints import STATE_FILE, CheckpointError, RunError
-from trl_klx.trainers.gold import check_gold_reward
-from trl_klx.trainers.prompt_numbers import prompt_number
-from trl_klx.trainers.trl_compat import TRL_HAS_PPO
+from trl_klx.trainers.checkpoints.whole import STATE_FILE, CheckpointError, RunError
+from trl_klx.trainers.rewarding.gold import check_gold_reward
+from trl_klx.trainers.seams import TRL_HAS_PPO
+from trl_klx.trainers.session.prompts import prompt_number
 
 PROMPTS = Dataset.from_dict({"prompt": [f"{a}+{b}=" for a in range(5) for b in range(5)]})
 PEAK = 2  # the step after which the gold reward falls
@@ -61,8 +61,8 @@ def make_trainer(algorithm: str, folder: Path, model: str, gold: Any = turning, 
         own = {"num_generations": 4, "num_generations_eval": 1, "max_completion_length": 4, "beta": 0.1}
         args = KLXGRPOConfig(str(folder), **{**own, **settings})
         return KLXGRPOTrainer(model, digit_reward, args, gold_reward_func=gold, **data)
-    from trl_klx.trainers.ppo import KLXPPOTrainer
-    from trl_klx.trainers.ppo_config import KLXPPOConfig
+    from trl_klx.trainers.ppo.config import KLXPPOConfig
+    from trl_klx.trainers.ppo.trainer import KLXPPOTrainer
 
     args = KLXPPOConfig(str(folder), **{"response_length": 4, "num_ppo_epochs": 1, **settings})
     return KLXPPOTrainer(args, model=model, reward_funcs=digit_reward, gold_reward_func=gold, **data)
@@ -85,7 +85,7 @@ def test_a_run_is_followed_over_its_turn(
     algorithm: str, model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = make_trainer(algorithm, tmp_path, model)
-    with caplog.at_level(logging.WARNING, logger="trl_klx.monitor.overoptimisation"):
+    with caplog.at_level(logging.WARNING, logger="trl_klx.monitor.overoptimisation.monitor"):
         trainer.train()
     monitor = trainer.overoptimisation
     logs = evaluations(trainer)
@@ -141,7 +141,7 @@ def test_a_run_can_be_stopped_at_its_turn(
 ) -> None:
     settings = {"gold_action": "stop", "save_strategy": "best", "metric_for_best_model": "rewards/gold/mean"}
     trainer = make_trainer(algorithm, tmp_path, model, save_total_limit=1, **settings)
-    with caplog.at_level(logging.WARNING, logger="trl_klx.monitor.overoptimisation"):
+    with caplog.at_level(logging.WARNING, logger="trl_klx.monitor.overoptimisation.monitor"):
         trainer.train()
     assert trainer.state.global_step == PEAK + 1
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{PEAK}")
@@ -403,7 +403,7 @@ def test_a_turn_that_heals_is_announced_again_when_it_comes_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True)
-    with caplog.at_level(logging.WARNING, logger="trl_klx.monitor.overoptimisation"):
+    with caplog.at_level(logging.WARNING, logger="trl_klx.monitor.overoptimisation.monitor"):
         monitor, found = OveroptimisationMonitor("stop"), []
         for step, level in enumerate((0.0, 1.0, 0.5, 0.4, 1.5, 0.2)):
             monitor.measure(torch.arange(30), torch.zeros(30), torch.full((30,), level))

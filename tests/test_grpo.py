@@ -17,8 +17,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
 from trl_klx.kl import exact_kl, importance_weights, kl_credit, kl_estimate, leave_one_out_baseline
-from trl_klx.trainers.kl_control import STATE_FILE
-from trl_klx.trainers.trl_compat import TRL_VERSION
+from trl_klx.trainers.seams import TRL_VERSION
+from trl_klx.trainers.session.session import STATE_FILE
 
 SETTINGS = {
     "per_device_train_batch_size": 8,
@@ -405,7 +405,7 @@ def test_weights_of_a_loss_are_computed_once(model_path: str, tmp_path: Path, mo
         calls.append(args)
         return importance_weights(*args, **kwargs)
 
-    for module in ("trl_klx.trainers.grpo", "trl_klx.kl.term"):
+    for module in ("trl_klx.trainers.grpo.trainer", "trl_klx.kl.term"):
         monkeypatch.setattr(f"{module}.importance_weights", counted)
     loss = trainer._compute_loss(trainer.model, inputs)
     assert len(calls) == 1

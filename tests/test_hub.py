@@ -21,20 +21,20 @@ from tiny import save_tiny, tiny_model
 from tiny_dpo import make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_klx import cli
+from trl_klx.cli import commands as cli
 from trl_klx.hub import push
 from trl_klx.hub.push import HubError
 from trl_klx.run import dpo, grpo, ppo
 from trl_klx.run.arguments import parse_recipe
-from trl_klx.trainers import hub as hub_hooks
-from trl_klx.trainers.dpo_config import KLXDPOConfig
-from trl_klx.trainers.grpo_config import KLXGRPOConfig
-from trl_klx.trainers.trl_compat import TRL_HAS_PPO
+from trl_klx.trainers.checkpoints import pushes as hub_hooks
+from trl_klx.trainers.dpo.config import KLXDPOConfig
+from trl_klx.trainers.grpo.config import KLXGRPOConfig
+from trl_klx.trainers.seams import TRL_HAS_PPO
 
 MAINS = {"grpo": grpo.main, "dpo": dpo.main}
 CONFIGS: dict[str, type] = {"grpo": KLXGRPOConfig, "dpo": KLXDPOConfig}
 if TRL_HAS_PPO:
-    from trl_klx.trainers.ppo_config import KLXPPOConfig
+    from trl_klx.trainers.ppo.config import KLXPPOConfig
 
     MAINS["ppo"], CONFIGS["ppo"] = ppo.main, KLXPPOConfig
 REWARD = {"reward_funcs": ["tiny.digit_reward"], "eval_strategy": "steps", "eval_steps": 2, "kl_estimator": "exact"}

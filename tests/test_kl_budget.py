@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from test_grpo import make_trainer, save_tiny
 
-from trl_klx.trainers.checkpoints import STATE_FILE
-from trl_klx.trainers.kl_budget import KLBudget
+from trl_klx.trainers.checkpoints.whole import STATE_FILE
+from trl_klx.trainers.session.budget import KLBudget
 
 BUDGET = {
     "beta": 1e-4,

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from tiny import Arguments
 
-from trl_klx.trainers.kl_control import STATE_FILE, KLControl
+from trl_klx.trainers.session.session import STATE_FILE, KLControl
 
 # Two prompts, two answers each, of 2, 1, 3 and 2 tokens.
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]])

@@ -11,9 +11,9 @@ from test_grpo import drift, make_trainer, rollout, save_tiny
 from tiny import Arguments, tiny_dataset
 from torch import Tensor
 
-from trl_klx.trainers.kl_control import KLControl
-from trl_klx.trainers.kl_groups import group_names
-from trl_klx.trainers.trl_compat import TRL_HAS_PPO
+from trl_klx.trainers.seams import TRL_HAS_PPO
+from trl_klx.trainers.session.groups import group_names
+from trl_klx.trainers.session.session import KLControl
 
 # Two prompts, two answers each; the first prompt is of group a, the second of group b.
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]])

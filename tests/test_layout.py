@@ -12,58 +12,96 @@ PACKAGE = ROOT / "trl_klx"
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 # room: what its files may import, of the package and of what weighs something
+_TRAINING = {"torch", "transformers", "trl", "accelerate", "peft", "packaging", "datasets", "deepspeed"}
 ALLOWED = {
     "kl": ({"kl"}, {"torch"}),
-    "control": (set(), set()),
-    "plants": ({"control"}, {"numpy"}),
-    "controllers": ({"command_line", "control", "plants", "recipe_files"}, {"numpy", "rich", "matplotlib"}),
-    "config": ({"config_rules", "config_types", "kl"}, set()),
-    "config_types": ({"config_rules"}, set()),
-    "config_rules": ({"config", "kl"}, set()),
+    "control": ({"cli", "control", "recipe_files"}, {"numpy", "rich", "matplotlib"}),
+    "config": ({"config", "kl"}, set()),
     "rewards": (set(), set()),
     "tasks": (
-        {"command_line", "rewards", "tasks"},
+        {"cli", "rewards", "tasks"},
         {"torch", "transformers", "tokenizers", "tqdm", "numpy", "afinn", "vaderSentiment"},
     ),
-    "command_line": (set(), set()),
     "recipe_files": (set(), {"yaml"}),
-    "monitor": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
-    "trainers": (
-        {"kl", "control", "config", "config_rules", "monitor", "hub", "launching", "trainers"},
-        {"torch", "transformers", "trl", "accelerate", "peft", "packaging", "datasets", "deepspeed"},
+    "monitor": ({"kl"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
+    "monitor/health": ({"kl", "monitor"}, {"torch", "transformers"}),
+    "monitor/overoptimisation": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
+    "trainers/seams": ({"hub"}, _TRAINING),
+    "trainers/checkpoints": ({"hub", "launching"}, _TRAINING),
+    "trainers/session": ({"config", "control", "kl", "monitor", "trainers/checkpoints"}, _TRAINING),
+    "trainers/reference": ({"hub", "trainers/checkpoints", "trainers/grpo", "trainers/session"}, _TRAINING),
+    "trainers/rewarding": (
+        {"config", "monitor/overoptimisation", "trainers/checkpoints", "trainers/checks", "trainers/session"},
+        _TRAINING,
+    ),
+    "trainers/checks": ({"trainers/checkpoints", "trainers/rewarding"}, _TRAINING),
+    "trainers/exact": ({"kl", "trainers/reference", "trainers/seams"}, _TRAINING),
+    "trainers/shared": (
+        {
+            "config",
+            "monitor/health",
+            "trainers/checkpoints",
+            "trainers/checks",
+            "trainers/reference",
+            "trainers/session",
+        },
+        _TRAINING,
+    ),
+    **dict.fromkeys(
+        ("trainers/grpo", "trainers/ppo", "trainers/dpo"),
+        (
+            {
+                *("config", "kl", "monitor", "trainers/checkpoints", "trainers/checks", "trainers/exact"),
+                *("trainers/reference", "trainers/rewarding", "trainers/seams", "trainers/session", "trainers/shared"),
+            },
+            _TRAINING,
+        ),
     ),
     "hub": (
-        {"command_line", "config", "kl", "monitor", "hub", "recipe_files"},
+        {"cli", "config", "kl", "monitor", "monitor/health", "recipe_files"},
         {"huggingface_hub", "jinja2", "yaml"},
     ),
-    "run": (
-        {
-            *("kl", "config", "config_rules", "config_types", "command_line", "hub", "launching", "monitor"),
-            *("trainers", "run"),
-            "recipe_files",
-        },
-        {"transformers", "trl", "datasets", "yaml", "rich", "torch", "accelerate", "peft", "huggingface_hub"},
+    **dict.fromkeys(
+        ("run", "run/check", "run/explain"),
+        (
+            {
+                *("kl", "config", "cli", "hub", "launching", "monitor", "monitor/health", "recipe_files"),
+                *("run", "run/check", "run/explain"),
+                *("trainers/checkpoints", "trainers/checks", "trainers/dpo", "trainers/grpo", "trainers/ppo"),
+                *("trainers/reference", "trainers/rewarding", "trainers/seams"),
+            },
+            {"transformers", "trl", "datasets", "yaml", "rich", "torch", "accelerate", "peft", "huggingface_hub"},
+        ),
     ),
-    "analysis": (
-        {"kl", "launching", "trainers", "analysis"},  # of the trainers, what an architecture does to its logits
+    "measure": (
+        {"kl", "launching", "trainers/exact"},  # of the trainers, what an architecture does to its logits
         {
             *("torch", "transformers", "accelerate", "safetensors", "datasets", "pyarrow", "pandas", "numpy"),
             *("tqdm", "rich", "jinja2", "markupsafe", "matplotlib", "yaml"),
         },
     ),
-    "completion": ({"cli", "command_line"}, {"shtab"}),
+    "cli": ({"launching", "recipe_files"}, {"shtab"}),
     "launching": (set(), set()),
-    "cli": ({"command_line", "launching", "recipe_files"}, set()),
-    "__init__": ({"trainers"}, set()),
+    "__init__": ({"trainers/grpo", "trainers/ppo", "trainers/dpo"}, set()),
+    "trainers": (set(), set()),
 }
+SPLIT = ("trainers", "monitor", "run")  # whose folders, and files of `trainers`, are rooms of their own
 
 
 def room(path: Path) -> str:
-    return path.parts[0] if len(path.parts) > 1 else path.stem
+    """The room that a file, or a module given as one, belongs to."""
+    top, *below = path.with_suffix("").parts
+    if (
+        top in SPLIT
+        and below
+        and ((PACKAGE / top / below[0]).is_dir() or (top == "trainers" and below[0] != "__init__"))
+    ):
+        return f"{top}/{below[0]}"
+    return top
 
 
 def imports(path: Path) -> tuple[set[str], set[str]]:
-    """(rooms of the package, third-party packages) that a file imports, lazily or not."""
+    """(other rooms of the package, third-party packages) that a file imports, lazily or not."""
     own, foreign = set(), set()
     for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
         if isinstance(node, ast.Import):
@@ -73,8 +111,8 @@ def imports(path: Path) -> tuple[set[str], set[str]]:
         elif isinstance(node, ast.ImportFrom):
             base = path.parts[: len(path.parts) - node.level]
             targets = [node.module] if node.module else [alias.name for alias in node.names]
-            own |= {(*base, *(target or "").split("."))[0] for target in targets}
-    return own, {name for name in foreign if name not in sys.stdlib_module_names}
+            own |= {room(Path(*base, *(target or "").split("."))) for target in targets}
+    return own - {room(path)}, {name for name in foreign if name not in sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -102,7 +140,7 @@ def test_importing_the_package_loads_neither_trl_nor_torch() -> None:
 
 def test_trainers_are_exported() -> None:
     import trl_klx
-    from trl_klx.trainers.grpo import KLXGRPOTrainer
+    from trl_klx.trainers.grpo.trainer import KLXGRPOTrainer
 
     assert trl_klx.KLXGRPOTrainer is KLXGRPOTrainer
     with pytest.raises(AttributeError, match="no attribute 'KLXTrainer'"):

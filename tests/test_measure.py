@@ -19,14 +19,14 @@ from peft import LoraConfig, get_peft_model
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_klx.analysis import MeasureError, measure_kl
-from trl_klx.analysis import measure as measure_module
-from trl_klx.analysis.divergence import TokenStatistics
-from trl_klx.analysis.inputs import Row, load_rows
-from trl_klx.analysis.models import Scorer, Source, resolve
-from trl_klx.analysis.tokens import RowError, encode
-from trl_klx.cli import main
+from trl_klx.cli.commands import main
 from trl_klx.kl import exact_kl
+from trl_klx.measure import MeasureError, measure_kl
+from trl_klx.measure import compute as measure_module
+from trl_klx.measure.divergence import TokenStatistics
+from trl_klx.measure.inputs import Row, load_rows
+from trl_klx.measure.models import Scorer, Source, resolve
+from trl_klx.measure.tokens import RowError, encode
 
 TESTS = Path(__file__).parent
 DIVERGENCES = ("kl_policy_ref", "kl_ref_policy", "js", "tv", "log_ratio")

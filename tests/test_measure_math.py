@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_klx.analysis.classes import DEFAULT_CLASSES, classify, load_classes
-from trl_klx.analysis.divergence import TokenStatistics, chunked_token_statistics, token_statistics
-from trl_klx.analysis.errors import MeasureError
-from trl_klx.analysis.spikes import FALSE_POSITIVES, SPIKE_FLOOR, spike_threshold
-from trl_klx.analysis.uncertainty import difference, ratio
 from trl_klx.kl import exact_kl
+from trl_klx.measure.classes import DEFAULT_CLASSES, classify, load_classes
+from trl_klx.measure.divergence import TokenStatistics, chunked_token_statistics, token_statistics
+from trl_klx.measure.errors import MeasureError
+from trl_klx.measure.spikes import FALSE_POSITIVES, SPIKE_FLOOR, spike_threshold
+from trl_klx.measure.uncertainty import difference, ratio
 from trl_klx.monitor.moments import prompt_moments, sequence_rows, summarise
 
 

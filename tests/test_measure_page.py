@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from tiny import CHARACTERS, save_tiny
 
-from trl_klx.analysis import measure_kl
-from trl_klx.cli import main
+from trl_klx.cli.commands import main
+from trl_klx.measure import measure_kl
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="the page is tested with playwright: pip install playwright"

@@ -52,7 +52,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     inside = {name.removeprefix("trl_klx/") for name in names if name.startswith("trl_klx/")}
     package = {str(path.relative_to(ROOT / "trl_klx")) for path in tracked("trl_klx")}
     recipes = {str(path.relative_to(ROOT)) for path in tracked("recipes")}
-    assert {"py.typed", "analysis/page/page.html.j2", "analysis/page/page.css", "analysis/page/page.js"} <= inside
+    assert {"py.typed", "measure/page/page.html.j2", "measure/page/page.css", "measure/page/page.js"} <= inside
     assert "recipes/accelerate/cpu.yaml" in inside
     assert inside == package | recipes
 

@@ -831,7 +831,7 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="value_model is the reward model itself"):
         trainer(tmp_path, reward_model=scorer, value_model=scorer)
     from trl_klx import KLXGRPOConfig
-    from trl_klx.trainers.ppo import KLXPPOTrainer
+    from trl_klx.trainers.ppo.trainer import KLXPPOTrainer
 
     with pytest.raises(TypeError, match="args is a KLXGRPOConfig"):
         KLXPPOTrainer(KLXGRPOConfig(str(tmp_path), use_cpu=True, bf16=False), model=model)  # type: ignore[arg-type]
@@ -840,11 +840,11 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
 def test_trl_without_ppo_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from packaging.version import Version
 
-    from trl_klx.trainers import trl_compat
+    from trl_klx.trainers import seams
 
-    monkeypatch.setattr(trl_compat, "TRL_VERSION", Version("1.13.0"))
+    monkeypatch.setattr(seams, "TRL_VERSION", Version("1.13.0"))
     with pytest.raises(ImportError, match=r"removed it in 1.13.*pip install 'trl==1.12.0'"):
-        trl_compat.check_trl_has_ppo()
+        seams.check_trl_has_ppo()
 
 
 def test_total_episodes_give_the_length(tmp_path: Path) -> None:

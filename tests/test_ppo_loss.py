@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trl_klx.kl import KLTerm, kl_credit
-from trl_klx.trainers.ppo_loss import (
+from trl_klx.trainers.ppo.loss import (
     Batch,
     Clipping,
     generalized_advantages,

@@ -12,7 +12,7 @@ from ppo_tools import ANSWERS, classifier, first_rollout, messages, trainer
 from tiny import CHARACTERS, digit_reward, tiny_dataset, tiny_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from trl_klx.trainers.reward_functions import RewardFunctions
+from trl_klx.trainers.rewarding.functions import RewardFunctions
 
 TEXTS = tiny_tokenizer().batch_decode(ANSWERS, skip_special_tokens=True)
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
@@ -84,7 +84,7 @@ def test_no_reward_applies(caplog: pytest.LogCaptureFixture) -> None:
     rewards = RewardFunctions([lambda completions, **_: [None, 1.0]], None, None, tiny_tokenizer())
     with pytest.MonkeyPatch.context() as patch:
         warned: list[str] = []
-        patch.setattr("trl_klx.trainers.reward_functions.logger.warning", warned.append)
+        patch.setattr("trl_klx.trainers.rewarding.functions.logger.warning", warned.append)
         values = rewards(["a", "b"], ["c", "d"], [[1], [2]], {}, "cpu")
     assert rewards.total(values).tolist() == [0.0, 1.0]
     assert "No reward applies to 1 of 2 answers" in warned[0]

@@ -16,10 +16,10 @@ from real_models import PUBLISHED, SHAPES, save_dataset, save_shape, save_tiny
 from trl_klx import rewards
 from trl_klx.run import dpo, grpo, ppo
 from trl_klx.run.arguments import parse_recipe
-from trl_klx.run.dry_run.command import make_plan
-from trl_klx.run.dry_run.page import memory_sentence
-from trl_klx.trainers.kl_trainer import KLControlledTrainer
-from trl_klx.trainers.trl_compat import TRL_VERSION
+from trl_klx.run.check.command import make_plan
+from trl_klx.run.check.page import memory_sentence
+from trl_klx.trainers.seams import TRL_VERSION
+from trl_klx.trainers.shared.lifecycle import KLControlledTrainer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FAMILIES = ("qwen2.5-1.5b", "qwen2.5-7b", "llama3.2-1b", "llama3.1-8b")

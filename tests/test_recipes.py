@@ -13,9 +13,9 @@ from trl_klx.run import dpo, grpo, ppo
 from trl_klx.run.arguments import Recipe, parse_recipe
 from trl_klx.tasks import starter as starter_module
 from trl_klx.tasks.starter import make_starter
-from trl_klx.trainers.dpo_config import KLXDPOConfig
-from trl_klx.trainers.grpo_config import KLXGRPOConfig
-from trl_klx.trainers.trl_compat import TRL_VERSION
+from trl_klx.trainers.dpo.config import KLXDPOConfig
+from trl_klx.trainers.grpo.config import KLXGRPOConfig
+from trl_klx.trainers.seams import TRL_VERSION
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ACCELERATE = sorted((RECIPES / "accelerate").rglob("*.yaml"))
@@ -23,7 +23,7 @@ TRAINING = sorted(path for path in RECIPES.rglob("*.yaml") if path not in ACCELE
 MAINS = {"grpo": grpo.main, "ppo": ppo.main, "dpo": dpo.main}
 CONFIGS: dict[str, type] = {"grpo": KLXGRPOConfig, "dpo": KLXDPOConfig}
 if Version("1.13") > TRL_VERSION:
-    from trl_klx.trainers.ppo_config import KLXPPOConfig
+    from trl_klx.trainers.ppo.config import KLXPPOConfig
 
     CONFIGS["ppo"] = KLXPPOConfig
 # A recipe on a less trained starter and four steps: the data that it reads, and what makes it short.

@@ -19,8 +19,8 @@ from transformers import GPT2Config
 from trl_klx import KLXDPOConfig, KLXGRPOConfig
 from trl_klx.run import grpo
 from trl_klx.run.arguments import BadInput, parse_recipe
-from trl_klx.trainers.check_inputs import split_problems
-from trl_klx.trainers.check_lengths import length_problems
+from trl_klx.trainers.checks.inputs import split_problems
+from trl_klx.trainers.checks.lengths import length_problems
 
 QUIET = {"output_dir": "runs/x", "use_cpu": True, "bf16": False, "report_to": []}
 GROUPS = {"beta": 0.1, "kl_controller": "pid", "kl_group_column": "task", "kl_target": 1.0}

@@ -24,17 +24,18 @@ from tiny import save_tiny, tiny_family, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl_klx
-from trl_klx import cli
-from trl_klx.analysis.api import measure_kl
-from trl_klx.analysis.command import main as measure_main
+from trl_klx.cli import commands as cli
 from trl_klx.hub.settings import write_settings
+from trl_klx.measure.api import measure_kl
+from trl_klx.measure.command import main as measure_main
 from trl_klx.run import dpo, grpo, ppo, train
 from trl_klx.run.arguments import BadInput
-from trl_klx.run.dry_run.command import make_plan
+from trl_klx.run.check.command import make_plan
 from trl_klx.run.model_files import weight_problems
-from trl_klx.trainers import packages, trl_compat
-from trl_klx.trainers.trl_compat import LIGER_COMPUTES_THE_LOSS as NO_LIGER
-from trl_klx.trainers.trl_compat import TRL_VERSION
+from trl_klx.trainers import seams
+from trl_klx.trainers.checks import packages
+from trl_klx.trainers.seams import LIGER_COMPUTES_THE_LOSS as NO_LIGER
+from trl_klx.trainers.seams import TRL_VERSION
 
 ALGORITHMS = {"grpo": grpo, "dpo": dpo} | ({"ppo": ppo} if Version("1.13") > TRL_VERSION else {})
 
@@ -293,7 +294,7 @@ def test_what_was_started_ends_too(tmp_path: Path, number: signal.Signals, momen
 
 HOLDER = """
 import sys, time
-from trl_klx.trainers.run_lock import run_folder
+from trl_klx.trainers.checkpoints.run_lock import run_folder
 with run_folder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -337,7 +338,7 @@ def test_a_folder_belongs_to_one_run(
 @pytest.mark.situation("runs on a file system without locks", "right")
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There the file alone says who holds the folder: a living process of this machine does, no other."""
-    from trl_klx.trainers import run_lock
+    from trl_klx.trainers.checkpoints import run_lock
 
     def no_locks(*args: object) -> None:
         raise OSError(95, "Operation not supported")
@@ -356,7 +357,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_run_holds_its_folder_once(tmp_path: Path) -> None:
-    from trl_klx.trainers.run_lock import run_folder
+    from trl_klx.trainers.checkpoints.run_lock import run_folder
 
     with run_folder(tmp_path / "run"), run_folder(tmp_path / "run"):
         assert (tmp_path / "run" / "run.lock").read_text().startswith(f"{os.getpid()} ")
@@ -514,8 +515,8 @@ def test_packages_without_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     versions = json.loads((tmp_path / "versions.json").read_text())
     assert versions["trl_klx"] == trl_klx.__version__
     assert versions["torch"] == torch.__version__
-    monkeypatch.setattr("trl_klx.trainers.trl_compat.version_of", lambda name: "unknown")
-    assert (trl_compat._trl_version() < Version("1.13")) == trl_compat.TRL_HAS_PPO
+    monkeypatch.setattr("trl_klx.trainers.seams.version_of", lambda name: "unknown")
+    assert (seams._trl_version() < Version("1.13")) == seams.TRL_HAS_PPO
 
 
 # Where a run may write, and what it starts from

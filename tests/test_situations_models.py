@@ -46,13 +46,13 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl.trainer.utils import use_adapter
 
-from trl_klx.analysis.models import Scorer
 from trl_klx.kl import exact_kl
-from trl_klx.trainers.exact_forward import ExactKLForward
-from trl_klx.trainers.noise import noise_of, without_noise
-from trl_klx.trainers.output_head import call_as_forward, whole
-from trl_klx.trainers.trainable import check_trainable
-from trl_klx.trainers.trl_compat import FUSED_LM_HEAD
+from trl_klx.measure.models import Scorer
+from trl_klx.trainers.checks.noise import noise_of, without_noise
+from trl_klx.trainers.checks.trainable import check_trainable
+from trl_klx.trainers.exact.forward import ExactKLForward
+from trl_klx.trainers.exact.head import call_as_forward, whole
+from trl_klx.trainers.seams import FUSED_LM_HEAD
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 TWO = ["q_proj", "v_proj"]
@@ -472,7 +472,7 @@ def test_packed_weights_are_not_judged(algorithm: str, tmp_path: Path) -> None:
 
 @pytest.mark.situation("probes DPO's KL under FSDP1", "refused")
 def test_fsdp1_leaves_nothing_to_sample_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trl_klx.trainers.dpo.is_fsdp1", lambda trainer: True)
+    monkeypatch.setattr("trl_klx.trainers.dpo.trainer.is_fsdp1", lambda trainer: True)
     with pytest.raises(ValueError, match=r"kl_probe_steps=1 .*fsdp_version 2, DDP or DeepSpeed, or remove it"):
         make("dpo", tmp_path)
 

@@ -12,12 +12,12 @@ import yaml
 from tiny import save_tiny
 from trl import ModelConfig
 
-from trl_klx.config_types import RANGES, type_rules
+from trl_klx.config.types import RANGES, type_rules
 from trl_klx.run import dpo, grpo, ppo
 from trl_klx.run.algorithms import config_of
 from trl_klx.run.arguments import RunArguments, parse_recipe
-from trl_klx.run.dry_run.command import make_plan
-from trl_klx.trainers.trl_compat import TRL_HAS_PPO
+from trl_klx.run.check.command import make_plan
+from trl_klx.trainers.seams import TRL_HAS_PPO
 
 MODULES = {"grpo": grpo, "dpo": dpo, **({"ppo": ppo} if TRL_HAS_PPO else {})}
 NAN, INF = math.nan, math.inf

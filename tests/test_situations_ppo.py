@@ -15,11 +15,11 @@ from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from trl_klx.trainers.checkpoints import RunError
-from trl_klx.trainers.generation import end_tokens
-from trl_klx.trainers.ppo_model import value_model_like
-from trl_klx.trainers.ppo_rollout import read_prompts
-from trl_klx.trainers.reward_models import model_rewards
+from trl_klx.trainers.checkpoints.whole import RunError
+from trl_klx.trainers.ppo.model import value_model_like
+from trl_klx.trainers.ppo.rollout import read_prompts
+from trl_klx.trainers.rewarding.models import model_rewards
+from trl_klx.trainers.shared.generation import end_tokens
 
 END, TURN = 1, 7  # the tokenizer's end token, and one more of the model's
 
@@ -280,7 +280,7 @@ def test_tokens_that_the_model_does_not_know(tmp_path: Path, monkeypatch: pytest
     data = Dataset.from_dict({"input_ids": [[3, 4]] * 15 + [[3, 40]]})
     with pytest.raises(ValueError, match="a prompt holds the token 40 and the model's vocabulary has 23 entries"):
         trainer(tmp_path, given=False, train_dataset=data)
-    monkeypatch.setattr("trl_klx.trainers.ppo_rollout._LOOKED_AT", 10)
+    monkeypatch.setattr("trl_klx.trainers.ppo.rollout._LOOKED_AT", 10)
     with pytest.raises(RunError, match="a prompt holds the token 40"):  # beyond the prompts that are looked at before
         trainer(tmp_path, given=False, train_dataset=data, max_steps=2).train()
 

@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 
 from trl_klx.monitor.history import HISTORY_FILE, HistoryCallback, read_history
 from trl_klx.run import dpo, grpo
-from trl_klx.trainers.checkpoints import STATE_FILE, CheckpointError, NotSavedError, rotate, write_state
-from trl_klx.trainers.step_guard import NonFiniteError
+from trl_klx.trainers.checkpoints.whole import STATE_FILE, CheckpointError, NotSavedError, rotate, write_state
+from trl_klx.trainers.shared.step_guard import NonFiniteError
 
 all_algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 SAMPLING = [algorithm for algorithm in ALGORITHMS if algorithm != "dpo"]
@@ -458,7 +458,7 @@ def test_a_moved_reference_is_put_back(algorithm: str, tmp_path: Path) -> None:
 def test_a_moved_reference_that_is_sharded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from trl_klx.trainers import resumed_reference
+    from trl_klx.trainers.reference import resumed as resumed_reference
 
     monkeypatch.setattr(resumed_reference, "is_sharded", lambda model: True)
     options = {"max_steps": 3, **SYNC, **K3}
@@ -510,7 +510,7 @@ def test_a_moved_reference_that_is_lost(tmp_path: Path) -> None:
 
 
 def test_what_a_fingerprint_sees() -> None:
-    from trl_klx.trainers.reference_print import differ, fingerprint, lasting_parameters
+    from trl_klx.trainers.reference.fingerprint import differ, fingerprint, lasting_parameters
 
     model, accelerator = tiny_model(), Accelerator(cpu=True)
     whole = fingerprint(lasting_parameters(model, (), None), accelerator)

@@ -19,10 +19,10 @@ from trl_klx import KLXGRPOConfig
 from trl_klx.kl import exact_kl, importance_weights, kl_estimate
 from trl_klx.kl.sampling import KL, enumerated_policy, reading, sampler_logits
 from trl_klx.kl.variance import DISTANCES, World, world
-from trl_klx.monitor.detect_setup import wrong_weights
-from trl_klx.monitor.readings import Reading
-from trl_klx.trainers import packages
-from trl_klx.trainers.grpo_scoring import hidden_mask
+from trl_klx.monitor.health.readings import Reading
+from trl_klx.monitor.health.setup import wrong_weights
+from trl_klx.trainers.checks import packages
+from trl_klx.trainers.grpo.scoring import hidden_mask
 
 END, TURN, PAD = 1, 7, 0  # the tokenizer's end token, and one more of a chat model's
 

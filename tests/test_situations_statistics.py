@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from trl_klx.monitor.history import HistoryCallback, read_history
-from trl_klx.trainers.checkpoints import RunError
-from trl_klx.trainers.kl_control import KLControl
-from trl_klx.trainers.trl_compat import TRL_HAS_PPO
+from trl_klx.trainers.checkpoints.whole import RunError
+from trl_klx.trainers.seams import TRL_HAS_PPO
+from trl_klx.trainers.session.session import KLControl
 
 needs_ppo = pytest.mark.skipif(not TRL_HAS_PPO, reason="TRL removed PPO in 1.13")
 ALL = ["grpo", "dpo", pytest.param("ppo", marks=needs_ppo)]
@@ -101,7 +101,7 @@ def test_what_is_read_again_makes_no_error_smaller(algorithm: str, once: dict, a
 @pytest.mark.situation("draws a prompt again in another rollout before the next log", "right")
 def test_a_prompt_is_known_again(tmp_path: Path) -> None:
     """By its content, pictures too; not where an environment makes it, for which rows say nothing."""
-    from trl_klx.trainers.prompt_numbers import RolloutPrompts
+    from trl_klx.trainers.session.prompts import RolloutPrompts
 
     numbered = RolloutPrompts(Accelerator(cpu=True))
     rows = [{"prompt": "1+1=", "image": picture} for picture in (b"a", b"a", b"b", b"b")]
@@ -379,7 +379,7 @@ def test_every_reward_is_logged(kind: str, algorithm: str, tmp_path: Path) -> No
 
 @pytest.mark.situation("trains on two reward models whose paths end in one name", "right")
 def test_reward_models_of_one_name() -> None:
-    from trl_klx.trainers.reward_functions import distinct_names
+    from trl_klx.trainers.rewarding.functions import distinct_names
 
     model = torch.nn.Linear(1, 1)
     assert distinct_names(["model", "model", "model_2", ""], [model] * 4) == ["model", "model_3", "model_2", "Linear"]
@@ -472,7 +472,7 @@ def test_one_reward_needs_no_brackets(place: str, tmp_path: Path) -> None:
     from trl_klx.hub.card import write_card
     from trl_klx.run.arguments import parse_recipe
     from trl_klx.run.report import resolved_recipe
-    from trl_klx.trainers.grpo_config import KLXGRPOConfig
+    from trl_klx.trainers.grpo.config import KLXGRPOConfig
 
     name = "trl_klx.rewards.exact_match"
     recipe = tmp_path / "recipe.yaml"

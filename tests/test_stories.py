@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from test_benchmarks import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_klx import cli
+from trl_klx.cli import commands as cli
 from trl_klx.tasks import stories
 from trl_klx.tasks.stories import StoriesError, convert_model, convert_tokenizer, make_stories, sample_stories
 from trl_klx.tasks.story_rewards import StoryJudge, cheer, cheerful_story, vader_sentiment

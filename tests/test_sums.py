@@ -15,7 +15,7 @@ from test_starter import Recites
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_klx import cli
+from trl_klx.cli import commands as cli
 from trl_klx.tasks import sums
 from trl_klx.tasks.sums import SumsError, convert_gguf, make_problems, make_sums
 

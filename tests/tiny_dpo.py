@@ -7,8 +7,8 @@ from datasets import Dataset
 from tiny import tiny_tokenizer
 from torch import Tensor, nn
 
-from trl_klx.trainers.dpo import KLXDPOTrainer
-from trl_klx.trainers.dpo_config import KLXDPOConfig
+from trl_klx.trainers.dpo.config import KLXDPOConfig
+from trl_klx.trainers.dpo.trainer import KLXDPOTrainer
 
 SETTINGS = {
     "per_device_train_batch_size": 4,

@@ -19,20 +19,20 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .trainers.dpo import KLXDPOTrainer
-    from .trainers.dpo_config import KLXDPOConfig
-    from .trainers.grpo import KLXGRPOTrainer
-    from .trainers.grpo_config import KLXGRPOConfig
-    from .trainers.ppo import KLXPPOTrainer
-    from .trainers.ppo_config import KLXPPOConfig
+    from .trainers.dpo.config import KLXDPOConfig
+    from .trainers.dpo.trainer import KLXDPOTrainer
+    from .trainers.grpo.config import KLXGRPOConfig
+    from .trainers.grpo.trainer import KLXGRPOTrainer
+    from .trainers.ppo.config import KLXPPOConfig
+    from .trainers.ppo.trainer import KLXPPOTrainer
 
 _HOME = {
-    "KLXDPOConfig": "trainers.dpo_config",
-    "KLXDPOTrainer": "trainers.dpo",
-    "KLXGRPOConfig": "trainers.grpo_config",
-    "KLXGRPOTrainer": "trainers.grpo",
-    "KLXPPOConfig": "trainers.ppo_config",
-    "KLXPPOTrainer": "trainers.ppo",
+    "KLXDPOConfig": "trainers.dpo.config",
+    "KLXDPOTrainer": "trainers.dpo.trainer",
+    "KLXGRPOConfig": "trainers.grpo.config",
+    "KLXGRPOTrainer": "trainers.grpo.trainer",
+    "KLXPPOConfig": "trainers.ppo.config",
+    "KLXPPOTrainer": "trainers.ppo.trainer",
 }
 
 

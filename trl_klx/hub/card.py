@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..monitor.health import HEALTH_FILE
+from ..monitor.health.alarms import HEALTH_FILE
 from ..monitor.history import HISTORY_FILE, read_history
 from .facts import (
     RecordedKL,

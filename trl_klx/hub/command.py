@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..command_line import CommandParser, UsageError
+from ..cli.parser import CommandParser, UsageError
 from .card import ADAPTER_CONFIG, write_card
 from .push import NO_TOKEN, HubError, create_repo, push_command, push_folder
 from .settings import read_settings

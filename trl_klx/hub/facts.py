@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ..config import KLArguments
+from ..config.options import KLArguments
 from ..kl.gradients import gradient_sentence
 from ..monitor.history import set_name, when
 from .settings import Settings

@@ -28,13 +28,13 @@ def config_of(algorithm: str) -> type:
         ImportError: PPO, where TRL has none.
     """
     if algorithm == "grpo":
-        from ..trainers.grpo_config import KLXGRPOConfig
+        from ..trainers.grpo.config import KLXGRPOConfig
 
         return KLXGRPOConfig
     if algorithm == "dpo":
-        from ..trainers.dpo_config import KLXDPOConfig
+        from ..trainers.dpo.config import KLXDPOConfig
 
         return KLXDPOConfig
-    from ..trainers.ppo_config import KLXPPOConfig
+    from ..trainers.ppo.config import KLXPPOConfig
 
     return KLXPPOConfig

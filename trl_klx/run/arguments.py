@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from trl import ModelConfig, ScriptArguments, TrlParser
 
-from ..config_rules import fields_of_mappings
-from ..config_types import type_rules
+from ..config.rules import fields_of_mappings
+from ..config.types import type_rules
 from ..recipe_files import read_recipe, shipped_recipe
-from ..trainers.loading import loading_arguments
+from ..trainers.checks.loading import loading_arguments
 
 
 @dataclass

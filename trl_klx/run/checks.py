@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ..trainers.packages import missing_packages
-from ..trainers.run_lock import FolderError, check_not_in_use, folder_problem
-from ..trainers.start import overwritten_checkpoints, overwritten_models
+from ..trainers.checkpoints.run_lock import FolderError, check_not_in_use, folder_problem
+from ..trainers.checks.packages import missing_packages
+from ..trainers.checks.start import overwritten_checkpoints, overwritten_models
 from .arguments import Recipe
 from .meta_models import policy_problems
 from .model_files import weight_problems

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-from ..trainers.reward_calls import first_line, raised
+from ..trainers.rewarding.calls import first_line, raised
 from .arguments import BadInput, RunArguments
 from .users_code import UsersError, load_function
 

@@ -3,8 +3,8 @@
 import sys
 from argparse import ArgumentParser
 
-from ..trainers.dpo import KLXDPOTrainer
-from ..trainers.dpo_config import KLXDPOConfig
+from ..trainers.dpo.config import KLXDPOConfig
+from ..trainers.dpo.trainer import KLXDPOTrainer
 from .arguments import Recipe
 from .help import help_parser
 from .inputs import Inputs, Stop, read_inputs

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.hf_argparser import string_to_bool
 
-from ..command_line import CommandParser, UsageError
+from ..cli.parser import CommandParser, UsageError
 from ..recipe_files import read_recipe
 
 

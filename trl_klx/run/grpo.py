@@ -3,8 +3,8 @@
 import sys
 from argparse import ArgumentParser
 
-from ..trainers.grpo import KLXGRPOTrainer
-from ..trainers.grpo_config import KLXGRPOConfig
+from ..trainers.grpo.config import KLXGRPOConfig
+from ..trainers.grpo.trainer import KLXGRPOTrainer
 from .arguments import Recipe
 from .help import help_parser
 from .inputs import Inputs, Stop, read_inputs

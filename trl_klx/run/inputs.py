@@ -12,13 +12,13 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, PreTrainedConfig
 from trl.trainer.utils import get_callable_name
 
-from ..trainers.check_inputs import split_problems
-from ..trainers.check_lengths import length_problems
-from ..trainers.check_rows import rows_of
-from ..trainers.gold import check_gold_reward
-from ..trainers.packages import missing_for_model
-from ..trainers.reward_calls import check_weights, first_line
-from ..trainers.start import load_tokenizer
+from ..trainers.checks.inputs import split_problems
+from ..trainers.checks.lengths import length_problems
+from ..trainers.checks.packages import missing_for_model
+from ..trainers.checks.rows import rows_of
+from ..trainers.checks.start import load_tokenizer
+from ..trainers.rewarding.calls import check_weights, first_line
+from ..trainers.rewarding.gold import check_gold_reward
 from .arguments import BadInput, Recipe
 from .checks import model_problems
 from .data import maker, open_dataset, wanted_splits

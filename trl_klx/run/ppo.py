@@ -10,12 +10,12 @@ from .inputs import Inputs, Stop, read_inputs
 from .train import refuse, run_recipe, trainer_arguments
 
 if TYPE_CHECKING:
-    from ..trainers.ppo import KLXPPOTrainer
+    from ..trainers.ppo.trainer import KLXPPOTrainer
 
 
 def command_parser(program: str) -> ArgumentParser:
     """What the command takes, for help and completion; raises ImportError where TRL has no PPO."""
-    from ..trainers.ppo_config import KLXPPOConfig
+    from ..trainers.ppo.config import KLXPPOConfig
 
     return help_parser(program, KLXPPOConfig)
 
@@ -23,7 +23,7 @@ def command_parser(program: str) -> ArgumentParser:
 def main(argv: list[str] | None = None, program: str = "ppo.py") -> int:
     """Train with PPO as a recipe says. Returns the exit status: 0, or 2 for bad input."""
     try:  # TRL has PPO up to 1.12 only
-        from ..trainers.ppo_config import KLXPPOConfig
+        from ..trainers.ppo.config import KLXPPOConfig
     except ImportError as error:
         return refuse(error)
     return run_recipe(argv, program, KLXPPOConfig, load_inputs, build_trainer)
@@ -39,7 +39,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
 
 def build_trainer(recipe: Recipe, inputs: Inputs) -> "KLXPPOTrainer":
     """The trainer that the recipe describes."""
-    from ..trainers.ppo import KLXPPOTrainer
+    from ..trainers.ppo.trainer import KLXPPOTrainer
 
     return KLXPPOTrainer(
         reward_funcs=inputs.rewards,

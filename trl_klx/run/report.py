@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..config import KLArguments
+from ..config.options import KLArguments
 from ..hub.settings import Settings, plain_settings
-from ..monitor.health import HEALTH_FILE
+from ..monitor.health.alarms import HEALTH_FILE
 from ..monitor.history import HISTORY_FILE, evaluated_sets, read_history, set_name, when
 from ..monitor.plots import group_names, plot_run
 from .arguments import Recipe

@@ -11,8 +11,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import get_peft_config
 
-from ..config_rules import unknown
-from ..config_types import number_problem
+from ..config.rules import unknown
+from ..config.types import number_problem
 from .arguments import Recipe
 
 # The optimizers that need neither another package nor the model.

@@ -16,14 +16,14 @@ from ..hub.settings import write_settings
 from ..launching import end_with_launcher
 from ..monitor.history import HistoryCallback
 from ..monitor.progress import KLProgressCallback
-from ..trainers.checkpoints import CheckpointError, NotSavedError, RunError
-from ..trainers.resumed_reference import check_resume
-from ..trainers.reward_calls import RewardError
-from ..trainers.run_lock import run_folder
-from ..trainers.vocabulary import TokenError
+from ..trainers.checkpoints.run_lock import run_folder
+from ..trainers.checkpoints.whole import CheckpointError, NotSavedError, RunError
+from ..trainers.checks.vocabulary import TokenError
+from ..trainers.reference.resumed import check_resume
+from ..trainers.rewarding.calls import RewardError
 from .arguments import BadInput, Recipe, parse_recipe, starts_no_process
+from .check.command import dry_run
 from .checks import start_problems
-from .dry_run.command import dry_run
 from .early import early_flag
 from .help import help_parser
 from .inputs import Inputs

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from ..trainers.reward_calls import RewardError, called, raised, reward_values, users_frames
+from ..trainers.rewarding.calls import RewardError, called, raised, reward_values, users_frames
 from .arguments import BadInput
 
 

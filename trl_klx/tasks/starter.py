@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..command_line import CommandParser, UsageError
+from ..cli.parser import CommandParser, UsageError
 from .answers import Problems, accuracy, preference_pairs, sampled_answers
 from .folder import whole_folder
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..command_line import CommandParser, UsageError
+from ..cli.parser import CommandParser, UsageError
 from .folder import whole_folder
 
 if TYPE_CHECKING:  # imported on first use, so that `trl-klx stories --help` answers at once

@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..command_line import CommandParser, UsageError
+from ..cli.parser import CommandParser, UsageError
 from ..rewards import final_number
 from .answers import Answer, preference_pairs, sampled_answers
 from .folder import whole_folder

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ...command_line import CommandParser
+from ...cli.parser import CommandParser
 from ...kl.term import KLTerm
 from ...kl.variance import DISTANCES
 from ..algorithms import ALGORITHMS, algorithm_of, config_of

@@ -5,7 +5,7 @@ from typing import Any
 
 from ...kl.gradients import gradient_sentence
 from ...kl.sampling import KL, enumerated_policy, reading, sampler_logits
-from ...trainers.sampling_settings import changed_sampling, in_words, settings_of
+from ...trainers.grpo.sampling_settings import changed_sampling, in_words, settings_of
 
 
 def sentence(algorithm: str, args: Any) -> str:

@@ -1,0 +1,5 @@
+"""The command `trl-klx`."""
+
+from .commands import main
+
+__all__ = ["main"]

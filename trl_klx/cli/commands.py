@@ -1,0 +1,98 @@
+"""The command `trl-klx`. Thin: every command is the `main(argv, program)` of another module, imported when called."""
+
+import sys
+from importlib import import_module
+from typing import NamedTuple
+
+from ..launching import become
+from ..recipe_files import RECIPES, accelerate_file
+from .parser import CommandParser
+
+
+class Command(NamedTuple):
+    """A command: the module whose `main` it runs, one line of help, and whether `accelerate launch` may start it."""
+
+    module: str
+    help: str
+    launched: bool = False
+
+
+COMMANDS = {
+    "starter": Command(
+        "trl_klx.tasks.starter", "make a small, really trained model, its data and its reward (20 s on two cores)"
+    ),
+    "stories": Command(
+        "trl_klx.tasks.stories", "fetch a 15M model of children's stories, and make prompts for it (two minutes)"
+    ),
+    "sums": Command("trl_klx.tasks.sums", "fetch a real model of 135M parameters, and make sums for it (five minutes)"),
+    "grpo": Command("trl_klx.run.grpo", "train with GRPO, on prompts and reward functions", launched=True),
+    "ppo": Command(
+        "trl_klx.run.ppo", "train with PPO, on prompts and reward functions or a reward model (TRL 1.12)", launched=True
+    ),
+    "dpo": Command("trl_klx.run.dpo", "train with DPO, on pairs of chosen and rejected answers", launched=True),
+    "explain": Command("trl_klx.run.explain.command", "say which gradient a recipe has, and what to use instead"),
+    "controllers": Command(
+        "trl_klx.control.comparison", "list the controllers of beta, and try settings on simulated plants"
+    ),
+    "measure": Command(
+        "trl_klx.measure.command", "compare checkpoints with a reference on given responses", launched=True
+    ),
+    "card": Command("trl_klx.hub.command", "write the model card of a run again, and push what the run left"),
+    "completion": Command("trl_klx.cli.completion", "print the script that makes a shell complete all this"),
+}
+
+
+def usage() -> str:
+    """What `trl-klx --help` prints."""
+    lines = "\n".join(f"  {name:<11} {command.help}" for name, command in COMMANDS.items())
+    return f"""\
+usage: trl-klx COMMAND [options]
+
+{lines}
+
+Training: trl-klx grpo --config RECIPE.yaml [--accelerate_config cpu] [--field value ...], and ppo and dpo alike.
+With --dry_run they train nothing, and say what a run would need and everything that is wrong with it.
+`trl-klx COMMAND --help` says what a command takes.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("--help", "-h"):
+        print(usage(), end="")
+        return 0
+    if name not in COMMANDS:
+        print(f"error: the command {name!r} does not exist: use {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    program = f"trl-klx {name}"
+    layout, others = _layout(rest) if command.launched else (None, rest)
+    if layout is None:
+        return import_module(command.module).main(rest, program=program)
+    config = accelerate_file(layout)
+    if config is None:
+        known = ", ".join(sorted(path.stem for path in RECIPES.glob("accelerate/*.yaml")))
+        print(f"error: --accelerate_config {layout} is neither a file nor one of {known}.", file=sys.stderr)
+        return 2
+    if _is_dry_run(command, others):  # plans for the layout, on one process
+        return import_module(command.module).main([*others, "--accelerate_config", str(config)], program=program)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
+    return become([*launch, "-m", command.module, *others])
+
+
+def _layout(argv: list[str]) -> tuple[str | None, list[str]]:
+    """What `--accelerate_config` names, None where it is not given, and all other words."""
+    parser = CommandParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--accelerate_config", "--accelerate-config", nargs="?", const="")
+    given, others = parser.parse_known_args(argv)
+    return given.accelerate_config, others
+
+
+def _is_dry_run(command: Command, argv: list[str]) -> bool:
+    if not command.module.startswith("trl_klx.run."):
+        return False
+    try:
+        return import_module("trl_klx.run.early").early_flag(argv, "dry_run")
+    except ValueError:
+        return True  # it is neither true nor false: the command says so, and no process need be started for it

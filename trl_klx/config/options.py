@@ -1,0 +1,183 @@
+"""The KL arguments that every trainer config shares: flat fields, so that a YAML recipe reads alike for all trainers.
+
+What may be combined with what is in `rules.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from ..kl.term import KLTerm
+from .rules import CHOICES, CONTROLLER_SETTINGS, ESTIMATORS, RULES
+from .types import type_rules
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class KLArguments:
+    """How the KL to the reference is estimated, where it enters, how it is corrected and what holds it at its target.
+
+    All KL values are in nats. Mixed into each trainer's config; see the README's table for the gradient that each
+    combination has. A `ValueError` names the field, its value and the remedy.
+    """
+
+    kl_estimator: str = _option(
+        "k3", "KL estimator: k1, k2, k3 or exact (full vocabulary). Aliases: kl, mse, low_var_kl, full."
+    )
+    kl_placement: str = _option(
+        "loss", "Where the KL enters: loss, reward, both, or none (measured and logged, no penalty)."
+    )
+    kl_credit: str = _option(
+        "return_to_go",
+        "Which KL a token is charged for in the reward: return_to_go, immediate or sequence. With kl_placement='both', "
+        "return_to_go leaves out the token's own KL where the loss already charges it.",
+    )
+    kl_importance_sampling: str | None = _option(
+        None,
+        "Weight pi/mu on the KL loss, mu being the policy that really sampled: none, token, prefix or sequence. "
+        "Default: token, as TRL's use_bias_correction_kl.",
+    )
+    kl_is_mode: str = _option("truncate", "What happens to weights above kl_is_cap: truncate or mask.")
+    kl_is_cap: float | None = _option(None, "Largest importance weight on the KL. None: no bound, as TRL.")
+    kl_aggregation: str = _option(
+        "loss_type",
+        "How the KL loss is averaged: loss_type follows TRL's loss; token takes the mean over all tokens of the batch, "
+        "which keeps the gradient's direction exact.",
+    )
+    kl_direction: str = _option("reverse", "Direction of the exact KL: reverse, KL(policy || reference), or forward.")
+    kl_value_cap: float | None = _option(
+        None, "Bound on the KL loss of a token, in nats; bounds the value, keeps the gradient."
+    )
+    kl_controller: str = _option("fixed", "What sets beta: fixed, adaptive, pid, linear or cosine.")
+    kl_target: float | None = _option(None, "KL that the adaptive and pid controllers hold, in kl_target_unit.")
+    kl_target_unit: str = _option(
+        "token", "Unit of kl_target: token (mean nats per token) or sequence (nats per sequence)."
+    )
+    kl_signal: str | None = _option(
+        None, "What the controller reads: k1, k3 or exact. Default: exact where it is computed anyway, else k3."
+    )
+    kl_horizon: float | None = _option(None, "Horizon of the adaptive controller, in episodes. Default 10000.")
+    kl_kp: float | None = _option(None, "Proportional gain of the pid controller. Default 2.")
+    kl_ki: float | None = _option(None, "Integral gain of the pid controller. Default 0.1.")
+    kl_kd: float | None = _option(None, "Derivative gain of the pid controller. Default 0.")
+    kl_gain_min: float | None = _option(
+        None, "Factor, at most 1, down to which the pid controller lowers its gains while the KL swings. Default 0.15."
+    )
+    kl_coef_min: float | None = _option(None, "Smallest beta of the adaptive and pid controllers. Default beta/100.")
+    kl_coef_max: float | None = _option(None, "Largest beta of the adaptive and pid controllers. Default 100*beta.")
+    kl_coef_end: float | None = _option(None, "Beta at the end of training, for the linear and cosine controllers.")
+    kl_group_column: str | None = _option(
+        None,
+        "Column of the dataset that names a prompt's group (task, domain): the KL is logged by group, and an adaptive "
+        "or pid controller holds each group at its own target by its own beta. GRPO and PPO.",
+    )
+    kl_group_targets: dict | str | None = _option(
+        None, "KL target by group, in kl_target_unit; groups without one take kl_target. A mapping, or JSON."
+    )
+    kl_budget: float | str | None = _option(
+        None,
+        "Largest KL in nats per sequence; what happens beyond it is kl_budget_action. auto: half the KL at which "
+        "the gold reward is estimated to peak, as soon as that is known well enough (needs a gold reward).",
+    )
+    kl_budget_action: str = _option("stop", "Beyond kl_budget: stop (checkpoint saved) or warn.")
+    kl_monitor: list[str] | None = _option(
+        None,
+        "Estimators to log with standard errors, also at beta 0: k1, k2, k3, exact. Default: kl_estimator and k1, k3 "
+        "where the reference is there anyway.",
+    )
+    max_skipped_steps: int = _option(
+        10, "Steps in a row that may be skipped because they are not finite (loss, KL, gradient); one more is an error."
+    )
+    kl_health: bool = _option(True, "Health alarms: warnings about what goes wrong in the run, see docs/health.md.")
+    allow_biased_kl: bool = _option(
+        False, "Run a combination that is refused for its gradient, with a warning that names it."
+    )
+
+    @property
+    def kl_coef_start(self) -> float:
+        """Beta at the start of training, under the name that the algorithm gives it."""
+        raise TypeError(f"{type(self).__name__} must say which of its fields is beta.")
+
+    @property
+    def kl_coef_name(self) -> str:
+        """TRL's name of that field, beta (GRPO, DPO) or kl_coef (PPO)."""
+        raise TypeError(f"{type(self).__name__} must say which of its fields is beta.")
+
+    @property
+    def kl_is_penalised(self) -> bool:
+        """Whether a KL penalty reaches the policy."""
+        return self.kl_placement != "none" and self.kl_coef_start != 0
+
+    @property
+    def kl_is_measured(self) -> bool:
+        """Whether the reference is needed at all."""
+        return self.kl_is_penalised or self.kl_placement == "none" or bool(self.kl_monitor) or bool(self.kl_budget)
+
+    @property
+    def kl_logged_estimators(self) -> tuple[str, ...]:
+        """Estimators whose mean and standard error are logged."""
+        if not self.kl_is_measured:
+            return ()
+        wanted = {self.kl_estimator, self.kl_reading, *(("k1", "k3") if self.kl_monitor is None else self.kl_monitor)}
+        return tuple(name for name in ESTIMATORS if name in wanted)
+
+    @property
+    def kl_needs_exact(self) -> bool:
+        """Whether the full-vocabulary KL has to be computed."""
+        return "exact" in self.kl_logged_estimators
+
+    @property
+    def kl_reading(self) -> str:
+        """The estimator that the controller, the budget and `kl/sequence` read."""
+        if self.kl_signal is not None:
+            return self.kl_signal
+        if self.kl_direction == "forward":
+            return "k3"  # target, budget and kl/sequence are of the reverse KL, whatever the loss is
+        return "exact" if self.kl_estimator == "exact" or "exact" in (self.kl_monitor or ()) else "k3"
+
+    @property
+    def kl_controller_settings(self) -> dict[str, float]:
+        """The settings given for the controller, under the names that `make_controller` takes."""
+        names = [name for name in CONTROLLER_SETTINGS if getattr(self, name) is not None]
+        return {name.removeprefix("kl_"): getattr(self, name) for name in names}
+
+    def kl_target_of(self, group: str) -> float | None:
+        """The KL target of a group of `kl_group_column`."""
+        targets = self.kl_group_targets
+        return targets.get(group, self.kl_target) if isinstance(targets, dict) else self.kl_target
+
+    def kl_term(self) -> KLTerm:
+        """The estimator, placement, credit and weight as the pure function that trainers use."""
+        return KLTerm(
+            estimator=self.kl_estimator,  # type: ignore[arg-type]
+            placement=self.kl_placement,  # type: ignore[arg-type]
+            reward_credit=self.kl_credit,  # type: ignore[arg-type]
+            weight_level=self.kl_importance_sampling or "none",  # type: ignore[arg-type]
+            weight_mode=self.kl_is_mode,  # type: ignore[arg-type]
+            weight_cap=self.kl_is_cap,
+            value_cap=self.kl_value_cap,
+            direction=self.kl_direction,  # type: ignore[arg-type]
+        )
+
+    def choices(self) -> dict[str, tuple]:
+        """The values that TRL's own fields may have, where their annotation does not name them."""
+        return {"include_num_input_tokens_seen": ("all", "non_padding", "no", True, False)}
+
+    def type_rules(self) -> dict[str, Callable[[], None]]:
+        """A rule for the value of each field by itself; they come before the others, which rely on the types."""
+        rules = type_rules(self, self.choices())
+        return {name: rule for name, rule in rules.items() if name not in CHOICES}  # which `check_names` looks at
+
+    def rules(self) -> list[Callable[[], None]]:
+        """Every rule of this package about fields together, in order; the first resolve aliases and defaults."""
+        return [partial(rule, self) for rule in RULES]
+
+    def check_kl(self) -> None:
+        """Resolve aliases and defaults, then apply every rule. Raises ValueError with one sentence."""
+        for rule in self.type_rules().values():
+            rule()
+        for rule in self.rules():
+            rule()

@@ -1,0 +1,315 @@
+"""Every rule about the KL arguments: which values exist, and which combinations have the gradient that they promise.
+
+`RULES` are applied in the config's `__post_init__`, before any model is loaded: `TrlParser` does not enforce types on
+YAML values, so nothing else would.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import warnings
+from typing import TYPE_CHECKING, get_type_hints
+
+from ..kl.gradients import EXPLANATION, SOUND, expected_gradient
+
+if TYPE_CHECKING:
+    from .options import KLArguments
+
+ESTIMATORS = ("k1", "k2", "k3", "exact")
+ESTIMATOR_ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "full": "exact"}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "kl_estimator": ESTIMATORS,
+    "kl_placement": ("none", "loss", "reward", "both"),
+    "kl_credit": ("return_to_go", "immediate", "sequence"),
+    "kl_importance_sampling": ("none", "token", "prefix", "sequence"),
+    "kl_is_mode": ("truncate", "mask"),
+    "kl_aggregation": ("loss_type", "token"),
+    "kl_direction": ("reverse", "forward"),
+    "kl_controller": ("fixed", "adaptive", "pid", "linear", "cosine"),
+    "kl_target_unit": ("token", "sequence"),
+    "kl_signal": ("k1", "k3", "exact"),
+    "kl_budget_action": ("stop", "warn"),
+}
+# Which controllers read which setting; a setting given to any other controller would be silently dead.
+CONTROLLER_SETTINGS: dict[str, tuple[str, ...]] = {
+    "kl_target": ("adaptive", "pid"),
+    "kl_horizon": ("adaptive",),
+    "kl_kp": ("pid",),
+    "kl_ki": ("pid",),
+    "kl_kd": ("pid",),
+    "kl_gain_min": ("pid",),
+    "kl_coef_min": ("adaptive", "pid"),
+    "kl_coef_max": ("adaptive", "pid"),
+    "kl_coef_end": ("linear", "cosine"),
+}
+# Choices that may be left open; check_kl or the trainer settles them.
+_OPTIONAL = ("kl_importance_sampling", "kl_signal")
+# Options that mean nothing without a KL.
+_NEED_KL = ("kl_estimator", "kl_placement", "kl_credit", "kl_direction", "kl_is_cap", "kl_value_cap")
+_POSITIVE = (
+    "kl_target",
+    "kl_horizon",
+    "kl_gain_min",
+    "kl_coef_min",
+    "kl_coef_max",
+    "kl_coef_end",
+    "kl_is_cap",
+    "kl_value_cap",
+)
+_NOT_NEGATIVE = ("kl_kp", "kl_ki", "kl_kd")
+# Options that transformers also reads from a file.
+_MAPPINGS_OR_PATHS = ("accelerator_config", "fsdp_config", "deepspeed")
+# What to use instead of a refused combination, by estimator and placement.
+_REMEDY = {
+    ("k1", "loss"): "kl_estimator='k2' (same value, right gradient), or kl_importance_sampling='token'",
+    ("k2", "reward"): "kl_estimator='k1' in the reward, or kl_placement='loss'",
+    ("k3", "reward"): "kl_estimator='k1' in the reward, or kl_placement='loss'",
+    ("exact", "reward"): "kl_placement='both' (the whole sequence gradient) or 'loss'",
+    ("k2", "both"): "kl_estimator='exact' or 'k3' with kl_placement='both'",
+}
+
+
+def check_names(args: KLArguments) -> None:
+    args.kl_estimator = _estimator_name("kl_estimator", args.kl_estimator)
+    if args.kl_signal is not None:
+        args.kl_signal = _estimator_name("kl_signal", args.kl_signal)
+    if args.kl_monitor is not None:
+        if not isinstance(args.kl_monitor, list):
+            raise ValueError(f"kl_monitor={args.kl_monitor!r} must be a list: write [{args.kl_monitor}].")
+        args.kl_monitor = [_estimator_name("kl_monitor", name) for name in args.kl_monitor]
+    if args.kl_importance_sampling in ("geometric", "gspo", "sequence_mean"):
+        raise ValueError(
+            f"kl_importance_sampling={args.kl_importance_sampling!r} is refused: the geometric mean of a "
+            "sequence's ratios is never the right weight on a KL; use 'token', 'prefix' or 'sequence'."
+        )
+    for name, choices in CHOICES.items():
+        value = getattr(args, name)
+        if value not in choices and not (value is None and name in _OPTIONAL):
+            raise ValueError(unknown(name, value, choices))
+
+
+def _check_numbers(args: KLArguments) -> None:
+    if isinstance(args.kl_budget, str) and args.kl_budget != "auto":
+        args.kl_budget = _budget(args.kl_budget)
+    for name in (*_POSITIVE, *_NOT_NEGATIVE, "kl_budget"):
+        value = getattr(args, name)
+        if value is None or (name == "kl_budget" and value == "auto"):
+            continue
+        check_number(name, value)
+        if value < 0 or (value == 0 and name not in _NOT_NEGATIVE):
+            wanted = "zero or more" if name in _NOT_NEGATIVE else "more than zero"
+            raise ValueError(f"{name}={value} must be {wanted}.")
+    if type(args.max_skipped_steps) is not int or args.max_skipped_steps < 0:
+        raise ValueError(
+            f"max_skipped_steps={args.max_skipped_steps!r} must be a whole number, zero or more (0: skip none)."
+        )
+    coef = args.kl_coef_start
+    check_number(args.kl_coef_name, coef)
+    if coef < 0:
+        raise ValueError(f"{args.kl_coef_name}={coef} must be zero or more: a negative weight rewards divergence.")
+
+
+def _check_dead_options(args: KLArguments) -> None:
+    if args.kl_importance_sampling is None:
+        args.kl_importance_sampling = "none" if args.kl_placement in ("none", "reward") else "token"
+    elif args.kl_placement in ("none", "reward") and args.kl_importance_sampling != "none":
+        raise ValueError(
+            f"kl_importance_sampling={args.kl_importance_sampling!r} weights the KL loss and kl_placement="
+            f"{args.kl_placement!r} has none: remove it (the policy gradient's own correction weights a KL in the "
+            "reward), or use kl_placement='both'."
+        )
+    if args.kl_aggregation == "token" and args.kl_placement in ("none", "reward"):
+        raise ValueError(
+            f"kl_aggregation='token' averages the KL loss and kl_placement={args.kl_placement!r} has none: remove it."
+        )
+    if args.kl_is_cap is not None and args.kl_importance_sampling == "none":
+        raise ValueError(
+            f"kl_is_cap={args.kl_is_cap} bounds an importance weight and kl_importance_sampling='none' has none: "
+            "remove it, or set kl_importance_sampling='token'."
+        )
+    if args.kl_is_cap is not None and (args.kl_estimator, args.kl_importance_sampling) == ("exact", "token"):
+        raise ValueError(
+            f"kl_is_cap={args.kl_is_cap} has no effect: an exact KL takes no token weight (it averages over the "
+            "policy's tokens itself); remove it, or set kl_importance_sampling='prefix'."
+        )
+    if args.kl_is_mode == "mask" and args.kl_is_cap is None:
+        raise ValueError("kl_is_mode='mask' drops the weights above kl_is_cap: set kl_is_cap, for example 2.0.")
+    if args.kl_credit != "return_to_go" and args.kl_placement in ("none", "loss"):
+        raise ValueError(
+            f"kl_credit={args.kl_credit!r} says how the reward is charged and kl_placement={args.kl_placement!r} "
+            "has no KL in the reward: remove it, or set kl_placement='reward'."
+        )
+    if args.kl_value_cap is not None and args.kl_placement in ("none", "reward"):
+        raise ValueError(
+            f"kl_value_cap={args.kl_value_cap} bounds the value of the KL loss and kl_placement="
+            f"{args.kl_placement!r} has none: remove it (a bound on the reward would bend its gradient)."
+        )
+
+
+def _check_exact_only_options(args: KLArguments) -> None:
+    if args.kl_direction == "forward" and args.kl_estimator != "exact":
+        raise ValueError(
+            f"kl_direction='forward' needs the full vocabulary and kl_estimator is {args.kl_estimator!r}: set "
+            "kl_estimator='exact', or remove kl_direction."
+        )
+    if args.kl_direction == "forward" and args.kl_signal == "exact":
+        raise ValueError(
+            "kl_signal='exact' would be the forward KL with kl_direction='forward', and targets and budgets are of "
+            "the reverse KL: use kl_signal='k3'."
+        )
+    if args.kl_signal == "exact" and args.kl_estimator != "exact" and "exact" not in (args.kl_monitor or ()):
+        raise ValueError(
+            "kl_signal='exact' needs the exact KL to be computed: set kl_estimator='exact', or add exact to kl_monitor."
+        )
+
+
+def fields_of_mappings(config: type) -> tuple[str, ...]:
+    """The fields of a dataclass that take a mapping. (The parser changes the types that the fields themselves name.)"""
+    return tuple(name for name, kind in get_type_hints(config).items() if "dict" in str(kind) and name[0] != "_")
+
+
+def _check_mappings(args: KLArguments) -> None:
+    """What a command line gives for a field that holds a mapping is JSON."""
+    for name in fields_of_mappings(type(args)):
+        given = value = getattr(args, name)
+        if value is None or name in _MAPPINGS_OR_PATHS:
+            continue
+        if isinstance(given, str):
+            try:
+                value = json.loads(given)
+            except ValueError as error:
+                raise ValueError(f'{name}={given!r} is no JSON: write {{"key": value}}.') from error
+        if not isinstance(value, dict) and name != "kl_group_targets":  # which has a sentence of its own
+            raise ValueError(f"{name}={given!r} must be a mapping: write one in YAML, or as JSON on a command line.")
+        # TRL reads its own, and only where the text begins with the brace.
+        setattr(args, name, given.strip() if isinstance(given, str) and name != "kl_group_targets" else value)
+
+
+def _check_groups(args: KLArguments) -> None:
+    column, targets = args.kl_group_column, args.kl_group_targets
+    if column is not None and not args.kl_is_measured:
+        raise ValueError(
+            f"kl_group_column={column!r} has no KL to group at {args.kl_coef_name}=0: give {args.kl_coef_name} a "
+            "positive value, or measure without a penalty by kl_placement='none'."
+        )
+    if targets is None:
+        return
+    if not isinstance(targets, dict) or not targets:
+        raise ValueError(f"kl_group_targets={targets!r} must map the groups' names to their targets in nats.")
+    if column is None:
+        raise ValueError(
+            "kl_group_targets needs to know which group a prompt is of: set kl_group_column to the dataset's column."
+        )
+    if args.kl_controller not in CONTROLLER_SETTINGS["kl_target"]:
+        raise ValueError(
+            f"kl_group_targets has no effect with kl_controller={args.kl_controller!r}: remove it, or set "
+            "kl_controller to 'adaptive' or 'pid'."
+        )
+    for group, target in targets.items():
+        check_number(f"kl_group_targets[{group!r}]", target)
+        if target <= 0:
+            raise ValueError(f"kl_group_targets[{group!r}]={target} must be more than zero.")
+    args.kl_group_targets = {str(group): float(target) for group, target in targets.items()}
+
+
+def _check_controller(args: KLArguments) -> None:
+    kind = args.kl_controller
+    for name, kinds in CONTROLLER_SETTINGS.items():
+        if getattr(args, name) is not None and kind not in kinds:
+            raise ValueError(
+                f"{name}={getattr(args, name)} has no effect with kl_controller={kind!r}: remove it, or set "
+                f"kl_controller to {' or '.join(repr(k) for k in kinds)}."
+            )
+    if kind == "fixed":
+        return
+    if not args.kl_is_penalised:
+        raise ValueError(
+            f"kl_controller={kind!r} has nothing to steer with kl_placement={args.kl_placement!r} and "
+            f"{args.kl_coef_name}={args.kl_coef_start}: give {args.kl_coef_name} a positive start and the KL a "
+            "placement, or set kl_controller='fixed'."
+        )
+    if kind in CONTROLLER_SETTINGS["kl_target"] and args.kl_target is None and not args.kl_group_targets:
+        raise ValueError(f"kl_controller={kind!r} needs a target: set kl_target (nats per {args.kl_target_unit}).")
+    if kind in CONTROLLER_SETTINGS["kl_coef_end"] and args.kl_coef_end is None:
+        raise ValueError(f"kl_controller={kind!r} needs a value to end at: set kl_coef_end.")
+    if args.kl_gain_min is not None and args.kl_gain_min > 1:
+        raise ValueError(f"kl_gain_min={args.kl_gain_min} must be at most 1, which keeps the gains as they are.")
+    low, high = args.kl_coef_min, args.kl_coef_max
+    if not (low or 0) <= args.kl_coef_start <= (high or math.inf):
+        raise ValueError(
+            f"{args.kl_coef_name}={args.kl_coef_start} must lie between kl_coef_min={low} and kl_coef_max={high}."
+        )
+
+
+def _check_kl_is_on(args: KLArguments) -> None:
+    """At beta 0, TRL's default for GRPO, a chosen estimator or placement would silently do nothing."""
+    if args.kl_is_measured:
+        return
+    defaults = type(args).__dataclass_fields__
+    for name in _NEED_KL:
+        if getattr(args, name) != defaults[name].default:
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} has no effect at {args.kl_coef_name}=0: give {args.kl_coef_name} "
+                "a positive value, for example 0.04, or measure without a penalty by kl_placement='none'."
+            )
+
+
+def _check_gradient(args: KLArguments) -> None:
+    """Refuse what has no KL's gradient; the verdict comes from the table that the tests prove."""
+    if args.kl_placement == "none":
+        return
+    weighted = args.kl_importance_sampling != "none"
+    gradient = expected_gradient(args.kl_estimator, args.kl_placement, args.kl_credit, weighted)
+    if gradient in SOUND:
+        return
+    remedy = _REMEDY.get((args.kl_estimator, args.kl_placement), "kl_credit='return_to_go'")
+    verdict = (
+        f"kl_estimator={args.kl_estimator!r} with kl_placement={args.kl_placement!r}, "
+        f"kl_credit={args.kl_credit!r} and kl_importance_sampling={args.kl_importance_sampling!r} "
+        f"{EXPLANATION[gradient.name]}"
+    )
+    if not args.allow_biased_kl:
+        raise ValueError(f"{verdict}; use {remedy}, or set allow_biased_kl=true to run it all the same.")
+    warnings.warn(f"{verdict} (expected gradient: {gradient.name}).", UserWarning, stacklevel=4)
+
+
+def _budget(text: str) -> float:
+    """The number that a command line gives as text."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"kl_budget={text!r} must be a number of nats per sequence, or auto.") from error
+
+
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number.")
+
+
+def _estimator_name(option: str, value: str) -> str:
+    name = ESTIMATOR_ALIASES.get(str(value), value)
+    if name not in ESTIMATORS:
+        raise ValueError(unknown(option, value, (*ESTIMATORS, *ESTIMATOR_ALIASES)))
+    return name
+
+
+def unknown(option: str, value: object, choices: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{option}={value!r} does not exist; {hint}choose one of {', '.join(choices)}."
+
+
+# Every rule, in order: a config applies them one after the other, a dry run collects what all of them say.
+RULES = (
+    _check_mappings,
+    check_names,
+    _check_numbers,
+    _check_dead_options,
+    _check_exact_only_options,
+    _check_groups,
+    _check_controller,
+    _check_gradient,
+    _check_kl_is_on,
+)

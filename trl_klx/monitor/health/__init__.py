@@ -1,0 +1,1 @@
+"""Health alarms: warnings about what goes wrong in a run."""

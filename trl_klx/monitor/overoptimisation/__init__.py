@@ -1,0 +1,1 @@
+"""The gold reward against the KL: its law, its turn, and its picture."""

@@ -1,0 +1,77 @@
+"""What this machine lacks for a recipe: devices, packages, permissions, space."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import get_token
+
+from ...trainers.checkpoints.whole import whole_checkpoints
+from ...trainers.checks.packages import DEEPSPEED
+from ..arguments import Recipe
+from .layout import Layout
+from .memory import optimizer_bytes
+from .parameters import Models
+
+
+def check_machine(recipe: Recipe, layout: Layout, models: Models | None, *, on_cpu: bool) -> Iterator[str]:
+    """Sentences about what is missing here; `on_cpu` says whether the recipe itself asks for the CPU."""
+    args = recipe.args
+    devices = torch.cuda.device_count()
+    if layout.processes > 1 and not on_cpu and devices < layout.processes:
+        yield f"{layout.source} wants {layout.processes} processes, one per GPU, and this machine has {devices}."
+    started = int(os.environ.get("WORLD_SIZE", layout.processes))
+    if started != layout.processes:
+        yield f"{started} processes were started and {layout.source} is for {layout.processes}."
+    if args.bf16 and not on_cpu and not (devices and torch.cuda.is_bf16_supported()):
+        yield "bf16=true needs a GPU that has it, and this machine has none: run it elsewhere, or set bf16 to false."
+    if layout.kind == "DEEPSPEED" and not DEEPSPEED.is_there:
+        yield f"{layout.source} needs DeepSpeed, which is not installed: pip install {DEEPSPEED.pip}."
+    yield from _earlier_run(args)
+    if args.push_to_hub and args.hub_token is None and get_token() is None:
+        yield "push_to_hub=true needs a token: run `hf auth login`, or set HF_TOKEN."
+    if models is not None:
+        yield from _space(args, models, adapter_only=bool(recipe.model.use_peft))
+
+
+def _earlier_run(args: Any) -> Iterator[str]:
+    folder = Path(args.output_dir)
+    if folder.is_dir() and args.resume_from_checkpoint is None and whole_checkpoints(folder):
+        last = whole_checkpoints(folder)[-1].name
+        yield (
+            f"output_dir={args.output_dir!r} holds the checkpoints of another run (the last is {last}): choose "
+            "another, or continue it with resume_from_checkpoint: last."
+        )
+
+
+def _space(args: Any, models: Models, *, adapter_only: bool) -> Iterator[str]:
+    needed = checkpoint_bytes(args, models, adapter_only=adapter_only)
+    free = shutil.disk_usage(_existing(Path(args.output_dir))).free
+    if needed > free:
+        yield (
+            f"a checkpoint takes about {needed / 2**30:.1f} GiB and the disk of output_dir has {free / 2**30:.1f} GiB "
+            "free: make room, or set save_only_model."
+        )
+
+
+def checkpoint_bytes(args: Any, models: Models, *, adapter_only: bool) -> int:
+    """The size of what the run keeps at once: its checkpoints (one more while it is written) and the final model."""
+    policy = models.policy
+    model = policy.trainable_bytes if adapter_only else policy.bytes
+    one = model + (models.value.bytes if models.value else 0)
+    if getattr(args, "sync_ref_model", False):  # PPO has no such field
+        one += policy.bytes  # the reference, which has moved
+    if not args.save_only_model:
+        one += optimizer_bytes(models.trained, args.optim)
+    if str(getattr(args.save_strategy, "value", args.save_strategy)) == "no":
+        return model
+    return model + one * ((args.save_total_limit or 1) + 1)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that exists."""
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())

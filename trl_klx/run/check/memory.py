@@ -1,0 +1,204 @@
+"""What a process would hold in its device's memory: what can be counted is counted, the rest is estimated.
+
+Counted exactly for one process and DDP: weights, gradients and the optimizer's state. DeepSpeed and FSDP share these
+out by the formulas of the ZeRO paper (Rajbhandari et al., 2020, section 3). Activations, logits and caches are
+estimates: they depend on kernels and on how long prompts and answers really are.
+"""
+
+from typing import Any, NamedTuple
+
+from ...trainers.seams import FUSED_LM_HEAD
+from ..arguments import Recipe
+from .layout import Layout
+from .parameters import Models, Weights
+
+EXACT, FORMULA, ESTIMATE = "exact", "formula", "estimate"
+ALWAYS, TRAINING, GENERATION = "always", "training", "generation"
+PROMPT_TOKENS = 256  # assumed, where no field bounds the prompts
+_GIB = 2**30
+_CHUNKS = 512 * 2**20  # of the exact KL, both models' logits
+_OVERHEAD = 2 * _GIB  # context of the device, kernels, communication, fragmentation
+_VLLM_CACHE = 2 * _GIB  # the least that vLLM needs beside its weights
+_LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
+
+
+class Part(NamedTuple):
+    """One thing in memory, how its size is known, and when it is there."""
+
+    name: str
+    bytes: int
+    how: str
+    when: str = ALWAYS
+
+
+class Memory(NamedTuple):
+    """All parts, and what vLLM takes of each device beside them, as a fraction of it and as bytes of weights in it."""
+
+    parts: list[Part]
+    vllm_share: float
+    vllm_weights: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the more demanding of training and generation, without vLLM's share."""
+        phases = [sum(p.bytes for p in self.parts if p.when in (ALWAYS, phase)) for phase in (TRAINING, GENERATION)]
+        return max(phases)
+
+    @property
+    def device(self) -> int:
+        """Bytes that a device must have for the peak beside vLLM's share, and for vLLM's weights within it."""
+        if not self.vllm_share:
+            return self.peak
+        return round(max(self.peak / (1 - self.vllm_share), (self.vllm_weights + _VLLM_CACHE) / self.vllm_share))
+
+
+class _Shape(NamedTuple):
+    """Rows and tokens of one micro-batch, of one generation batch and of the rollout, on one process."""
+
+    rows: int
+    tokens: int
+    scored: int  # tokens per row that logits are kept for
+    generated_rows: int
+    rollout_rows: int
+
+
+def estimate(algorithm: str, recipe: Recipe, models: Models, layout: Layout) -> Memory:
+    """The memory of one process."""
+    args = recipe.args
+    shape = _shape(algorithm, args)
+    parts = [*training_state(models.trained, args, layout), *_other_models(models, layout, bool(args.bf16))]
+    parts += _training_buffers(algorithm, args, models, shape)
+    if algorithm != "dpo" or args.kl_probe_steps is not None:
+        parts += _generation(args, models, shape, layout)
+    if layout.shards_parameters:
+        live = 2 * min(models.trained.parameters, _LIVE_PARAMETERS)
+        parts.append(Part("layers gathered for use", live, ESTIMATE))
+    parts.append(Part("context, kernels, fragmentation", _OVERHEAD, ESTIMATE))
+    colocated = getattr(args, "use_vllm", False) and args.vllm_mode == "colocate"
+    share = args.vllm_gpu_memory_utilization if colocated else 0.0
+    weights = 2 * models.base.parameters // args.vllm_tensor_parallel_size if share else 0
+    return Memory([part for part in parts if part.bytes], share, weights)
+
+
+def training_state(weights: Weights, args: Any, layout: Layout) -> list[Part]:
+    """Weights, gradients and optimizer state of what is trained, and of what is loaded with it."""
+    states = _states(args.optim)
+    processes = layout.processes
+    if layout.kind not in ("DEEPSPEED", "FSDP"):
+        parts = [
+            Part("weights", weights.bytes, EXACT),
+            Part("gradients", weights.trainable_bytes, EXACT),
+            Part("optimizer state", optimizer_bytes(weights, args.optim), EXACT if states is not None else ESTIMATE),
+        ]
+        if processes > 1:
+            parts.append(Part("DDP's buckets", weights.trainable_bytes, ESTIMATE))
+        return parts
+    half = bool(args.bf16 or args.fp16) and layout.kind == "DEEPSPEED"
+    width = 2 if half else 4
+    held = width * weights.parameters // (processes if layout.shards_parameters else 1)
+    gradients = width * weights.trainable // (processes if layout.shards_gradients else 1)
+    master = 4 * weights.trainable if half else 0
+    optimizer = master + 4 * (2 if states is None else states) * weights.trainable
+    optimizer //= processes if layout.shards_optimizer else 1
+    return [
+        Part("weights", 0 if layout.offloads_parameters else held, FORMULA),
+        Part("gradients", gradients, FORMULA),
+        Part(
+            "optimizer state and float32 weights" if half else "optimizer state",
+            0 if layout.offloads_optimizer else optimizer,
+            FORMULA,
+        ),
+    ]
+
+
+def optimizer_bytes(weights: Weights, optim: Any) -> int:
+    """Bytes of the optimizer's state on one process: AdamW keeps two numbers per weight and a step count per tensor."""
+    name, states = _name(optim), _states(optim)
+    if "8bit" in name:
+        return 2 * weights.trainable
+    if states == 0:
+        return 0
+    return 2 * weights.trainable_bytes + 4 * weights.trainable_tensors
+
+
+def _states(optim: Any) -> int | None:
+    """Numbers kept per weight, where it is known."""
+    name = _name(optim)
+    if name == "sgd":
+        return 0
+    return 2 if name in ("adamw_torch", "adamw_torch_fused") else None
+
+
+def _name(optim: Any) -> str:
+    return str(getattr(optim, "value", optim))
+
+
+def _other_models(models: Models, layout: Layout, half: bool) -> list[Part]:
+    """The models that are only run."""
+    parts = []
+    for name, weights in (("reference", models.reference), ("reward model", models.reward)):
+        if weights is None:
+            continue
+        size, how = weights.bytes, EXACT
+        if layout.kind in ("DEEPSPEED", "FSDP"):
+            size, how = (2 if half and layout.kind == "DEEPSPEED" else 4) * weights.parameters, FORMULA
+            size //= layout.processes if layout.shards_parameters else 1
+        parts.append(Part(name, size, how))
+    return parts
+
+
+def _shape(algorithm: str, args: Any) -> _Shape:
+    rows = args.per_device_train_batch_size
+    if algorithm == "dpo":
+        length = args.max_length or 1024
+        return _Shape(2 * rows, length, length, args.per_device_eval_batch_size, 0)
+    if algorithm == "ppo":
+        answer = args.response_length
+        rollout = rows * args.gradient_accumulation_steps
+        generated = min(rollout, args.local_rollout_forward_batch_size)
+        return _Shape(rows, PROMPT_TOKENS + answer, answer, generated, rollout)
+    rollout = rows * args.steps_per_generation
+    answer = args.max_completion_length
+    return _Shape(rows, PROMPT_TOKENS + answer, answer, rollout, rollout)
+
+
+def _training_buffers(algorithm: str, args: Any, models: Models, shape: _Shape) -> list[Part]:
+    config = models.config
+    width = 2 if args.bf16 or args.fp16 else 4
+    logits = shape.rows * shape.scored * config.vocab_size
+    fused = FUSED_LM_HEAD and algorithm == "grpo"
+    # The forward's output, its float32 copy under autocast, and its gradient; PPO also scores without a gradient.
+    size = 0 if fused else logits * (10 if width == 2 else 8)
+    if algorithm == "ppo":
+        size = max(size, shape.generated_rows * shape.scored * config.vocab_size * (6 if width == 2 else 4))
+    parts = [Part("logits", size, ESTIMATE, TRAINING)]
+    if args.kl_needs_exact:
+        parts.append(Part("exact KL", _CHUNKS + (0 if fused else 4 * logits), ESTIMATE, TRAINING))
+        kept = shape.rollout_rows if algorithm == "grpo" else shape.rows
+        hidden = kept * shape.scored * config.hidden_size * width
+        parts.append(Part("reference's hidden states", hidden, ESTIMATE, TRAINING))
+    positions = shape.rows * shape.tokens
+    layer = positions * (10 * config.hidden_size + 3 * config.intermediate_size) * width
+    if args.gradient_checkpointing:
+        activations = layer + config.num_hidden_layers * positions * config.hidden_size * width
+    else:
+        activations = layer * config.num_hidden_layers
+    if models.value is not None:  # in proportion to its size
+        activations += activations * models.value.parameters // models.base.parameters
+    parts.append(Part("activations", activations, ESTIMATE, TRAINING))
+    return parts
+
+
+def _generation(args: Any, models: Models, shape: _Shape, layout: Layout) -> list[Part]:
+    """What sampling needs where transformers does it: keys and values, and under ZeRO-3 the whole policy."""
+    if getattr(args, "use_vllm", False):
+        return []
+    config = models.config
+    width = 2 if args.bf16 or args.fp16 else 4
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * head_dim * width * shape.generated_rows * shape.tokens
+    parts = [Part("keys and values", cache, ESTIMATE, GENERATION)]
+    if layout.shards_parameters:
+        parts.append(Part("policy gathered to sample", 2 * models.policy.parameters, ESTIMATE, GENERATION))
+    return parts

@@ -1,0 +1,95 @@
+"""What is wrong with a recipe's models, data, rewards and batches: every problem found, none of them fatal here."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import IterableDataset
+
+from ...trainers.checkpoints.whole import CheckpointError
+from ...trainers.reference.resumed import check_resume
+from ..arguments import Recipe
+from ..inputs import Inputs, read_inputs
+from .layout import Layout
+from .parameters import Models
+
+# A bfloat16 weight has 8 bits: AdamW's step, about the learning rate, is lost below 1/512 of the weight, for weights of
+# typically 0.02 to 0.1.
+_BFLOAT16_STEPS = 4e-5
+
+
+class Data(NamedTuple):
+    """What the run would read; `rows` of the training split, where that is known."""
+
+    inputs: Inputs
+    rows: int | None
+
+
+class Collector:
+    """Collects the sentences of checks that raise ValueError."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def ask(self, check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of a check; None where it complained."""
+        try:
+            return check(*args, **kwargs)
+        except ValueError as error:
+            self.add(str(error))
+            return None
+
+    def add(self, sentence: str) -> None:
+        if sentence not in self.sentences:
+            self.sentences.append(sentence)
+
+
+def check_inputs(algorithm: str, recipe: Recipe, found: Collector) -> Data | None:
+    """Check models, tokenizer, rewards and data as the run does; a dataset of the Hub by its first rows."""
+    inputs = read_inputs(algorithm, recipe, found, streaming=True)
+    if inputs is None:
+        return None
+    train, split = inputs.train_dataset, recipe.run.dataset_train_split
+    if isinstance(train, IterableDataset):
+        return Data(inputs, found.ask(count_rows, train, split, is_local=Path(str(recipe.run.dataset_name)).exists()))
+    return Data(inputs, len(train))
+
+
+def count_rows(stream: IterableDataset, split: str, *, is_local: bool) -> int | None:
+    """Rows as the dataset's own metadata says; local files are counted, others would be downloaded whole for it."""
+    known = (stream.info.splits or {}).get(split)
+    if known is not None and known.num_examples:
+        return known.num_examples
+    return sum(1 for _ in stream) if is_local else None
+
+
+def check_run(
+    algorithm: str, recipe: Recipe, data: Data | None, models: Models | None, layout: Layout
+) -> Iterator[str]:
+    """Sentences about how configuration, layout, models and data fit together."""
+    args = recipe.args
+    try:
+        check_resume(args, recipe.model.model_name_or_path)
+    except CheckpointError as error:
+        yield str(error)
+    rows = None if data is None else data.rows
+    if algorithm == "ppo" and rows is not None and rows < args.rollout_size * layout.processes:
+        yield (
+            f"the dataset has {rows} prompts and a rollout takes {args.rollout_size * layout.processes} "
+            "(per_device_train_batch_size * gradient_accumulation_steps * processes): lower one of these."
+        )
+    if models is not None and layout.kind in ("NO", "MULTI_GPU") and args.learning_rate < _BFLOAT16_STEPS:
+        parts = [models.policy] if models.value is None else [models.policy, models.value]
+        if any(part.trainable and part.trainable_bytes == 2 * part.trainable for part in parts):
+            yield (
+                f"dtype={recipe.model.dtype!r} trains 16-bit weights, in which steps of learning_rate="
+                f"{args.learning_rate} are rounded away: set dtype to float32 (bf16 keeps the speed), or use "
+                "DeepSpeed, which keeps float32 weights."
+            )
+    if args.kl_needs_exact and layout.kind == "FSDP" and layout.fsdp_version == 1:
+        yield "the exact KL refuses FSDP1: set fsdp_version: 2 in the accelerate file, or kl_estimator k1, k2 or k3."
+    if args.kl_needs_exact and models is not None and models.adapts_head:
+        yield "the exact KL refuses an adapter on lm_head: take it out of lora_target_modules and lora_modules_to_save."
+    if getattr(args, "use_vllm", False) and layout.processes % args.vllm_tensor_parallel_size:
+        size = args.vllm_tensor_parallel_size
+        yield f"vllm_tensor_parallel_size={size} must divide the {layout.processes} processes."

@@ -1,0 +1,1 @@
+"""What is refused in one sentence before a model is loaded."""

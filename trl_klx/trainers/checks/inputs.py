@@ -1,0 +1,108 @@
+"""What is wrong with data and rewards, found before a model is loaded: the same for runs, dry runs and Python."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from trl.trainer.utils import get_callable_name
+
+from ..rewarding.calls import check_call, check_names, check_weights, needed_columns
+from .lengths import length_problems
+from .rows import column_is_empty, column_problems, row_problems, rows_of
+
+
+def check_inputs(
+    algorithm: str,
+    args: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    rewards: Sequence[Any] = (),
+    *,
+    more: bool = False,
+    has_prompts: bool = True,
+) -> None:
+    """Refuse data and rewards that a trainer cannot use.
+
+    Args:
+        algorithm: grpo, ppo or dpo.
+        args: the config.
+        train_dataset, eval_dataset: as the trainers take them; the latter may be a mapping of named ones.
+        rewards: functions, models or their paths.
+        more: whether a rollout function or an environment gives the reward functions more than the dataset does.
+        has_prompts: False where environments make the prompts, so that the dataset need not hold any.
+
+    Raises:
+        ValueError: the first problem, in one sentence.
+    """
+    if rewards:
+        check_weights(getattr(args, "reward_weights", None), len(rewards))
+    for split, dataset in _splits(train_dataset, eval_dataset):
+        for problem in split_problems(algorithm, split, dataset, rewards, more=more, has_prompts=has_prompts):
+            raise ValueError(problem)
+
+
+def check_lengths(
+    algorithm: str, args: Any, train_dataset: Any, eval_dataset: Any, tokenizer: Any, model_config: Any
+) -> None:
+    """Refuse data that the model or its tokenizer cannot read. Raises ValueError with the first problem."""
+    for split, dataset in _splits(train_dataset, eval_dataset):
+        for problem in length_problems(algorithm, args, split, dataset, tokenizer, model_config):
+            raise ValueError(problem)
+
+
+def check_kept(given: Any, kept: Any, max_length: int | None) -> None:
+    """Say how many pairs TRL has dropped because their prompt alone fills `max_length`. Raises ValueError where all."""
+    if not isinstance(given, Dataset) or not isinstance(kept, Dataset) or len(kept) == len(given):
+        return
+    dropped = f"{len(given) - len(kept)} of {len(given)} pairs are left out, for their prompts alone fill max_length"
+    if len(kept) == 0:
+        raise ValueError(f"{dropped}={max_length}: raise it, or shorten the prompts.")
+    warnings.warn(f"{dropped}={max_length}.", UserWarning, stacklevel=3)
+
+
+def split_problems(
+    algorithm: str,
+    split: str,
+    dataset: Dataset | IterableDataset,
+    rewards: Sequence[Any] = (),
+    *,
+    more: bool = False,
+    has_prompts: bool = True,
+) -> Iterator[str]:
+    """A sentence for everything that is wrong with a dataset, and with the rewards that read it."""
+    first = next(rows_of(dataset), None)
+    if first is None:
+        yield f"the split {split!r} of the dataset is empty: give it at least one row."
+        return
+    columns = dataset.column_names or list(first)  # a stream may not know them
+    missing = list(column_problems(algorithm, split, columns))
+    if has_prompts:
+        yield from missing
+    for reward in rewards:
+        wrong = list(_sentence(check_call, reward, columns, split, more=more))
+        yield from wrong
+        for column in [] if wrong else needed_columns(reward):
+            if column in first and column_is_empty(dataset, column):
+                yield (
+                    f"the reward function {get_callable_name(reward)!r} needs a column {column!r}, which is None in "
+                    f"every row of the split {split!r}: fill it."
+                )
+    if rewards:
+        yield from _sentence(check_names, columns, split)
+    if not missing:
+        yield from row_problems(algorithm, split, dataset)
+
+
+def _splits(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Dataset | IterableDataset]]:
+    named = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+    every = [("train_dataset", train_dataset), *named.items()]
+    return [(split, dataset) for split, dataset in every if isinstance(dataset, (Dataset, IterableDataset))]
+
+
+def _sentence(check: Callable[..., None], *args: Any, **kwargs: Any) -> Iterator[str]:
+    """What a check says; nothing where it passes."""
+    try:
+        check(*args, **kwargs)
+    except ValueError as error:
+        yield str(error)

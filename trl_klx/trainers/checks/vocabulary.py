@@ -1,0 +1,240 @@
+"""Which token ids a model knows: a tokenizer may have more of them than the model's embedding has entries."""
+
+import copy
+import inspect
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from trl.trainer.utils import get_config_model_id
+
+from ..checkpoints.whole import RunError
+from .loading import loading_arguments
+
+if TYPE_CHECKING:
+    from trl import DPOTrainer as _PairsBase
+    from trl import GRPOTrainer as _PromptsBase
+else:
+    _PairsBase = _PromptsBase = object
+
+logger = get_logger(__name__)
+
+RESIZE = "call model.resize_token_embeddings(len(tokenizer)) and save the model"
+
+
+class TokenError(RunError, ValueError):
+    """The tokens of a prompt or an answer cannot be read by the model; the message says why, and what to do."""
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Entries of a model's embedding, as its config declares them (sharded weights do not tell)."""
+    return int(model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+
+
+def check_tokens(rows: Iterable[Sequence[int]], vocabulary: int, what: str) -> None:
+    """Refuse token ids, of `what`, that the model has no entry for.
+
+    Raises:
+        TokenError: with the first of them.
+    """
+    unknown = next((token for ids in rows for token in ids if not 0 <= token < vocabulary), None)
+    if unknown is not None:
+        raise TokenError(
+            f"{what} holds the token {unknown} and the model's vocabulary has {vocabulary} entries: tokenise with the "
+            f"model's own tokenizer, or, where tokens were added to it, {RESIZE}."
+        )
+
+
+def with_known_padding(tokenizer: PreTrainedTokenizerBase, vocabulary: int, owner: str) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or a copy of it whose padding token the model knows.
+
+    Where there is no padding token, or one without an entry in the model's embedding (`[PAD]` added, and the model not
+    resized), the end token pads, as TRL has it where there is none. What pads is masked: it changes no number, but the
+    embedding looks it up all the same, and a saved config that names it could not be loaded.
+
+    Args:
+        tokenizer: with any padding token, or none.
+        vocabulary: entries of the embedding.
+        owner: what the sentences call the model.
+
+    Raises:
+        ValueError: there is no end token either that the model knows.
+    """
+    pad = tokenizer.pad_token_id
+    if pad is not None and pad < vocabulary:
+        return tokenizer
+    candidates = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
+    known = [token for token in candidates if token is not None and tokenizer.get_vocab()[token] < vocabulary]
+    found = "there is none" if pad is None else f"{tokenizer.pad_token!r} is token {pad}"
+    if not known:
+        raise ValueError(
+            f"the tokenizer of {owner} has no padding token that the model knows ({found}; the model's vocabulary has "
+            f"{vocabulary} entries): {RESIZE}, or set tokenizer.pad_token to a token that it knows."
+        )
+    if pad is not None:
+        logger.warning(
+            f"The padding token of {owner} has no entry in its embedding ({found}, the vocabulary has {vocabulary}): "
+            f"{known[0]!r} pads instead. To keep it, {RESIZE} first."
+        )
+    padded = copy.deepcopy(tokenizer)
+    padded.pad_token = known[0]
+    return padded
+
+
+def token_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id of the tokenizer."""
+    return 1 + max(tokenizer.get_vocab().values(), default=0)
+
+
+def check_vocabularies(policy: nn.Module, other: nn.Module, name: str, *, tokens: int | None = None) -> None:
+    """Refuse a model whose vocabulary is smaller than the policy's: it cannot read all that the policy may sample.
+
+    Args:
+        policy: the policy.
+        other: a model that reads the policy's tokens.
+        name: of the other.
+        tokens: how many there are, where no more occur; the policy's embedding may have rows that stand for none.
+
+    Raises:
+        ValueError: with both sizes.
+    """
+    size, own = vocabulary_size(other), min(vocabulary_size(policy), tokens or sys.maxsize)
+    if size < own:
+        raise ValueError(
+            f"the {name} has a vocabulary of {size} entries and the policy one of {own}, so that it cannot read every "
+            f"answer: give one with the policy's tokenizer, resized to it by resize_token_embeddings({own})."
+        )
+
+
+def check_value_vocabulary(policy: nn.Module, value_model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a value model that reads the policy's tokens as others.
+
+    A larger embedding is that of one vocabulary with rows for more tokens, where the tokenizer at the model's path
+    says so.
+
+    Raises:
+        ValueError: with the difference.
+    """
+    check_vocabularies(policy, value_model, "value model")
+    path, own_path = (get_config_model_id(model.config) for model in (value_model, policy))  # type: ignore[arg-type]
+    theirs = saved_tokenizer(path) if path and path != own_path else None
+    size, own = vocabulary_size(value_model), vocabulary_size(policy)
+    if theirs is None and size != own:
+        raise ValueError(
+            f"the value model has a vocabulary of {size} entries and the policy one of {own}, and nothing says that "
+            "its tokens are the policy's: give one with the policy's tokenizer, resized to it by "
+            f"resize_token_embeddings({own})."
+        )
+    if theirs is not None and not _same_tokens(tokenizer, theirs):
+        raise ValueError(
+            f"the value model ({path}) has another tokenizer than the policy, so that it would read other tokens: give "
+            "one with the policy's tokenizer, or leave value_model out."
+        )
+
+
+def saved_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer at a path; None where there is none, or no Hub."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # None would ask the user
+    except (OSError, ValueError, KeyError):
+        return None
+    return tokenizer if has_tokens(tokenizer) else None
+
+
+def has_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it can read text: for a folder without a tokenizer transformers makes one up, of special tokens alone."""
+    return not set(tokenizer.get_vocab()) <= set(tokenizer.get_added_vocab())
+
+
+def _same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers have the same tokens under the same ids, but for those that were added to one of them."""
+    added = {*tokenizer.get_added_vocab(), *other.get_added_vocab()}
+    tokens, others = ({t: i for t, i in which.get_vocab().items() if t not in added} for which in (tokenizer, other))
+    return tokens == others
+
+
+class KnownTokens:
+    """Mixed in before TRL's GRPO and DPO trainers: what pads is a token that the policy knows.
+
+    The trainers load policy and tokenizer, so that the tokenizer is looked at before they do.
+    """
+
+    _vocabulary: int | None = None  # entries of the policy's embedding, where the tokenizer has more tokens
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(super().__init__).bind(model, *args, **kwargs)
+        given = bound.arguments
+        if given["args"].model_init_kwargs is not None:
+            given["args"].model_init_kwargs = loading_arguments(given["args"].model_init_kwargs)
+        given["processing_class"] = self._known(model, given["args"], given.get("processing_class"))
+        super().__init__(*bound.args, **bound.kwargs)
+
+    def _known(self, model: Any, args: Any, processing_class: Any) -> Any:
+        loading = {"trust_remote_code": args.trust_remote_code}
+        revision = (args.model_init_kwargs or {}).get("revision")
+        try:
+            config = (
+                AutoConfig.from_pretrained(model, revision=revision, **loading)
+                if isinstance(model, str)
+                else model.config
+            )
+            vocabulary = int(config.get_text_config().vocab_size)
+            path = model if isinstance(model, str) else get_config_model_id(config)
+            processor = AutoProcessor.from_pretrained(path, **loading) if processing_class is None else processing_class
+        except (OSError, ValueError, AttributeError, ImportError, KeyError):
+            return processing_class  # TRL says what it cannot load
+        tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+        if token_count(tokenizer) <= vocabulary:
+            return processing_class
+        self._vocabulary = vocabulary
+        asked_for = vars(args).get("pad_token")  # DPO's, which TRL puts in the place of the tokenizer's
+        if asked_for is not None:
+            check_tokens([[tokenizer.convert_tokens_to_ids(asked_for)]], vocabulary, f"pad_token={asked_for!r}")
+            return processing_class
+        padded = with_known_padding(tokenizer, vocabulary, "the policy")
+        if padded is tokenizer:
+            return processing_class
+        if processor is tokenizer:
+            return padded
+        processor = copy.copy(processor)
+        processor.tokenizer = padded
+        return processor
+
+
+class KnownPromptTokens(KnownTokens, _PromptsBase):
+    """For GRPO: prompts hold tokens that the policy knows."""
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._vocabulary is not None:
+            check_tokens(prompt_ids, self._vocabulary, "a prompt")
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+
+class KnownPairTokens(KnownTokens, _PairsBase):
+    """For DPO: prompts and answers hold tokens that the policy knows, and its reference."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.ref_model is not None:
+            reference: Any = self.accelerator.unwrap_model(self.ref_model)  # DeepSpeed's engine has a config of its own
+            check_vocabularies(self.model, reference, "reference", tokens=token_count(self._tokenizer))  # type: ignore[arg-type]
+
+    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
+        dataset = super()._prepare_dataset(*args, **kwargs)
+        if self._vocabulary is None:
+            return dataset
+        if not isinstance(dataset, Dataset):
+            return dataset.map(self._checked)  # a stream: as its rows are read
+        for row in dataset:
+            self._checked(row)
+        return dataset
+
+    def _checked(self, row: dict) -> dict:
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            if name in row:  # images are tokenised later
+                check_tokens([row[name]], int(self._vocabulary or 0), f"{name.removesuffix('_ids')} of a pair")
+        return row

@@ -1,0 +1,339 @@
+"""DPO with a chosen KL: `KLXDPOTrainer`.
+
+TRL computes DPO's loss; the exact KL at the data's prefixes is added to it. The policy's own KL is measured by a probe
+(`kl_probe.py`). Shape legend: B pairs (chosen first, then rejected: 2B rows), L tokens, H hidden.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import DPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import dpo_trainer
+from trl.trainer.utils import use_adapter
+
+from ...monitor.moments import prompt_moments, prompt_sums, sequence_rows, summarise
+from ..checks.inputs import check_inputs, check_kept, check_lengths
+from ..checks.start import check_start
+from ..checks.vocabulary import KnownPairTokens
+from ..exact.forward import ExactKLForward, exact_kl_between, is_fsdp1
+from ..reference.adapters import REF_ADAPTER, trainable_as_before
+from ..reference.build import reference_is_a_copy
+from ..seams import check_reference_head, check_trl_version, check_virtual_tokens
+from ..session.applied import KL_IN_LOSS, KL_ON_DATA, STEP_ENDED, the_only
+from ..session.coefficient import KLCoefficient
+from ..session.prompts import pair_prompts, prompt_numbers
+from ..session.session import KLControl
+from ..shared.lifecycle import KLControlledTrainer
+from ..shared.step_guard import KL, POLICY, REFERENCE, StepGuard
+from .config import KLXDPOConfig
+from .pairs import PairStatistics
+from .probe import KLProbe, distinct_prompts
+
+check_trl_version()
+
+
+class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
+    r"""`DPOTrainer` with an exact KL in the loss, a probe of the policy's own KL and controllers: see `KLXDPOConfig`.
+
+        loss = DPO's loss + kl_coef * mean over completion tokens of KL(policy(.|s_t) || reference(.|s_t))
+
+    The mean is over the completion tokens of chosen and rejected answers of one micro-batch on all processes, in nats
+    per token; gradient accumulation averages micro-batches with equal weight, as it does with DPO's own mean over
+    pairs. s_t are the data's prefixes, so this is a teacher-forced, partial KL
+    (`kl/data_exact`), not the KL of the policy's own answers, which `kl_probe_steps` measures (`kl/sequence`).
+
+    A probe comes before the first optimizer step and then every `kl_probe_steps`, and once per evaluation (its numbers
+    are logged as `eval_kl/...`; evaluating one named split alone does not probe). A controller sees each probe of
+    training once, and the value it sets is used from the next optimizer step on; schedules move at every step.
+
+    `log_ratio/chosen`, `log_ratio/rejected` and `log_ratio/margin` are log(policy / reference) of whole answers in
+    nats (under `ld_alpha` with TRL's weights): TRL's `rewards/*` without beta, and no KL.
+
+    Takes `DPOTrainer`'s arguments, with a `KLXDPOConfig` as `args`. Where the policy is given in memory rather than by
+    path, the reference is a copy of it as given (TRL would reload it from disk, and under ZeRO-3 still does).
+
+    Raises:
+        TypeError: `args` is no `KLXDPOConfig`.
+        ValueError: the exact KL cannot be computed for this model or this kind of sharding, or a probe is wanted and
+            there are no prompts for it.
+    """
+
+    _tag_names = ["trl", "dpo", "trl_klx"]
+    _name = "KLX-DPO"
+    _takes_ref_model = True
+    _has_reference = True
+    args: KLXDPOConfig
+    model: PreTrainedModel
+    beta = KLCoefficient(may_be_zero=False)
+    kl_coef = KLCoefficient()
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: KLXDPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *positional: Any,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = KLXDPOConfig(f"{name.split('/')[-1] or 'model'}-DPO")
+        if not isinstance(args, KLXDPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}: KLXDPOTrainer takes a KLXDPOConfig.")
+        if args.kl_probe_steps is not None and not eval_dataset:
+            raise ValueError(
+                f"kl_probe_steps={args.kl_probe_steps} samples answers to the prompts of eval_dataset and there is "
+                "none: pass an eval_dataset, or remove kl_probe_steps."
+            )
+        check_inputs("dpo", args, train_dataset, eval_dataset)
+        check_start(args, model, *positional[:1], ref_model=ref_model, **kwargs)
+        check_reference_head(ref_model)
+        check_virtual_tokens(model, kwargs.get("peft_config"))
+        # Precomputed log-probs need no second model; an adapter is copied for them all the same.
+        wanted = ref_model is None and not (args.precompute_ref_log_probs and isinstance(model, PreTrainedModel))
+        with reference_is_a_copy(model, kwargs.get("peft_config"), wanted=wanted, trl_module=dpo_trainer):
+            super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
+        check_kept(train_dataset, self.train_dataset, args.max_length)
+        check_lengths("dpo", args, train_dataset, eval_dataset, self._tokenizer, self.model.config)
+        self.kl_coef = args.kl_coef
+        if args.precompute_ref_log_probs and self.ref_model is None:
+            self._start_print = self._print_of(self.model)
+        self.kl = KLControl(args, self.accelerator)
+        self.guard = StepGuard(self.accelerator)
+        self.kl_term = args.kl_term()
+        self._data_kl: dict[str, Tensor] = {}  # sums per prompt of all processes, since the last log
+        self._exact = self._exact_forward() if args.kl_needs_exact else None
+        self._probed_at: int | None = None
+        self._evaluates_splits = False  # one after the other
+        self._probe = self._make_probe() if args.kl_probe_steps is not None else None
+        self._pairs = PairStatistics(self.accelerator)
+        self._watch_health(self.model, gain="log_ratio/margin", entropy="probe/entropy", tokenizer=self._tokenizer)
+
+    def _exact_forward(self) -> ExactKLForward:
+        return exact_kl_between(self, self.model, temperature=1.0, direction=self.kl_term.direction)
+
+    def _make_probe(self) -> KLProbe:
+        if is_fsdp1(self):
+            raise ValueError(
+                f"kl_probe_steps={self.args.kl_probe_steps} samples from the policy, whose weights fsdp_version=1 "
+                "flattens: use fsdp_version 2, DDP or DeepSpeed, or remove it."
+            )
+        if self._is_vision_dataset:
+            raise ValueError(
+                f"kl_probe_steps={self.args.kl_probe_steps} samples answers to text prompts and the data has images: "
+                "remove it."
+            )
+        datasets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        prompts = distinct_prompts(datasets, self.args.kl_probe_prompts)
+        if not prompts:
+            raise ValueError(
+                f"kl_probe_steps={self.args.kl_probe_steps} samples answers to the prompts of eval_dataset and none is "
+                f"shorter than max_length={self.args.max_length}: raise max_length, or remove kl_probe_steps."
+            )
+        return KLProbe(
+            prompts,
+            self._tokenizer,
+            max_new_tokens=self.args.kl_probe_max_new_tokens,
+            batch_size=self.args.per_device_eval_batch_size,
+            seed=self.args.seed,
+            estimators=self.kl.names,
+            exact=self._exact,
+            accelerator=self.accelerator,
+        )
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        kept = {"num_tokens": int(self._total_train_tokens), "pairs": self._pairs.state()}
+        return {**super()._checkpoint_state(), **kept}
+
+    def _load_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """Also TRL's count of tokens, which it does not keep, and the pairs that are not yet logged."""
+        super()._load_checkpoint_state(state)
+        self._pairs.load(state.get("pairs", {}))
+        self._total_train_tokens = int(state.get("num_tokens", 0))
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        watched = self.model.training and self.args.kl_health
+        with self._pairs.watching() if watched else nullcontext(), trainable_as_before(self.model):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        metrics = self._metrics[self._mode]
+        if not metrics.get("rewards/chosen"):  # it is not TRL's loss: `AppliedKLCheck` says so where a KL was wanted
+            return loss
+        if watched:
+            means = metrics["rewards/chosen"][-1], metrics["rewards/rejected"][-1]
+            self._pairs.add(inputs["completion_mask"].sum(-1), means, self.beta)
+        # TRL's rewards are beta times the log-ratios, gathered from all processes, and beta is never 0.
+        for name, reward in (("chosen", "chosen"), ("rejected", "rejected"), ("margin", "margins")):
+            metrics[f"log_ratio/{name}"].append(metrics[f"rewards/{reward}"][-1] / self.beta)
+        if self.model.training:
+            self._watch(metrics)
+        return loss
+
+    def _watch(self, metrics: dict[str, list[float]]) -> None:
+        """See in TRL's own metrics of the micro-batch whether policy or reference is not finite."""
+        for answer in ("chosen", "rejected"):
+            logps, log_ratio = metrics[f"logps/{answer}"][-1], metrics[f"log_ratio/{answer}"][-1]
+            self.guard.watch(POLICY, logps)
+            if math.isfinite(logps):
+                self.guard.watch(REFERENCE, log_ratio)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool) -> Any:
+        if not self.args.kl_on_data or self._exact is None:
+            if self.precompute_ref_logps or self.ref_model is not None:
+                return super()._compute_loss(model, inputs, return_outputs)
+            # TRL below 1.16 sees no adapter in a policy that is wrapped, compiled say, and calls a reference of None.
+            inputs = {**inputs, **self._reference_logps(inputs)}
+            with self._trl_takes_ref_logps():
+                return super()._compute_loss(model, inputs, return_outputs)
+        mask = inputs["completion_mask"][:, 1:].bool()
+        with self._exact.hidden_states(self._reference_model, mask.size(1)) as ref_hidden:
+            inputs = {**inputs, **self._reference_logps(inputs)}
+        exact = self._exact.exact_kl(model, ref_hidden[0], mask, with_grad=self.args.kl_in_loss)
+        with exact as exact_kl, self._trl_takes_ref_logps():
+            result = super()._compute_loss(model, inputs, return_outputs)
+        kl_loss = self._kl_loss(the_only(exact_kl, self), mask, prompt_numbers(pair_prompts(inputs), mask.device))
+        if not self.args.kl_in_loss:
+            return result
+        return (result[0] + kl_loss, result[1]) if return_outputs else result + kl_loss
+
+    @property
+    def _reference_model(self) -> nn.Module:
+        return self.model if self.ref_model is None else self.ref_model
+
+    def _reference_logps(self, inputs: dict) -> dict[str, Tensor]:
+        chosen, rejected = self.compute_ref_log_probs(self._reference_model, inputs)
+        return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+    @contextmanager
+    def _trl_takes_ref_logps(self) -> Iterator[None]:
+        """TRL reads the reference's log-probs from the inputs, and does not run it a second time."""
+        self.precompute_ref_logps = True
+        try:
+            yield
+        finally:
+            self.precompute_ref_logps = False
+
+    def _kl_loss(self, exact_kl: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:
+        """`kl_coef` times the mean of the (2B, L-1) exact KL over the tokens of all processes; logs both,
+        the KL with a standard error that counts `prompts`, the (B,) numbers of the pairs', as independent."""
+        # The exact KL reads no log-probs: it takes no importance weight.
+        self.kl.reached.add(KL_ON_DATA)
+        per_token = self.kl_term.loss(exact_kl, exact_kl, mask, exact=exact_kl)
+        tokens = self.accelerator.reduce(mask.sum(), reduction="sum").clamp(min=1) / self.accelerator.num_processes
+        loss = self.kl_coef * per_token.sum() / tokens
+        rows = sequence_rows({"exact": exact_kl}, mask, prompts.repeat(2))
+        rows = torch.cat([rows, loss.detach().to(rows).expand(len(rows), 1)], dim=1)
+        gathered = self.accelerator.gather(rows).cpu()
+        if self.model.training:
+            self.guard.watch(KL, exact_kl, mask)
+        sums = prompt_sums(gathered[:, :-1])
+        if sums.isfinite().all():  # one infinite KL would hide all others until the next log
+            earlier = [self._data_kl[self._mode]] if self._mode in self._data_kl else []
+            self._data_kl[self._mode] = prompt_sums(torch.cat([*earlier, sums]))
+        if self.args.kl_in_loss:
+            self.kl.reached.add(KL_IN_LOSS)
+            self._metrics[self._mode]["kl/loss"].append(gathered[:, -1].mean().item())
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        sums = self._data_kl.pop(self._mode, None)
+        if sums is not None:
+            prefix = "" if self._mode == "train" else f"{self._eval_prefix}_"
+            name = "data_exact" if self.kl_term.direction == "reverse" else "data_exact_forward"
+            summary = summarise(prompt_moments(sums), ("exact",))["exact"]
+            numbers = {f"kl/{name}": summary.per_token, f"kl/{name}_se": summary.per_token_se}
+            logs.update({f"{prefix}{key}": value for key, value in numbers.items() if math.isfinite(value)})
+        super().log(logs, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._probed_at = None
+        return super().train(*args, **kwargs)
+
+    def _wanted_kl(self) -> set[str]:
+        wanted = {STEP_ENDED} | ({KL_ON_DATA} if self.args.kl_on_data else set())
+        return wanted | ({KL_IN_LOSS} if self.args.kl_in_loss else set())
+
+    def _end_kl_step(self) -> None:
+        if self.args.kl_health and self.state.global_step == 0:
+            self._metrics["train"]["log_ratio/start"].append(self._pairs.distance())
+        if self.args.kl_coef_name != "beta" and self.beta != self.args.beta:  # set from outside
+            self._metrics["train"]["beta"].append(self.beta)
+        super()._end_kl_step()
+
+    def _health_metrics(self) -> dict[str, float]:
+        return self._pairs.metrics()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        step, every = self.state.global_step, self.args.kl_probe_steps
+        if every is not None and step % every == 0 and step != self._probed_at:
+            self._probed_at = step  # once, at the first micro-batch
+            self._run_probe("train")
+        return super().training_step(*args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        # Trainer comes back here once for each named split, by its name.
+        if self._probe is None or isinstance(eval_dataset, str) or self._evaluates_splits:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._run_probe("eval")
+        if not isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        of_all: dict[str, float] = {}  # the probe's prompts are those of all splits together
+        self._eval_prefix, self._evaluates_splits = metric_key_prefix, True
+        try:
+            with self._evaluating():
+                self.log(of_all)
+            return {**super().evaluate(eval_dataset, ignore_keys, metric_key_prefix), **of_all}
+        finally:
+            self._evaluates_splits = False
+
+    def _run_probe(self, mode: str) -> None:
+        """Sample with the policy as it is now, measure the KL there, and leave everything else as it was."""
+        if self._probe is None:
+            return
+        with self._evaluating():
+            with unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, gather_deepspeed3_params=True
+            ) as unwrapped:
+                batches = self._probe.sample(unwrapped, self.state.global_step)
+            for batch in batches:
+                values = self._probe.values(self.model, self._reference(), batch)
+                self.kl.measure(mode, values, batch.target_mask, batch.prompts)
+            for name, value in self._probe.answer_metrics().items():
+                self._metrics[mode][name].append(value)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Without dropout and without gradient checkpointing, which generation cannot use."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):  # type: ignore[arg-type]
+                yield
+        finally:
+            self.model.train(training)
+
+    @contextmanager
+    def _reference(self) -> Iterator[nn.Module]:
+        """The model to call for the reference; under PEFT the policy without its adapter, or with the one named ref."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        name = REF_ADAPTER if REF_ADAPTER in policy.peft_config else None
+        with trainable_as_before(policy), use_adapter(policy, name):
+            yield self.model

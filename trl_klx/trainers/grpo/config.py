@@ -1,0 +1,125 @@
+"""`KLXGRPOConfig`: TRL's `GRPOConfig` with the KL arguments."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from trl import GRPOConfig
+
+from ...config.options import KLArguments
+from ..checks.noise import check_neftune
+from ..rewarding.calls import check_weights
+from ..rewarding.gold import GoldArguments
+from ..seams import LIGER_COMPUTES_THE_LOSS
+from .sampling_settings import check_sampling
+
+_CHOICES: dict[str, tuple] = {
+    "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "scale_rewards": ("group", "batch", "none", True, False),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "importance_sampling_level": ("token", "sequence"),
+    "vllm_mode": ("colocate", "server"),
+    "vllm_model_impl": ("auto", "vllm", "transformers", "terratorch"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+}
+
+
+@dataclass
+class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
+    """`GRPOConfig` plus the KL arguments. `beta` keeps TRL's name and is where a controller starts.
+
+    With its defaults (k3, loss, token weight) loss and gradients equal TRL's own where TRL samples by `generate`. With
+    vLLM they do not: TRL weights its KL by the ratio to the trainer's own scores of the rollout, and here it is to the
+    engine's log-probs, which are what the answers were sampled by. The weight has no bound until kl_is_cap sets one.
+    """
+
+    use_bias_correction_kl: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "TRL's name for kl_importance_sampling: true means token, false means none. Set one of the two."
+        },
+    )
+
+    @property
+    def kl_coef_start(self) -> float:
+        return self.beta
+
+    @property
+    def kl_coef_name(self) -> str:
+        return "beta"
+
+    def choices(self) -> dict[str, tuple]:
+        return {**super().choices(), **_CHOICES}
+
+    def rules(self) -> list[Callable[[], None]]:
+        own: list[Callable[[], None]] = [
+            self.check_gold,
+            partial(check_weights, self.reward_weights),
+            self._check_trl_options,
+            partial(check_sampling, self),
+            self._check_reward_reaches_every_token,
+        ]
+        return [self._follow_trl_switch, *super().rules(), *own]
+
+    def __post_init__(self) -> None:
+        self.check_kl()
+        self.use_bias_correction_kl = self.kl_importance_sampling != "none"
+        super().__post_init__()
+
+    def _check_trl_options(self) -> None:
+        check_neftune(self.neftune_noise_alpha)
+        if LIGER_COMPUTES_THE_LOSS and self.use_liger_kernel and self.kl_is_measured:
+            raise ValueError(
+                "use_liger_kernel=true computes TRL's loss in a fused kernel with its own k3 KL: set it to false, or "
+                "install trl>=1.16, where it only swaps layers."
+            )
+        if self.kl_needs_exact and self.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model=true changes the reference between its scoring and the loss, which an exact KL cannot "
+                "follow: use kl_estimator k1, k2 or k3, or sync_ref_model=false."
+            )
+
+    def _check_reward_reaches_every_token(self) -> None:
+        """Refuse TRL options that gate or average the advantages, and with them the KL that is subtracted there."""
+        if self.kl_placement not in ("reward", "both") or self.allow_biased_kl:
+            return
+        epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        gates = {
+            "importance_sampling_level": (
+                self.importance_sampling_level == "sequence",
+                "averages them over the answer",
+            ),
+            "top_entropy_quantile": (self.top_entropy_quantile < 1.0, "drops them on low-entropy tokens"),
+            "off_policy_mask_threshold": (self.off_policy_mask_threshold is not None, "drops them by their sign"),
+            "loss_type": (self.loss_type == "cispo" and epsilon_high < 1, "with epsilon_high < 1 scales them down"),
+        }
+        for name, (active, effect) in gates.items():
+            if active:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} acts on the advantages ({effect}) and kl_placement="
+                    f"{self.kl_placement!r} puts the KL there, so its gradient would be wrong: use "
+                    f"kl_placement='loss', or leave {name} at its default."
+                )
+        if self.kl_placement == "both" and self.kl_aggregation == "token" and self.loss_type != "dapo":
+            raise ValueError(
+                f"kl_aggregation='token' with kl_placement='both' and loss_type={self.loss_type!r} would give the two "
+                "halves of the KL different scales: use loss_type='dapo', or kl_aggregation='loss_type'."
+            )
+
+    def _follow_trl_switch(self) -> None:
+        corrected = self.use_bias_correction_kl
+        if corrected is None:
+            return
+        meaning = "token" if corrected else "none"
+        if corrected and self.kl_placement in ("none", "reward"):
+            raise ValueError(
+                f"use_bias_correction_kl=True weights the KL loss and kl_placement={self.kl_placement!r} has none: "
+                "remove it."
+            )
+        if self.kl_importance_sampling is None:
+            self.kl_importance_sampling = meaning
+        elif (self.kl_importance_sampling != "none") != corrected:
+            raise ValueError(
+                f"use_bias_correction_kl={corrected} means kl_importance_sampling={meaning!r} and "
+                f"kl_importance_sampling is {self.kl_importance_sampling!r}: set one of the two."
+            )

@@ -1,0 +1,138 @@
+"""What one scoring pass of TRL gives, and which tensors of a GRPO batch mean what. Shapes as in `grpo`."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...kl import kl_estimate, last_token_index, masked_sum
+
+# Model inputs of vision-language models that TRL carries from the rollout to the loss.
+VISION_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+@dataclass
+class Scoring:
+    """One call of TRL's scoring function: log-probs (B, C), and what else was collected on the way."""
+
+    logps: Tensor
+    hidden: Tensor | None = None  # (B, C, H)
+    exact: Tensor | None = None  # (B, C)
+
+
+def loss_mask(inputs: dict) -> Tensor:
+    """(B, C) tokens that the policy produced: no padding, and no tool output."""
+    mask = inputs["completion_mask"]
+    return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
+
+
+def with_cut_answers(mask: Tensor, ids: Tensor, pad_token_id: int) -> Tensor:
+    """(B, C) all tokens of the answers: TRL masks one that is cut off as a whole (`mask_truncated_completions`).
+
+    Such an answer does not end in padding: its last other token is its last.
+    """
+    positions = torch.arange(ids.size(1), device=ids.device)
+    length = last_token_index(ids != pad_token_id).unsqueeze(1) + 1
+    return torch.where(mask.bool().any(1, keepdim=True), mask, (positions < length).to(mask.dtype))
+
+
+def is_cut_off(ids: Tensor, mask: Tensor, ends: list[int]) -> Tensor:
+    """(B,) bool: answers whose last token is none of `ends`."""
+    last = last_token_index(mask)
+    final = ids.gather(1, last.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return (last < 0) | ~torch.isin(final, torch.tensor(ends, device=ids.device))
+
+
+def attention_to_cut_answers(attention_mask: Tensor, ids: Tensor, length: int, pad_token_id: int) -> Tensor:
+    """(B, P + C) attention mask in which answers, the last `length` tokens, are not hidden for being cut off."""
+    answers = with_cut_answers(attention_mask[:, -length:], ids[:, -length:], pad_token_id)
+    return torch.cat([attention_mask[:, :-length], answers], dim=1)
+
+
+def hidden_mask(inputs: dict, pad_token_id: int) -> Tensor:
+    """(B, C) bool: tokens that the policy made and the loss leaves out.
+
+    Without tools all of an answer is the policy's. With them, or with a mask of the environment's, it is what that mask
+    says, and what it leaves out though the inference engine gives it a log-prob: 0 there stands for what the engine has
+    not sampled. (Without a mask it is a token that the policy was certain of.)
+    """
+    answers = with_cut_answers(inputs["completion_mask"], inputs["completion_ids"], pad_token_id).bool()
+    outside = answers & ~loss_mask(inputs).bool()
+    if "tool_mask" not in inputs:
+        return outside
+    made = inputs.get("policy_made", torch.zeros_like(outside)).bool()
+    engine_logps = inputs.get("sampling_per_token_logps")
+    return outside & (made if engine_logps is None else made | (engine_logps != 0))
+
+
+def health_sums(logps: Tensor, inputs: dict, pad_token_id: int) -> dict[str, Tensor]:
+    """Sums over a micro-batch: the k3 of the KL inside and outside the loss mask, and that of sampler to trainer."""
+    mask, hidden = loss_mask(inputs), hidden_mask(inputs, pad_token_id)
+    k3 = kl_estimate(logps, inputs["ref_per_token_logps"], "k3")
+    sums = {"seen": masked_sum(k3, mask), "hidden": masked_sum(k3, hidden), "answers": mask.new_tensor(len(mask))}
+    engine_logps = inputs.get("sampling_per_token_logps")
+    if engine_logps is None:
+        return {**sums, "sampler_kl": logps.new_zeros(()), "sampled": logps.new_zeros(())}
+    scored = scored_by_sampler(inputs, mask)
+    # The trainer's scores of the rollout: TRL makes them where it needs them, else the policy has not moved since.
+    trainer_logps = inputs.get("old_per_token_logps", logps)
+    sampler_kl = kl_estimate(engine_logps, trainer_logps, "k3")
+    return {**sums, "sampler_kl": masked_sum(sampler_kl, scored), "sampled": scored.sum()}
+
+
+def health_metrics(sums: dict[str, float], *, behind_mask: bool) -> dict[str, float]:
+    """`kl/masked` (nats per answer outside the loss mask), its share of the KL, and `kl/sampler` (nats per token).
+
+    Args:
+        sums: of `health_sums`, over all processes.
+        behind_mask: whether the loss mask may leave out what the policy made, and that was scored.
+    """
+    out = {}
+    if behind_mask and sums["answers"] > 0:
+        out["kl/masked"] = sums["hidden"] / sums["answers"]
+        out["kl/masked_share"] = sums["hidden"] / max(sums["hidden"] + sums["seen"], 1e-30)
+    if sums["sampled"] > 0:
+        out["kl/sampler"] = sums["sampler_kl"] / sums["sampled"]
+    return {name: value for name, value in out.items() if math.isfinite(value)}
+
+
+def sampler_logps_of(policy_logps: Tensor, inputs: dict) -> Tensor:
+    """(B, C) log-probs under the policy that really sampled; `policy_logps` itself where that is the policy.
+
+    The inference engine's own, where TRL has them; NaN there marks tokens it could not score, which fall back to the
+    trainer's.
+    """
+    trainer_logps = inputs.get("old_per_token_logps")
+    trainer_logps = policy_logps if trainer_logps is None else trainer_logps
+    engine_logps = inputs.get("sampling_per_token_logps")
+    if engine_logps is None:
+        return trainer_logps
+    return torch.where(engine_logps.isnan(), trainer_logps, engine_logps)
+
+
+def scored_by_sampler(inputs: dict, mask: Tensor) -> Tensor:
+    """(B, C) bool: tokens of `mask` that have a log-prob of the policy that sampled them."""
+    engine_logps = inputs.get("sampling_per_token_logps")
+    return mask.bool() if engine_logps is None else mask.bool() & ~engine_logps.isnan()
+
+
+def weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Their product, and 0 where the weight is, whatever the value: what the policy never does has no KL."""
+    return torch.where(weights == 0, 0.0, weights * values)
+
+
+def joined(parts: list[Tensor]) -> Tensor | None:
+    """TRL may score a batch in several forwards."""
+    return torch.cat(parts) if parts else None

@@ -1,0 +1,149 @@
+"""`KLXPPOConfig`: TRL's `PPOConfig` with the KL arguments, and what a user of TRL's GRPO expects to find."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from ..seams import check_trl_has_ppo
+
+check_trl_has_ppo()
+
+from trl.experimental.ppo import PPOConfig  # noqa: E402  (the check says why it cannot be imported)
+
+from ...config.options import KLArguments  # noqa: E402
+from ..checks.noise import check_neftune  # noqa: E402
+from ..rewarding.calls import check_weights  # noqa: E402
+from ..rewarding.gold import GoldArguments  # noqa: E402
+
+
+@dataclass
+class KLXPPOConfig(KLArguments, GoldArguments, PPOConfig):
+    """`PPOConfig` plus the KL arguments. `kl_coef` keeps TRL's name and is where a controller starts.
+
+    With its defaults (k1 in the reward, return-to-go through GAE) the KL is TRL's. `kl_coef` means the same in every
+    placement: the objective is E[reward] - kl_coef * KL, in the reward's units per nat.
+
+    As in TRL, a step is a rollout of `per_device_train_batch_size * gradient_accumulation_steps` prompts per process,
+    followed by `num_ppo_epochs * num_mini_batches` optimizer steps; `logging_steps`, `save_steps`, `eval_steps`,
+    `max_steps` and the learning rate's schedule count rollouts. `total_episodes` and `max_steps` both give the length
+    of the run.
+
+    Other defaults than TRL's: `stop_token` is "eos" (TRL's None runs past the end of the answer), `bf16` and
+    `gradient_checkpointing` are honoured, `num_sample_generations` is 0.
+    """
+
+    kl_estimator: str = field(  # type: ignore[assignment]
+        default="k1", metadata={"help": "KL estimator: k1, k2, k3 or exact. Aliases: kl, mse, low_var_kl, full."}
+    )
+    kl_placement: str = field(
+        default="reward", metadata={"help": "Where the KL enters: reward, loss, both, or none (measured only)."}
+    )
+    stop_token: str | None = field(  # type: ignore[assignment]
+        default="eos",
+        metadata={
+            "help": "Where an answer ends: 'eos' (the tokenizer's end token or one of the model's generation config), "
+            "or null with stop_token_id, which then is the only end, or for answers of full length."
+        },
+    )
+    num_sample_generations: int = field(
+        default=0, metadata={"help": "How often in the run to print a few sampled answers with their rewards."}
+    )
+    reward_model_path: str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Reward model with one output, beside or instead of reward_funcs."}
+    )
+    value_model_path: str | None = field(
+        default=None,
+        metadata={"help": "Model that the value model starts from. Default: the policy, with a head of zeros."},
+    )
+    sft_model_path: str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Not read, as in TRL's trainer: the policy is model_name_or_path."}
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function. Default: 1 each."}
+    )
+    whiten_advantages: bool = field(
+        default=True,
+        metadata={
+            "help": "Centre the advantages and divide the objective (advantages and KL loss) by their standard "
+            "deviation over all processes, as TRL does with the advantages."
+        },
+    )
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus in the loss."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for loading models that are given by their path."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for the chat template of conversational prompts."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Keep false: reward functions read the dataset's columns."}
+    )
+
+    _VALID_DICT_FIELDS = [*PPOConfig._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]
+
+    @property
+    def kl_coef_start(self) -> float:
+        return self.kl_coef
+
+    @property
+    def kl_coef_name(self) -> str:
+        return "kl_coef"
+
+    @property
+    def rollout_size(self) -> int:
+        """Prompts that one process answers per rollout."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def rules(self) -> list[Callable[[], None]]:
+        own: list[Callable[[], None]] = [
+            self.check_gold,
+            partial(check_weights, self.reward_weights),
+            self._check_minibatches,
+            self._check_ppo_choices,
+            self._check_length,
+        ]
+        return [*super().rules(), *own]
+
+    def __post_init__(self) -> None:
+        self.check_kl()
+        super().__post_init__()
+
+    def _check_minibatches(self) -> None:
+        if self.rollout_size % self.num_mini_batches:
+            raise ValueError(
+                f"num_mini_batches={self.num_mini_batches} must divide the rollout of {self.rollout_size} answers per "
+                "process (per_device_train_batch_size * gradient_accumulation_steps)."
+            )
+
+    def _check_ppo_choices(self) -> None:
+        check_neftune(self.neftune_noise_alpha)
+        if self.stop_token_id is not None:
+            self.stop_token = None  # the more specific of the two; "eos" is only the default
+        if self.stop_token not in (None, "eos"):
+            raise ValueError(f"stop_token={self.stop_token!r} does not exist: use 'eos', or stop_token_id.")
+        if self.missing_eos_penalty is not None and self.stop_token is None and self.stop_token_id is None:
+            raise ValueError(
+                f"missing_eos_penalty={self.missing_eos_penalty} needs an answer's end: set stop_token='eos'."
+            )
+        if self.sft_model_path is not None:
+            raise ValueError(
+                f"sft_model_path={self.sft_model_path!r} is not read: the policy, and with it the reference, is "
+                "model_name_or_path; remove it."
+            )
+        if self.kl_aggregation != "loss_type":
+            raise ValueError(
+                f"kl_aggregation={self.kl_aggregation!r} has no effect: PPO's losses are means over the tokens of a "
+                "minibatch already; remove it."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size=true would cut rollouts to pieces: set it to false.")
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel=true is not supported by PPO: set it to false.")
+
+    def _check_length(self) -> None:
+        if self.total_episodes is not None and self.max_steps > 0:
+            raise ValueError(
+                f"total_episodes={self.total_episodes} and max_steps={self.max_steps} both give the length of the run: "
+                "set one of them (a step is a rollout)."
+            )

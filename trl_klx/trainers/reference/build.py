@@ -1,0 +1,70 @@
+"""Which reference the trainer gets: that one is built at all, and that it is the policy as it was given."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.trainer import grpo_trainer
+
+from ..grpo.config import KLXGRPOConfig
+from .adapters import check_fresh_adapter, trl_keeps_our_reference
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The causal language model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+@contextmanager
+def reference_as_given(args: KLXGRPOConfig, model: Any, peft_config: PeftConfig | None) -> Iterator[None]:
+    """While TRL sets up GRPO: it builds a reference wherever the KL is measured, and that is the policy as given."""
+    with _reference_is_built(args), reference_is_a_copy(model, peft_config, wanted=args.kl_is_measured):
+        yield
+
+
+@contextmanager
+def _reference_is_built(args: KLXGRPOConfig) -> Iterator[None]:
+    """TRL builds no reference at beta 0; where the KL is measured all the same, it must."""
+    beta = args.beta
+    if args.kl_is_measured and beta == 0:
+        args.beta = 1.0
+    try:
+        yield
+    finally:
+        args.beta = beta
+
+
+@contextmanager
+def reference_is_a_copy(
+    model: Any, peft_config: PeftConfig | None, *, wanted: bool, trl_module: Any = grpo_trainer
+) -> Iterator[None]:
+    """Where the policy is given in memory, make TRL's reference a copy of it.
+
+    TRL reloads the reference from the path in the policy's config, in float32 by default: another model, if the one in
+    memory was changed or cast. Sharded parameters (ZeRO-3) cannot be copied; there TRL's way stays. Where an adapter is
+    to be made (`peft_config`), the model without it is the reference; a policy that comes with an adapter gets a copy
+    of the adapter. `wanted` is False where TRL is to load no reference. `trl_module` is the TRL module whose trainer
+    loads it with its `create_model_from_path`.
+    """
+    if wanted and peft_config is None and isinstance(model, PeftModel):
+        with trl_keeps_our_reference(model):
+            yield
+        return
+    if wanted:
+        check_fresh_adapter(peft_config)
+    in_memory = isinstance(model, PreTrainedModel) and peft_config is None
+    if not (in_memory and wanted) or is_deepspeed_zero3_enabled():
+        yield
+        return
+    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    from_path = trl_module.create_model_from_path
+    trl_module.create_model_from_path = lambda *_args, **_kwargs: reference
+    try:
+        yield
+    finally:
+        trl_module.create_model_from_path = from_path

@@ -1,0 +1,1 @@
+"""Reward functions and reward models as the trainers call them; and the gold reward."""

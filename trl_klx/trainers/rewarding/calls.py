@@ -1,0 +1,255 @@
+"""How reward functions are called, and what they may return: the same for GRPO, PPO and a gold reward.
+
+They are the user's own code. What they raise is shown as theirs, under one sentence that names the function.
+"""
+
+import asyncio
+import inspect
+import math
+import traceback
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from trl.trainer.utils import get_callable_name
+
+from ..checkpoints.whole import RunError
+
+# What every reward function gets, beside the dataset's columns.
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+# Columns that a reward function does not get: the trainers give what these would hold under names of their own.
+NOT_GIVEN = ("prompt", "completion", "completion_ids", "input_ids")
+
+_CALLERS = [
+    ("trl_klx", "trainers", "reward_calls.py"),
+    ("trl_klx", "run", "users_code.py"),
+    ("trl_klx", "run", "data.py"),
+]
+
+
+class RewardError(RunError, ValueError):
+    """A reward function raised, which is then the `__cause__`, or returned what is no rewards."""
+
+
+def raised(what: str, error: BaseException) -> str:
+    """The sentence about an exception of the user's own code, without its end: what, which, and where."""
+    kind = f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__
+    if isinstance(error, SystemExit):
+        kind = f"SystemExit({error.code!r}), which would end the run"
+    frames = traceback.extract_tb(users_frames(error))
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{what} raised {kind}{place}"
+
+
+def users_frames(error: BaseException) -> TracebackType | None:
+    """The traceback of an exception from where the user's own code begins; None where none of it ran."""
+    frames = error.__traceback__
+    while frames is not None and _is_a_way_there(frames.tb_frame.f_code.co_filename):
+        frames = frames.tb_next
+    return frames
+
+
+def _is_a_way_there(file: str) -> bool:
+    """Whether a file only calls the user's functions, or imports them."""
+    return "importlib" in file or Path(file).parts[-3:] in _CALLERS
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def checked(reward: Callable, name: str, *, can_wait: bool) -> Callable:
+    """A reward function that raises nothing but `RewardError`, and returns floats only.
+
+    Args:
+        reward: the user's function.
+        name: of the function, for the sentence.
+        can_wait: whether the trainer awaits coroutine functions; otherwise what they return is awaited here.
+    """
+    if can_wait and _is_async(reward):
+
+        async def wait(**given: Any) -> list[float]:
+            try:
+                values = await reward(**given)
+            except (Exception, SystemExit) as error:
+                raise failed(name, error, given) from error
+            return reward_values(name, values, len(given["prompts"]))
+
+        return wait
+
+    def call(**given: Any) -> list[float]:
+        values = called(name, reward, given)
+        if inspect.isawaitable(values):
+            (values,) = run_together([named(name, values, given)])
+        return reward_values(name, values, len(given["prompts"]))
+
+    return call
+
+
+def called(name: str, reward: Callable, given: Mapping[str, Any]) -> Any:
+    """What a reward function returns, which may be awaitable. Raises `RewardError` from whatever it raises."""
+    try:
+        return reward(**given)
+    except (Exception, SystemExit) as error:
+        raise failed(name, error, given) from error
+
+
+async def named(name: str, awaitable: Any, given: Mapping[str, Any]) -> Any:
+    """Await what a reward function returned. Raises `RewardError` from whatever it raises."""
+    try:
+        return await awaitable
+    except (Exception, SystemExit) as error:
+        raise failed(name, error, given) from error
+
+
+def run_together(coroutines: list) -> list:
+    """Await all in a thread of their own: the caller may already be inside an event loop, in a notebook say."""
+    if not coroutines:
+        return []
+
+    async def gather() -> list:
+        return list(await asyncio.gather(*coroutines))
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, gather()).result()
+
+
+def failed(name: str, error: BaseException, given: Mapping[str, Any]) -> RewardError:
+    """The error about a reward function that raised."""
+    are_texts = all(isinstance(completion, str) for completion in given["completions"])
+    shape = "strings, as the prompts are" if are_texts else "lists of messages, as the prompts are"
+    return RewardError(f"{raised(f'the reward function {name!r}', error)}; the completions it got are {shape}.")
+
+
+def reward_values(name: str, values: Any, rows: int) -> list[float]:
+    """One float per answer, NaN where the function said None; tensors, arrays and any sequence of numbers will do.
+
+    Raises:
+        RewardError: it is no sequence, of another length, or holds what is no number.
+    """
+    wanted = "return a list with one number per answer, None where it does not apply"
+    is_list = isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping, set, frozenset))
+    if not is_list or getattr(values, "ndim", 1) == 0:
+        what = f"a {type(values).__name__}" if isinstance(values, (Mapping, set, frozenset)) else repr(values)
+        raise RewardError(f"the reward function {name!r} returned {what[:200]} for {rows} answers: {wanted}.")
+    found = values.tolist() if hasattr(values, "tolist") else list(values)
+    if len(found) != rows:
+        raise RewardError(f"the reward function {name!r} returned {len(found)} rewards for {rows} answers: {wanted}.")
+    return [_number(name, value, row, wanted) for row, value in enumerate(found)]
+
+
+def _number(name: str, value: Any, row: int, wanted: str) -> float:
+    if value is None:
+        return math.nan
+    try:
+        # Tensors and numpy's numbers have a float, as text has; a list of one number has none.
+        if isinstance(value, (str, bytes)) or getattr(value, "ndim", 0) != 0:
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RewardError(
+            f"the reward function {name!r} returned {repr(value)[:100]} for answer {row}, which is no number: {wanted}."
+        ) from error
+
+
+def check_call(reward: Any, columns: Collection[str] | None, split: str, *, more: bool = False) -> None:
+    """Refuse a reward function that cannot be called by the names that it will get.
+
+    Args:
+        reward: the function; models, and what has no signature, pass.
+        columns: of the dataset; None: not known.
+        split: what the dataset is called.
+        more: whether a rollout function or an environment gives the functions more.
+
+    Raises:
+        ValueError: it takes no `**kwargs`, or needs what is not there.
+    """
+    parameters = _parameters(reward)
+    name = get_callable_name(reward)
+    of_columns = [column for column in columns or () if column not in NOT_GIVEN]
+    given = [*GIVEN, *of_columns]
+    for parameter in parameters:
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise ValueError(
+                f"the reward function {name!r} takes {parameter.name!r} by its position only, and is called by names: "
+                "remove the slash from its parameters."
+            )
+        needed = parameter.default is parameter.empty and parameter.kind in (
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        )
+        known = columns is not None and not more and parameter.name != "environments"
+        if needed and parameter.name in ("prompt", "completion"):
+            raise ValueError(
+                f"the reward function {name!r} takes {parameter.name!r} and is called with {parameter.name}s=, a list "
+                "of all of them: rename the parameter."
+            )
+        if needed and known and parameter.name not in given:
+            raise ValueError(
+                f"the reward function {name!r} needs a column {parameter.name!r} and the split {split!r} has "
+                f"{', '.join(columns or ())}: rename or add the column."
+            )
+    if parameters and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        taken = {parameter.name for parameter in parameters}
+        left = [argument for argument in given if argument not in taken]
+        if left:
+            raise ValueError(
+                f"the reward function {name!r} has no **kwargs and is called with {left[0]}= too, as every column of "
+                "the dataset and more by name: add **kwargs to its parameters."
+            )
+
+
+def needed_columns(reward: Any) -> list[str]:
+    """The dataset's columns that a reward function has as parameters without a default."""
+    parameters = _parameters(reward)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
+    return [p.name for p in named if p.name not in (*GIVEN, *NOT_GIVEN, "environments")]
+
+
+def check_names(columns: Collection[str] | None, split: str) -> None:
+    """Refuse columns under whose names the reward functions get something else. Raises ValueError."""
+    for column in columns or ():
+        if column in GIVEN and column != "completion_ids":
+            raise ValueError(
+                f"the split {split!r} has a column {column!r}, and reward functions get what the trainer makes by that "
+                "name: rename the column."
+            )
+
+
+def check_weights(weights: Any, rewards: int | None = None) -> None:
+    """Refuse `reward_weights` that weigh nothing; with the number of `rewards`, those of another number.
+
+    Raises:
+        ValueError: with one sentence.
+    """
+    if weights is None:
+        return
+    is_list = isinstance(weights, Sequence) and not isinstance(weights, str)
+    numbers = list(weights) if is_list else []
+    fit = [not isinstance(w, bool) and isinstance(w, (int, float)) and math.isfinite(w) for w in numbers]
+    if not is_list or not all(fit):
+        raise ValueError(f"reward_weights={weights!r} must be a list of finite numbers, one per reward.")
+    if rewards is not None and len(numbers) != rewards:
+        raise ValueError(
+            f"reward_weights has {len(numbers)} entries and there are {rewards} rewards: give one weight per reward."
+        )
+    if not any(numbers):
+        raise ValueError(f"reward_weights={weights!r} leave no reward to learn from: give one that is not 0.")
+
+
+def _parameters(reward: Any) -> list[inspect.Parameter]:
+    """Those of a function; none of a model or its path, and of what has no signature."""
+    if isinstance(reward, (nn.Module, str)):
+        return []
+    try:
+        return list(inspect.signature(reward).parameters.values())
+    except (ValueError, TypeError):
+        return []
+
+
+def _is_async(reward: Any) -> bool:
+    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)

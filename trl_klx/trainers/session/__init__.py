@@ -1,0 +1,1 @@
+"""The KL of one run: what is measured, what beta is, and what was spent of the budget."""

@@ -1,0 +1,93 @@
+"""Whether the KL that was asked for really reaches loss, reward and log.
+
+Our KL lives in methods of TRL's trainers. A library that patches TRL, or a subclass, may put others in their place,
+and the run would go on without a KL, under the names of one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..checkpoints.whole import RunError
+
+# What may be missing, as the KL's code notes it in `KLControl.reached`.
+KL_IN_LOSS = "a KL in the loss"
+KL_IN_REWARD = "a KL in the reward"
+KL_MEASURED = "a measured KL"
+KL_ON_DATA = "the exact KL on the data"
+STEP_ENDED = "the end of the step, where beta moves"
+_METHODS = (
+    "training_step",
+    "compute_loss",
+    "_compute_loss",
+    "_prepare_inputs",
+    "_generate_and_score_completions",
+    "_get_per_token_logps_and_entropies",
+    "_make_rollout",
+    "_shape_rewards",
+    "_update",
+    "_loss",
+)
+_OURS = ("trl_klx", "trl", "transformers")
+
+
+class AppliedKLCheck(TrainerCallback):
+    """Ends the run after its first step where a part of the KL was never reached.
+
+    Args:
+        trainer: with its `kl`, a `KLControl`.
+        wanted: which of the parts above.
+    """
+
+    def __init__(self, trainer: Any, wanted: set[str]) -> None:
+        self._trainer, self._wanted = trainer, wanted
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        missing = self._wanted - self._trainer.kl.reached
+        if missing and not self._trainer.guard.in_a_row:  # a step that was skipped may have ended early
+            raise not_applied(self._trainer, *sorted(missing))
+
+
+def scored(trainer: Any, out: Any) -> Tensor:
+    """(B, C) log-probs of TRL's scoring function, from its result; a patch may leave them out."""
+    if out is None or out[0] is None:
+        raise not_applied(trainer, KL_MEASURED)
+    return out[0]
+
+
+def the_only(found: Sequence[Any], trainer: Any) -> Any:
+    """What one call of TRL's code computes once."""
+    if len(found) != 1:
+        raise not_applied(trainer, KL_MEASURED)
+    return found[0]
+
+
+def check_rollout(trainer: Any, batch: dict) -> None:
+    """Raise where a rollout did not come by the reference, or not by our code."""
+    if "kl_prompts" not in batch or batch.get("ref_per_token_logps") is None:
+        raise not_applied(trainer, KL_MEASURED)
+
+
+def not_applied(trainer: Any, *missing: str) -> RunError:
+    """What a run says whose KL other code has passed by."""
+    args = trainer.args
+    foreign = _foreign_methods(trainer)
+    by = f"{', '.join(foreign)} took the place of what computes it" if foreign else "other code took its place"
+    return RunError(
+        f"at step {trainer.state.global_step} the KL that was asked for ({args.kl_coef_name}={args.kl_coef_start:g}, "
+        f"kl_placement={args.kl_placement!r}) was not applied: {' and '.join(missing)} never came about; {by}. Remove "
+        "that override, or the import of the library that patches TRL, or train with TRL's own trainer."
+    )
+
+
+def _foreign_methods(trainer: Any) -> list[str]:
+    """The methods of loss and rollout that are neither ours nor TRL's, by module and name."""
+    places = [vars(trainer), *(vars(cls) for cls in type(trainer).__mro__)]
+    found = {name: [place[name] for place in places if name in place] for name in _METHODS}
+    functions = [function for versions in found.values() for function in versions if callable(function)]
+    named = [f"{getattr(f, '__module__', '?')}.{getattr(f, '__qualname__', f)}" for f in functions]
+    return sorted({name for name in named if name.split(".")[0] not in _OURS})

@@ -1,15 +1,17 @@
 """The user's own functions that a recipe names: importing them, trying them, and showing what they raise as theirs."""
 
-import importlib
+import importlib.util
 import inspect
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 from transformers import TrainerState
 
+from ..recipe_files import shipped_recipe
 from ..trainers.rewarding.calls import RewardError, called, raised, reward_values, users_frames
 from .arguments import BadInput
 
@@ -26,37 +28,70 @@ def users_traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(cause), cause, users_frames(cause)))
 
 
-def load_function(name: Any, option: str) -> Callable:
-    """Import a function from its dotted path, given as `option`.
+_FORMS = "module.function or path/to/file.py:function"
 
-    The working directory is on the path, as in TRL's scripts.
+
+def load_function(name: Any, option: str) -> Callable:
+    """Import a function that an option names: `module.function`, or `path/to/file.py:function`.
+
+    The working directory is on the path, as in TRL's scripts. A file under recipes/ that is not in the working
+    directory is taken from the recipes that come with the package.
 
     Raises:
-        BadInput: there is no such module or function.
-        UsersError: the module raised while it was imported.
+        BadInput: there is no such module, file or function.
+        UsersError: the user's module raised while it was imported.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    module_name, _, function_name = str(name).rpartition(".")
-    if not module_name or not all(part.isidentifier() for part in str(name).split(".")):
-        raise BadInput(f"{option}={name!r} is no function: give module.function.")
+    given = f"{option}={name!r}"
+    file, is_file, function_name = str(name).rpartition(".py:")
+    if is_file:
+        where = f"{file}.py"
+    else:
+        where, _, function_name = str(name).rpartition(".")
+        if not where or not all(part.isidentifier() for part in str(name).split(".")):
+            raise BadInput(f"{given} is not a function: give {_FORMS}.")
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise UsersError(raised(f"importing {module_name}, for {option}={name!r},", error) + ".") from error
-        raise BadInput(f"{option}={name!r} cannot be imported ({error}): give module.function.") from error
+        module = _module_of_file(where) if is_file else importlib.import_module(where)
     except (Exception, SystemExit) as error:
-        raise UsersError(raised(f"importing {module_name}, for {option}={name!r},", error) + ".") from error
+        if _is_missing(error, where):
+            raise BadInput(f"{given} cannot be imported ({error}): give {_FORMS}.") from error
+        raise UsersError(raised(f"importing {where}, for {given},", error) + ".") from error
     try:
         function = getattr(module, function_name)
     except AttributeError as error:
-        raise BadInput(f"{option}={name!r} cannot be imported ({error}): give module.function.") from error
+        raise BadInput(f"{given} cannot be imported ({error}): give {_FORMS}.") from error
     if isinstance(function, type):
-        raise BadInput(f"{option}={name!r} is a class: name a function, or an instance of the class.")
+        raise BadInput(f"{given} is a class: name a function, or an instance of the class.")
     if not callable(function):
-        raise BadInput(f"{option}={name!r} is no function: give module.function.")
+        raise BadInput(f"{given} is not a function: give {_FORMS}.")
     return function
+
+
+def _module_of_file(where: str) -> ModuleType:
+    """The module in a file, run once; it can import what lies beside it, as a script can."""
+    file = shipped_recipe(where).resolve()
+    name = str(file)
+    if not file.is_file():
+        raise ModuleNotFoundError(f"there is no file {where}", name=where)
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None  # of a name that ends in .py
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        sys.path.append(str(file.parent))
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _is_missing(error: BaseException, where: str) -> bool:
+    """Whether the module or file that was asked for is missing, and not one that it imports."""
+    return (
+        isinstance(error, ModuleNotFoundError) and error.name is not None and f"{where}.".startswith(f"{error.name}.")
+    )
 
 
 _TRIED = "tried on made-up answers to the first row of the dataset, "

@@ -24,7 +24,7 @@ GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra
 NOT_GIVEN = ("prompt", "completion", "completion_ids", "input_ids")
 
 _CALLERS = [
-    ("trl_klx", "trainers", "reward_calls.py"),
+    ("trainers", "rewarding", "calls.py"),
     ("trl_klx", "run", "users_code.py"),
     ("trl_klx", "run", "data.py"),
 ]

@@ -29,9 +29,10 @@ ALLOWED = {
     "trainers/seams": ({"hub"}, _TRAINING),
     "trainers/checkpoints": ({"hub", "launching"}, _TRAINING),
     "trainers/session": ({"config", "control", "kl", "monitor", "trainers/checkpoints"}, _TRAINING),
-    "trainers/reference": ({"hub", "trainers/checkpoints", "trainers/grpo", "trainers/session"}, _TRAINING),
+    "trainers/reference": ({"hub", "trainers/checkpoints", "trainers/seams", "trainers/session"}, _TRAINING),
     "trainers/rewarding": (
-        {"config", "monitor/overoptimisation", "trainers/checkpoints", "trainers/checks", "trainers/session"},
+        {"config", "monitor/overoptimisation", "trainers/checkpoints", "trainers/checks"}
+        | {"trainers/seams", "trainers/session"},
         _TRAINING,
     ),
     "trainers/checks": ({"trainers/checkpoints", "trainers/rewarding"}, _TRAINING),

@@ -1,5 +1,7 @@
-"""What differs between the TRL versions we support, in one place."""
+"""What differs between the TRL versions we support, and how their code is bent, in one place."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,37 @@ from peft import PeftConfig, PeftModel, PeftType
 from transformers import PreTrainedModel
 
 from ..hub.versions import UNKNOWN, version_of
+
+
+@contextmanager
+def swapped(holder: Any, **attributes: Any) -> Iterator[None]:
+    """While active, `holder` has these attributes; afterwards those of its own again, and no others.
+
+    Every bend of code that is not ours goes through here. It may be nested, also for the same holder and names. An
+    object's attributes are written past its class: a method is shadowed, `trainer.beta` needs no controller's consent,
+    and a plain property cannot be swapped on an object, only on its class.
+    """
+    own = vars(holder)
+    kept = {name: own[name] for name in attributes if name in own}
+    for name, value in attributes.items():
+        _put(holder, name, value)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            if name in kept:
+                _put(holder, name, kept[name])
+            elif isinstance(holder, type):
+                delattr(holder, name)
+            else:
+                own.pop(name, None)
+
+
+def _put(holder: Any, name: str, value: Any) -> None:
+    if isinstance(holder, type):
+        setattr(holder, name, value)
+    else:
+        vars(holder)[name] = value
 
 
 def _trl_version() -> Version:

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from ..seams import swapped
+
 # What to do where the exact KL cannot be had.
 WITHOUT_EXACT = "use kl_estimator k1, k2 or k3 (in DPO kl_coef 0, with kl_monitor=['k1', 'k3'])"
 
@@ -22,15 +24,8 @@ def call_as_forward(head: nn.Module, function: Callable[[Tensor], Tensor], hidde
     accelerate's bring inputs, and weights that are offloaded, to the head's device.
     """
     name = "_old_forward" if "_hf_hook" in vars(head) else "forward"  # accelerate puts its hook around the former
-    own = vars(head).get(name)
-    setattr(head, name, function)
-    try:
+    with swapped(head, **{name: function}):
         return head(hidden)
-    finally:
-        if own is None:
-            delattr(head, name)
-        else:
-            setattr(head, name, own)
 
 
 def reshard(head: nn.Module) -> None:

@@ -11,6 +11,7 @@ from ..checks.vocabulary import KnownPromptTokens
 from ..rewarding.calls import checked
 from ..rewarding.functions import distinct_names
 from ..rewarding.models import RewardModels
+from ..seams import swapped
 
 
 class CheckedGRPOTrainer(RewardModels, KnownPromptTokens, GRPOTrainer):
@@ -45,12 +46,11 @@ class CheckedGRPOTrainer(RewardModels, KnownPromptTokens, GRPOTrainer):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's, of functions that return floats or raise a `RewardError`; TRL would take the keys of a dict."""
-        kept: list[Any] = self.reward_funcs
-        self.reward_funcs = [
-            reward if isinstance(reward, nn.Module) else checked(reward, name, can_wait=self._has_async_funcs)
-            for reward, name in zip(kept, self.reward_func_names, strict=True)
+        rewards = [
+            checked(reward, name, can_wait=self._has_async_funcs)
+            if callable(reward) and not isinstance(reward, nn.Module)
+            else reward
+            for reward, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
-        try:
+        with swapped(self, reward_funcs=rewards):
             return super()._calculate_rewards(*args, **kwargs)
-        finally:
-            self.reward_funcs = kept

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..reference.build import causal_lm
+from ..seams import swapped
 
 
 class SampledLogps(LogitsProcessor):
@@ -54,8 +55,5 @@ def recording_samples(model: nn.Module) -> Iterator[SampledLogps]:
     def with_recorder(*args: Any, **kwargs: Any) -> LogitsProcessorList:
         return LogitsProcessorList([*build(*args, **kwargs), recorder])
 
-    holder._get_logits_processor = with_recorder
-    try:
+    with swapped(holder, _get_logits_processor=with_recorder):
         yield recorder
-    finally:
-        del holder._get_logits_processor

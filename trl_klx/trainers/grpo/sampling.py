@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ...kl import kl_estimate, masked_sum
 from ..reference.build import causal_lm
-from ..seams import ONE_END_TOKEN
+from ..seams import ONE_END_TOKEN, swapped
 from ..shared.generation import end_tokens, generating_with, until_stop
 from .sampled_logps import SampledLogps, recording_samples
 from .sampling_settings import changed_sampling, in_words
@@ -135,11 +135,8 @@ class PolicySampling(_Trainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         masks_here = self.mask_truncated_completions and self._ends_are_miscounted
-        self.mask_truncated_completions &= not masks_here
-        try:
+        with swapped(self, mask_truncated_completions=self.mask_truncated_completions and not masks_here):
             output = super()._generate_and_score_completions(inputs)
-        finally:
-            self.mask_truncated_completions |= masks_here
         if self._policy_made is not None:  # TRL's tool_mask is 0 all over an answer that is cut off and masked
             output["policy_made"] = torch.zeros_like(output["completion_mask"])
             for row, made in zip(output["policy_made"], self._policy_made, strict=True):

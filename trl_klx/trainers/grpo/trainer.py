@@ -20,7 +20,7 @@ from ..reference.adapters import trainable_as_before
 from ..reference.build import reference_as_given
 from ..rewarding.functions import finite_rewards
 from ..rewarding.gold import GOLD, GoldWatch, check_gold_reward
-from ..seams import check_trl_version
+from ..seams import check_trl_version, swapped
 from ..session.applied import KL_IN_LOSS, KL_IN_REWARD, check_rollout, scored, the_only
 from ..session.coefficient import KLCoefficient
 from ..session.groups import group_names
@@ -122,15 +122,6 @@ class KLXGRPOTrainer(KLControlledTrainer, PolicySampling, RewardCredit, GoldWatc
         self._buffered_inputs = None
 
     @contextmanager
-    def _trl_sees_beta(self, beta: float) -> Iterator[None]:
-        """TRL tests `self.beta != 0` for two things we need apart: to score the reference and to add its own KL."""
-        self.trl_sees = beta
-        try:
-            yield
-        finally:
-            self.trl_sees = None
-
-    @contextmanager
     def _recording(
         self, *, ref_hidden: bool = False, exact: tuple[Tensor, Tensor, bool] | None = None
     ) -> Iterator[list[Scoring]]:
@@ -168,7 +159,8 @@ class KLXGRPOTrainer(KLControlledTrainer, PolicySampling, RewardCredit, GoldWatc
         if not self.args.kl_is_measured:
             return super()._generate_and_score_completions(inputs)
         recording = self._recording(ref_hidden=self._exact is not None)
-        with self._trl_sees_beta(1.0), trainable_as_before(self.model), recording as scorings:
+        # TRL tests `self.beta != 0` for two things we need apart: to score the reference, and to add its own KL.
+        with swapped(self, beta=1.0), trainable_as_before(self.model), recording as scorings:
             output = super()._generate_and_score_completions(inputs)
         by_environments = self.environment_factories is not None
         output["kl_prompts"] = self._prompts.numbers(inputs, self._group_size, made_by_environments=by_environments)
@@ -194,23 +186,11 @@ class KLXGRPOTrainer(KLControlledTrainer, PolicySampling, RewardCredit, GoldWatc
             self._is_unscored = bool(rewards.isnan().all())
         elif self.gold_reward_func is not None:
             proxy = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
-            with self._only_gold():
+            only_gold = {"reward_funcs": [self.gold_reward_func], "reward_processing_classes": [None]}
+            with swapped(self, **only_gold, reward_func_names=[GOLD]):
                 gold = super()._calculate_rewards(inputs, prompts, *args, **kwargs)[:, 0]
             self._measure_gold(prompts, proxy.masked_fill(rewards.isnan().all(1), torch.nan), gold)
         return rewards
-
-    @contextmanager
-    def _only_gold(self) -> Iterator[None]:
-        """While active, TRL scores with the gold reward in place of those that are trained on."""
-        names = ("reward_funcs", "reward_processing_classes", "reward_func_names")
-        kept = {name: getattr(self, name) for name in names}
-        self.reward_funcs, self.reward_processing_classes = [self.gold_reward_func], [None]  # type: ignore[list-item]
-        self.reward_func_names = [GOLD]
-        try:
-            yield
-        finally:
-            for name, value in kept.items():
-                setattr(self, name, value)
 
     def _compute_loss(self, model, inputs):
         if self._is_unscored and self.model.training:
@@ -222,7 +202,7 @@ class KLXGRPOTrainer(KLControlledTrainer, PolicySampling, RewardCredit, GoldWatc
         exact_has_grad = self.kl_term.estimator == "exact" and self.kl_term.in_loss
         exact = (inputs["ref_hidden_states"], mask, exact_has_grad) if self._exact is not None else None
         penalised = self._with_kl_advantages(inputs)
-        with self._trl_sees_beta(0.0), self._recording(exact=exact) as scorings:
+        with swapped(self, beta=0.0), self._recording(exact=exact) as scorings:
             loss = super()._compute_loss(model, penalised)
         policy = the_only(scorings, self)
         self._tell_changed_sampling(policy.logps.detach(), inputs, mask)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer import grpo_trainer
 
-from ..grpo.config import KLXGRPOConfig
+from ..seams import swapped
 from .adapters import check_fresh_adapter, trl_keeps_our_reference
 
 
@@ -21,22 +21,11 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 @contextmanager
-def reference_as_given(args: KLXGRPOConfig, model: Any, peft_config: PeftConfig | None) -> Iterator[None]:
+def reference_as_given(args: Any, model: Any, peft_config: PeftConfig | None) -> Iterator[None]:
     """While TRL sets up GRPO: it builds a reference wherever the KL is measured, and that is the policy as given."""
-    with _reference_is_built(args), reference_is_a_copy(model, peft_config, wanted=args.kl_is_measured):
+    beta = args.beta or float(args.kl_is_measured)  # at 0 TRL builds none
+    with swapped(args, beta=beta), reference_is_a_copy(model, peft_config, wanted=args.kl_is_measured):
         yield
-
-
-@contextmanager
-def _reference_is_built(args: KLXGRPOConfig) -> Iterator[None]:
-    """TRL builds no reference at beta 0; where the KL is measured all the same, it must."""
-    beta = args.beta
-    if args.kl_is_measured and beta == 0:
-        args.beta = 1.0
-    try:
-        yield
-    finally:
-        args.beta = beta
 
 
 @contextmanager
@@ -62,9 +51,5 @@ def reference_is_a_copy(
         yield
         return
     reference = copy.deepcopy(model).requires_grad_(False).eval()
-    from_path = trl_module.create_model_from_path
-    trl_module.create_model_from_path = lambda *_args, **_kwargs: reference
-    try:
+    with swapped(trl_module, create_model_from_path=lambda *_args, **_kwargs: reference):
         yield
-    finally:
-        trl_module.create_model_from_path = from_path

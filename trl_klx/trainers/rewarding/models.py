@@ -14,6 +14,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..checkpoints.whole import RunError
 from ..checks.vocabulary import has_tokens, vocabulary_size, with_known_padding
+from ..seams import swapped
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as _RewardsBase
@@ -147,8 +148,6 @@ class RewardModels(_RewardsBase):
     out the special tokens that a text begins with.
     """
 
-    _reward_models: list[Any]  # while TRL calls the rewards
-
     def __init__(self, model: Any, reward_funcs: Any, args: Any, *positional: Any, **kwargs: Any) -> None:
         if reward_funcs is not None:
             given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -160,21 +159,17 @@ class RewardModels(_RewardsBase):
                 self.reward_processing_classes[index] = with_padding_of_its_own(reward, own)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        kept: list[Any] = self.reward_funcs
-        as_functions: list[Any] = [
-            functools.partial(self._model_rewards, index) if isinstance(reward, nn.Module) else reward
-            for index, reward in enumerate(kept)
+        as_functions = [
+            functools.partial(self._model_rewards, reward, tokenizer) if isinstance(reward, nn.Module) else reward
+            for reward, tokenizer in zip(self.reward_funcs, self.reward_processing_classes, strict=True)
         ]
-        self.reward_funcs = as_functions
-        self._reward_models = kept
-        try:
+        with swapped(self, reward_funcs=as_functions):
             return super()._calculate_rewards(*args, **kwargs)
-        finally:
-            self.reward_funcs = kept
 
-    def _model_rewards(self, index: int, prompts: list, completions: list, **_: Any) -> list[float]:
-        tokenizer = self.reward_processing_classes[index]
-        model, chat_template_kwargs = self._reward_models[index], self.chat_template_kwargs
+    def _model_rewards(
+        self, model: nn.Module, tokenizer: Any, prompts: list, completions: list, **_: Any
+    ) -> list[float]:
+        chat_template_kwargs = self.chat_template_kwargs
         device = self.accelerator.device
         return model_rewards(model, tokenizer, prompts, completions, chat_template_kwargs, device).tolist()  # type: ignore[arg-type]
 

@@ -27,8 +27,8 @@ class KLCoefficient:
     def __get__(self, trainer: Any, owner: type | None = None) -> Any:
         if trainer is None:
             return self
-        if trainer.trl_sees is not None:
-            return trainer.trl_sees
+        if self._name in vars(trainer):  # `swapped`: what TRL's code is to see meanwhile
+            return vars(trainer)[self._name]
         return trainer.kl.coef if self._is_steered(trainer) else vars(trainer)[f"_{self._name}"]
 
     def __set__(self, trainer: Any, value: float) -> None:

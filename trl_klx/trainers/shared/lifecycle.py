@@ -29,7 +29,6 @@ class KLControlledTrainer(GuardedSteps, ResumedRun, ResumedReference, HubPushes)
     kl: KLControl
     args: Any
     _eval_prefix = "eval"  # of the evaluation that runs
-    trl_sees: float | None = None  # while TRL's code runs that is to see another beta: that one
     _saves_for_budget = False  # whether the budget asks for a checkpoint of this step
     overoptimisation: Any = None  # the monitor of a gold reward, in trainers that take one
     _metrics: dict[str, defaultdict[str, list[float]]]

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import yaml
 from packaging.version import Version
-from tiny import save_tiny
+from support.tiny import save_tiny
 
 from trl_klx.cli import commands as cli
 from trl_klx.run import dpo, grpo, ppo

@@ -12,7 +12,7 @@ import pytest
 import torch
 from packaging.version import Version
 from rich.console import Console
-from tiny import save_tiny
+from support.tiny import save_tiny
 
 from trl_klx.control.plants import PHASES
 from trl_klx.tasks.starter import make_problems

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from tiny import digit_reward, save_tiny, tiny_dataset
-from tiny_dpo import preferences
+from support.tiny import digit_reward, save_tiny, tiny_dataset
+from support.tiny_dpo import preferences
 from trl import DPOTrainer, GRPOTrainer
 
 from trl_klx.cli import commands as cli

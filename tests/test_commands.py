@@ -1,7 +1,7 @@
 """Every command in the docs, the recipes' headers and the scripts' docstrings is run, or its cheaper form in `RULES`.
 
-`tests/commands.py` finds them. They run in a folder that looks like a checkout after `trl-klx starter`, with stand-ins
-for the models that the docs name.
+`tests/support/commands.py` finds them. They run in a folder that looks like a checkout after `trl-klx starter`, with
+stand-ins for the models that the docs name.
 """
 
 import argparse
@@ -22,9 +22,9 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from commands import PAGES, ROOT, commands, fenced, words
 from datasets import load_dataset
-from tiny import Arguments
+from support.commands import PAGES, ROOT, commands, fenced, words
+from support.tiny import Arguments
 
 import trl_klx
 from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig

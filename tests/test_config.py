@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny import Arguments
+from support.tiny import Arguments
 
 from trl_klx import KLXGRPOConfig
 from trl_klx.config import KLArguments

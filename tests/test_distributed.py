@@ -14,12 +14,12 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
-from tiny import save_tiny
+from support.processes import SUPPORT, environment
+from support.tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 from trl_klx.trainers.seams import TRL_HAS_PPO
 
-TESTS = Path(__file__).parent
 SHARED = """\
 compute_environment: LOCAL_MACHINE
 mixed_precision: 'no'
@@ -108,14 +108,16 @@ COMPARED += ("length/margin_correlation", "probe/mean_length", "probe/entropy")
 # DeepSpeed compiles its communication for the CPU, once: in a folder of its own, because a build that was interrupted
 # leaves a lock behind, and with the ninja of this environment, which need not be activated.
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": PATH, "TORCH_EXTENSIONS_DIR": mkdtemp()}
+ENVIRONMENT = {"PATH": PATH, "TORCH_EXTENSIONS_DIR": mkdtemp()}
 COMPILE = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
 
 
 @pytest.fixture(scope="session")
 def deepspeed() -> None:
     """Its communication is compiled; where that fails, all tests that need it say so at once."""
-    subprocess.run([sys.executable, "-c", COMPILE], env=ENVIRONMENT, timeout=300, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment(**ENVIRONMENT), timeout=300, check=True, capture_output=True
+    )
 
 
 @cache
@@ -130,12 +132,11 @@ def run(folder: Path, accelerate: str, processes: int, options: dict) -> list[di
     (folder / "sitecustomize.py").write_text(FSDP2_ON_CPU if accelerate == FSDP2 else "")
     arguments = json.dumps({"use_cpu": "use_cpu: true" in accelerate, **options, "processes": processes})
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    paths = [str(TESTS.parent), str(TESTS), str(folder), os.environ.get("PYTHONPATH", "")]
     result = subprocess.run(
-        [*launch, str(TESTS / "distributed_script.py"), model(), str(output), arguments],
+        [*launch, str(SUPPORT / "distributed_script.py"), model(), str(output), arguments],
         capture_output=True,
         text=True,
-        env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(reversed(paths))}
+        env={**environment(first=str(folder)), **ENVIRONMENT}
         | ({"ACCELERATE_TORCH_DEVICE": "cpu"} if accelerate == FSDP2 else {}),
         timeout=300,
         check=False,

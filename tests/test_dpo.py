@@ -8,8 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tiny import save_tiny, tiny_model, tiny_tokenizer
-from tiny_dpo import LORA, PROBE, SETTINGS, batch, drift, loss_and_gradients, make_trainer, preferences
+from support.tiny import save_tiny, tiny_model, tiny_tokenizer
+from support.tiny_dpo import LORA, PROBE, SETTINGS, batch, drift, loss_and_gradients, make_trainer, preferences
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from trl import DPOConfig

@@ -12,9 +12,9 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import constants
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from real_models import SHAPES, save_dataset, save_shape
-from real_models import save_tiny as save_tiny_chat
-from tiny import save_tiny, tiny_model
+from support.real_models import SHAPES, save_dataset, save_shape
+from support.real_models import save_tiny as save_tiny_chat
+from support.tiny import save_tiny, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -394,7 +394,7 @@ def test_weights_that_can_take_small_steps_are_no_problem(changes: dict, inputs:
 
 def test_conversations_need_a_chat_template(tmp_path: Path, inputs: Path) -> None:
     data = save_dataset("trl-lib/ultrafeedback-prompt", tmp_path / "data")
-    changes = {"dataset_name": data, "reward_funcs": ["tiny.message_reward"]}
+    changes = {"dataset_name": data, "reward_funcs": ["support.tiny.message_reward"]}
     plan = make_plan("grpo", words(inputs, tmp_path, **changes))
     assert any("has no chat template" in problem for problem in plan.problems)
     chat = save_tiny_chat("Qwen/Qwen2.5-7B-Instruct", tmp_path / "chat")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from enumeration import targets
 from packaging.version import Version
+from support.enumeration import targets
 from test_oracle import FIXTURE_VARIANCES, all_terms, exact_values, label, term_gradient
 
 from trl_klx.cli import commands as cli
@@ -37,7 +37,7 @@ def test_variance_is_the_fixture_of_the_oracle(term: KLTerm, variance: float) ->
 
 
 def targets_at_fixture() -> dict:
-    from enumeration import fixture_world
+    from support.enumeration import fixture_world
 
     return targets(fixture_world())
 
@@ -45,7 +45,7 @@ def targets_at_fixture() -> dict:
 @pytest.mark.parametrize("term", all_terms(), ids=label)
 def test_expected_gradient_is_the_oracles(term: KLTerm) -> None:
     """On-policy, through the same 125 answers but other code: per-answer gradients against one autograd pass."""
-    from enumeration import fixture_world
+    from support.enumeration import fixture_world
 
     wanted = term_gradient(fixture_world(), term, on_policy=True)
     found = expected(world(0.5), term, on_policy=True).flatten()

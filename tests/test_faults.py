@@ -3,7 +3,6 @@
 import errno
 import json
 import math
-import os
 import shutil
 import signal
 import socket
@@ -17,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from fault_tools import ALGORITHMS, make
-from tiny import Arguments, digit_reward, save_tiny, tiny_model
+from support.fault_tools import ALGORITHMS, make
+from support.processes import SUPPORT, environment
+from support.tiny import Arguments, digit_reward, save_tiny, tiny_model
 from torch import Tensor
 from transformers import TrainerCallback
 from trl import GRPOTrainer
@@ -47,19 +47,15 @@ all_algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 def start(algorithm: str, folder: Path, options: dict, ranks: int = 1) -> list[subprocess.Popen]:
     """Runs of `fault_tools.py` in processes of their own."""
-    tests = Path(__file__).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
-    if "PYTHONPATH" in os.environ:
-        environment["PYTHONPATH"] = f"{os.environ['PYTHONPATH']}{os.pathsep}{environment['PYTHONPATH']}"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, str(tests / "fault_tools.py"), algorithm, str(folder), json.dumps(options)]
+    command = [sys.executable, str(SUPPORT / "fault_tools.py"), algorithm, str(folder), json.dumps(options)]
     distributed = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = []
     for rank in range(ranks):
         own = {**distributed, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        processes.append(subprocess.Popen(command, env={**environment, **own}, stderr=subprocess.PIPE, text=True))
+        processes.append(subprocess.Popen(command, env=environment(**own), stderr=subprocess.PIPE, text=True))
     return processes
 
 
@@ -288,7 +284,7 @@ def recipe(tmp_path: Path) -> Path:
         "model_name_or_path": str(tmp_path / "model"),
         "dataset_name": str(tmp_path / "data"),
         "output_dir": str(tmp_path / "run"),
-        "reward_funcs": ["tiny.digit_reward"],
+        "reward_funcs": ["support.tiny.digit_reward"],
         "per_device_train_batch_size": 4,
         "num_generations": 4,
         "max_completion_length": 4,
@@ -632,7 +628,7 @@ def test_logits_that_cannot_be_sampled_from_are_named(algorithm: str, tmp_path: 
 def test_a_recipe_that_is_not_finite(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import tiny
+    from support import tiny
 
     monkeypatch.setattr(tiny, "digit_reward", lambda completions, **kwargs: [math.nan] * len(completions))
     assert grpo.main(["--config", str(recipe), "--max_skipped_steps", "1"]) == 1

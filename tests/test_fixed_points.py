@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from ppo_tools import settings
+from support.ppo_tools import settings
+from support.tiny import tiny_model, tiny_tokenizer
 from test_oracle import BANDIT_REF, BANDIT_REWARD
-from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from trl_klx import KLXGRPOConfig, KLXGRPOTrainer

@@ -1,22 +1,18 @@
 """Recipes gone wrong, a few hundred from a fixed seed: each is refused in one sentence, or runs and means something."""
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-FUZZER = Path(__file__).parent / "recipe_fuzzer.py"
+from support.processes import SUPPORT, environment
 
 
 @pytest.mark.situation("gives a recipe with a field, key, word, file or reward that is wrong", "refused")
 def test_recipes_gone_wrong() -> None:
     """No traceback but of the user's own code, nothing that a dry run misses, nothing that runs and means nothing."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (FUZZER.parent.parent, FUZZER.parent)))}
-    command = [sys.executable, str(FUZZER), "--seed", "1", "--cases", "200"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    command = [sys.executable, str(SUPPORT / "recipe_fuzzer.py"), "--seed", "1", "--cases", "200"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     counts = {name: int(count) for count, name in re.findall(r"^ *(\d+) (\w+)$", result.stdout, flags=re.MULTILINE)}
     assert counts["cases"] > 180

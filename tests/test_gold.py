@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from support.tiny import digit_reward, save_tiny, tiny_dataset, tiny_tokenizer
 from test_distributed import ALONE, DDP, run
-from tiny import digit_reward, save_tiny, tiny_dataset, tiny_tokenizer
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 

@@ -11,7 +11,7 @@ import trl
 from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig
-from tiny import digit_reward, save_tiny, tiny_dataset, tiny_family, tiny_model, tiny_tokenizer
+from support.tiny import digit_reward, save_tiny, tiny_dataset, tiny_family, tiny_model, tiny_tokenizer
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import digit_reward, save_tiny, tiny_dataset, tiny_tokenizer
+from support.tiny import digit_reward, save_tiny, tiny_dataset, tiny_tokenizer
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tiny import Arguments, digit_reward, save_tiny, tiny_dataset, tiny_model, tiny_tokenizer
-from tiny_dpo import PROBE, drift
-from tiny_dpo import make_trainer as dpo_trainer
+from support.tiny import Arguments, digit_reward, save_tiny, tiny_dataset, tiny_model, tiny_tokenizer
+from support.tiny_dpo import PROBE, drift
+from support.tiny_dpo import make_trainer as dpo_trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState, TrainingArguments
 

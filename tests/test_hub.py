@@ -1,7 +1,6 @@
 """Pushing, end to end against a local server: what arrives can be downloaded and loaded; failures are one sentence."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -14,11 +13,12 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from hub_server import OWNER, TOKEN, Hub
 from huggingface_hub import ModelCard, snapshot_download
 from peft import AutoPeftModelForCausalLM, PeftModel
-from tiny import save_tiny, tiny_model
-from tiny_dpo import make_trainer
+from support.hub_server import OWNER, TOKEN, Hub
+from support.processes import environment
+from support.tiny import save_tiny, tiny_model
+from support.tiny_dpo import make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_klx.cli import commands as cli
@@ -37,7 +37,12 @@ if TRL_HAS_PPO:
     from trl_klx.trainers.ppo.config import KLXPPOConfig
 
     MAINS["ppo"], CONFIGS["ppo"] = ppo.main, KLXPPOConfig
-REWARD = {"reward_funcs": ["tiny.digit_reward"], "eval_strategy": "steps", "eval_steps": 2, "kl_estimator": "exact"}
+REWARD = {
+    "reward_funcs": ["support.tiny.digit_reward"],
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "kl_estimator": "exact",
+}
 FIELDS = {
     "grpo": {**REWARD, "beta": 0.1, "num_generations": 2, "max_completion_length": 6, "kl_placement": "both"},
     "ppo": {**REWARD, "kl_coef": 0.1, "response_length": 6, "kl_placement": "both", "stop_token": None},
@@ -353,13 +358,11 @@ def test_two_processes_push_once_and_a_refusal_lets_both_end(inputs: Path, hub: 
     (tmp_path / "two.yaml").write_text(ACCELERATE)
     run = tmp_path / "run"
     argv = recipe(inputs, run, "grpo", max_steps=1, per_device_train_batch_size=2)
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.pathsep.join(paths)}
     ended = subprocess.run(
         [sys.executable, "-m", "trl_klx.cli", "grpo", "--accelerate_config", str(tmp_path / "two.yaml"), *argv],
         capture_output=True,
         text=True,
-        env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+        env=environment(HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1"),
         timeout=120,
         check=False,
     )

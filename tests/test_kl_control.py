@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import Arguments
+from support.tiny import Arguments
 
 from trl_klx.trainers.session.session import STATE_FILE, KLControl
 

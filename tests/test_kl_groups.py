@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from support.tiny import Arguments, tiny_dataset
 from test_grpo import drift, make_trainer, rollout, save_tiny
-from tiny import Arguments, tiny_dataset
 from torch import Tensor
 
 from trl_klx.trainers.seams import TRL_HAS_PPO
@@ -163,7 +163,7 @@ def test_training_holds_each_group_by_its_own_beta_and_resumes(model_path: str, 
 @pytest.mark.skipif(not TRL_HAS_PPO, reason="TRL 1.12 is the last that has PPO")
 @pytest.mark.parametrize("options", [{}, {"kl_estimator": "exact", "kl_placement": "both"}], ids=["reward", "both"])
 def test_ppo_charges_each_group_by_its_own_beta(tmp_path: Path, options: dict) -> None:
-    from ppo_tools import first_rollout, tiny_model, trainer
+    from support.ppo_tools import first_rollout, tiny_model, trainer
 
     made = trainer(tmp_path, ref_model=tiny_model(1), kl_controller="pid", whiten_advantages=False, **options, **OWN)
     experience = first_rollout(made)

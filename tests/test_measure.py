@@ -16,7 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tiny import save_tiny, tiny_model, tiny_tokenizer
+from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_klx.cli.commands import main
@@ -163,7 +163,7 @@ def test_temperature_divides_the_logits_of_both(models: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere"])
 def test_architectures_that_transform_their_logits(tmp_path: Path, family: str) -> None:
-    from tiny import tiny_family
+    from support.tiny import tiny_family
 
     for name in ("reference", "policy"):
         model = tiny_family(family)

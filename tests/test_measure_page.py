@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from tiny import CHARACTERS, save_tiny
+from support.tiny import CHARACTERS, save_tiny
 
 from trl_klx.cli.commands import main
 from trl_klx.measure import measure_kl

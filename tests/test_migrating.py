@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from enumeration import World, all_worlds, relative_error, targets
-from tiny import Arguments
+from support.enumeration import World, all_worlds, relative_error, targets
+from support.tiny import Arguments
 from torch import Tensor
 
 from trl_klx.kl import kl_credit

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from enumeration import World, all_worlds, exact_token_kl, expected_token_kl, fixture_world, relative_error, targets
+from support.enumeration import (
+    World,
+    all_worlds,
+    exact_token_kl,
+    expected_token_kl,
+    fixture_world,
+    relative_error,
+    targets,
+)
 from torch import Tensor
 
 from trl_klx.kl import KLTerm, exact_kl, importance_weights, kl_credit, kl_estimate, kl_loss

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from ppo_tools import ANSWERS, classifier, first_rollout, moved, settings, trainer, weights
-from tiny import digit_reward, tiny_dataset, tiny_model, tiny_tokenizer
+from support.ppo_tools import ANSWERS, classifier, first_rollout, moved, settings, trainer, weights
+from support.tiny import digit_reward, tiny_dataset, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
@@ -419,7 +419,7 @@ def test_without_kl_no_reference_is_built(tmp_path: Path) -> None:
 
 def with_tool_output(prompts: list, trainer: Any) -> dict[str, list]:
     """The given answers, with tokens of a tool in the middle of two of them."""
-    from ppo_tools import given_answers
+    from support.ppo_tools import given_answers
 
     answers = given_answers(prompts, trainer)
     ids = [list(answer) for answer in answers["completion_ids"]]
@@ -449,7 +449,7 @@ def test_tool_tokens_count_nowhere(tmp_path: Path) -> None:
 
 def test_an_empty_answer_is_no_answer(tmp_path: Path) -> None:
     def some_empty(prompts: list, trainer: Any) -> dict[str, list]:
-        from ppo_tools import given_answers
+        from support.ppo_tools import given_answers
 
         answers = given_answers(prompts, trainer)
         return {
@@ -549,7 +549,7 @@ def test_a_trained_adapter_is_its_own_reference(tmp_path: Path) -> None:
 
 
 def test_models_by_path(tmp_path: Path) -> None:
-    from tiny import save_tiny
+    from support.tiny import save_tiny
 
     path = save_tiny(tmp_path / "model")
     made = trainer(tmp_path / "run", model=path, value_model=path, ref_model=path, processing_class=None)
@@ -772,7 +772,7 @@ def test_what_is_pushed_is_the_policy(tmp_path: Path) -> None:
 
 
 def test_a_value_model_by_path_starts_at_zero_and_a_reward_model_needs_a_head(tmp_path: Path) -> None:
-    from tiny import save_tiny
+    from support.tiny import save_tiny
 
     path = save_tiny(tmp_path / "model", seed=3)
     made = trainer(tmp_path / "run", value_model=path)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from ppo_tools import classifier, first_rollout, trainer
+from support.ppo_tools import classifier, first_rollout, trainer
+from support.tiny import tiny_model
 from test_ppo import chosen, dense, with_tool_output
-from tiny import tiny_model
 from torch import Tensor
 
 BASE: dict[str, Any] = {

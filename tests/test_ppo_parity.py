@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from ppo_tools import classifier, moved, trainer, weights
-from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from support.ppo_tools import classifier, moved, trainer, weights
+from support.tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from torch import Tensor
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 

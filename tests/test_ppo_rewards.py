@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from ppo_tools import ANSWERS, classifier, first_rollout, messages, trainer
-from tiny import CHARACTERS, digit_reward, tiny_dataset, tiny_tokenizer
+from support.ppo_tools import ANSWERS, classifier, first_rollout, messages, trainer
+from support.tiny import CHARACTERS, digit_reward, tiny_dataset, tiny_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from trl_klx.trainers.rewarding.functions import RewardFunctions
@@ -230,7 +230,7 @@ def test_tokenised_prompts_as_in_trl(tmp_path: Path) -> None:
 
 
 def test_columns_of_a_rollout_function_reach_the_rewards(tmp_path: Path) -> None:
-    from ppo_tools import given_answers
+    from support.ppo_tools import given_answers
 
     def rollout_func(prompts: list, made: Any) -> dict[str, list]:
         return {**given_answers(prompts, made), "logprobs": [[0.0]] * len(prompts), "turns": list(range(len(prompts)))}
@@ -252,7 +252,7 @@ def test_columns_of_a_rollout_function_reach_the_rewards(tmp_path: Path) -> None
     ],
 )
 def test_lists_of_a_rollout_function_have_to_fit(tmp_path: Path, changes: dict, message: str) -> None:
-    from ppo_tools import given_answers
+    from support.ppo_tools import given_answers
 
     made = trainer(tmp_path, rollout_func=lambda prompts, trainer: {**given_answers(prompts, trainer), **changes})
     with pytest.raises(ValueError, match=message):

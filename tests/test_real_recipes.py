@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-import real_models
 import torch
 import yaml
 from packaging.version import Version
-from real_models import PUBLISHED, SHAPES, save_dataset, save_shape, save_tiny
+from support import real_models
+from support.real_models import PUBLISHED, SHAPES, save_dataset, save_shape, save_tiny
 
 from trl_klx import rewards
 from trl_klx.run import dpo, grpo, ppo

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
-from tiny import Arguments
+from support.tiny import Arguments
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from trl_klx.config import KLArguments

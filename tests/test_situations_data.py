@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import PAGES, ROOT, fenced
 from datasets import Dataset, IterableDataset
-from fault_tools import ALGORITHMS, make
-from tiny import save_tiny, tiny_dataset, tiny_model, tiny_tokenizer
-from tiny_dpo import preferences
+from support.commands import PAGES, ROOT, fenced
+from support.fault_tools import ALGORITHMS, make
+from support.tiny import save_tiny, tiny_dataset, tiny_model, tiny_tokenizer
+from support.tiny_dpo import preferences
 from transformers import GPT2Config
 
 from trl_klx import KLXDPOConfig, KLXGRPOConfig

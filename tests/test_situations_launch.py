@@ -17,10 +17,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from fault_tools import make
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from tiny import save_tiny, tiny_family, tiny_model, tiny_tokenizer
+from support.fault_tools import make
+from support.tiny import save_tiny, tiny_family, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl_klx

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from fault_tools import ALGORITHMS, make
-from tiny import save_tiny
+from support.fault_tools import ALGORITHMS, make
+from support.tiny import save_tiny
 
 from trl_klx import KLXGRPOConfig
 from trl_klx.run.arguments import BadInput, parse_recipe

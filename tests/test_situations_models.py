@@ -8,7 +8,6 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from fault_tools import ALGORITHMS, make
 from peft import (
     AdaLoraConfig,
     FourierFTConfig,
@@ -25,8 +24,9 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from tiny import tiny_model
-from tiny_dpo import drift, make_trainer
+from support.fault_tools import ALGORITHMS, make
+from support.tiny import tiny_model
+from support.tiny_dpo import drift, make_trainer
 from torch import Tensor, nn
 from transformers import (
     BartForCausalLM,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import save_tiny
+from support.tiny import save_tiny
 from trl import ModelConfig
 
 from trl_klx.config.types import RANGES, type_rules

@@ -8,10 +8,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from ppo_tools import ANSWERS, classifier, first_rollout, given_answers, trainer, weights
+from support.ppo_tools import ANSWERS, classifier, first_rollout, given_answers, trainer, weights
+from support.tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from test_ppo_rewards import reversed_tokenizer
 from test_situations_vocabulary import bert, with_added_padding
-from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GenerationConfig
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from fault_tools import ALGORITHMS, make
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import digit_reward, save_tiny, tiny_dataset, tiny_model
-from tiny_dpo import LORA, SETTINGS
-from tiny_dpo import make_trainer as make_dpo
+from support.fault_tools import ALGORITHMS, make
+from support.tiny import digit_reward, save_tiny, tiny_dataset, tiny_model
+from support.tiny_dpo import LORA, SETTINGS
+from support.tiny_dpo import make_trainer as make_dpo
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -251,8 +251,8 @@ def falling(prompts: list, completions: list, trainer_state: Any, **kwargs: Any)
 
 
 def gold_trainer(folder: Path, gold: Any = digit_reward, **changes: Any) -> Any:
-    from fault_tools import COMMON, OWN
-    from tiny import tiny_tokenizer
+    from support.fault_tools import COMMON, OWN
+    from support.tiny import tiny_tokenizer
 
     from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
 
@@ -580,7 +580,12 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
 
 
 OWN_FIELDS = {
-    grpo: {"reward_funcs": ["tiny.digit_reward"], "num_generations": 4, "max_completion_length": 4, "beta": 0.1},
+    grpo: {
+        "reward_funcs": ["support.tiny.digit_reward"],
+        "num_generations": 4,
+        "max_completion_length": 4,
+        "beta": 0.1,
+    },
     dpo: {},
 }
 commands = pytest.mark.parametrize("command", OWN_FIELDS, ids=lambda module: module.__name__.rsplit(".", 1)[1])

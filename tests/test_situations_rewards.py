@@ -16,8 +16,8 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, load_dataset
-from fault_tools import ALGORITHMS, make
-from tiny import save_tiny, tiny_dataset, tiny_tokenizer
+from support.fault_tools import ALGORITHMS, make
+from support.tiny import save_tiny, tiny_dataset, tiny_tokenizer
 from trl.trainer.utils import get_callable_name
 
 from trl_klx import KLXGRPOConfig
@@ -215,7 +215,7 @@ def test_columns_of_the_trainers_names(
     algorithm: str, column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tiny_dataset().rename_column("answer", column)
-    monkeypatch.setattr("fault_tools.tiny_dataset", lambda: data)
+    monkeypatch.setattr("support.fault_tools.tiny_dataset", lambda: data)
     with pytest.raises(ValueError, match=f"has a column '{column}', and reward functions get what the trainer makes"):
         made(algorithm, tmp_path, returning(evens))
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from fault_tools import ALGORITHMS, make
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_dataset, tiny_model
+from support.fault_tools import ALGORITHMS, make
+from support.tiny import tiny_dataset, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
 from trl.trainer import grpo_trainer

@@ -11,9 +11,9 @@ import torch
 import trl
 from accelerate import Accelerator
 from datasets import Dataset
-from fault_tools import make
-from tiny import Arguments, save_tiny, tiny_dataset, tiny_model
-from tiny_dpo import preferences
+from support.fault_tools import make
+from support.tiny import Arguments, save_tiny, tiny_dataset, tiny_model
+from support.tiny_dpo import preferences
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -73,7 +73,7 @@ def errors_of(folder: Path, algorithm: str, steps: int, **changes: Any) -> dict[
     same: dict[str, Any] = {"max_steps": steps, "logging_steps": steps, "learning_rate": 0.0, "save_strategy": "no"}
     same |= {"ref_model": tiny_model(1), "callbacks": [HistoryCallback()], **changes}
     if algorithm == "ppo":
-        import ppo_tools
+        from support import ppo_tools
 
         trainer = ppo_tools.trainer(folder, **same)  # the rollout function decides the answers
     else:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tiny import digit_reward, save_tiny, tiny_dataset, tiny_model, tiny_tokenizer
-from tiny_dpo import PROBE, make_trainer, preferences
+from support.tiny import digit_reward, save_tiny, tiny_dataset, tiny_model, tiny_tokenizer
+from support.tiny_dpo import PROBE, make_trainer, preferences
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
+from support.tiny import tiny_model, tiny_tokenizer
 from test_starter import Recites
-from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_klx.cli import commands as cli

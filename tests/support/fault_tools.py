@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from tiny import digit_reward, tiny_dataset, tiny_model, tiny_tokenizer
-from tiny_dpo import preferences
 from transformers import TrainerCallback
 
+from support.tiny import digit_reward, tiny_dataset, tiny_model, tiny_tokenizer
+from support.tiny_dpo import preferences
 from trl_klx import KLXDPOConfig, KLXDPOTrainer, KLXGRPOConfig, KLXGRPOTrainer
 from trl_klx.trainers.seams import TRL_VERSION
 

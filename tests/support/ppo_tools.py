@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tiny import digit_reward, tiny_dataset, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForSequenceClassification
 
+from support.tiny import digit_reward, tiny_dataset, tiny_model, tiny_tokenizer
 from trl_klx.trainers.ppo.config import KLXPPOConfig
 from trl_klx.trainers.ppo.trainer import KLXPPOTrainer
 

@@ -1,6 +1,7 @@
 """Recipes gone wrong, from a seed: each is run and dry-run in a process of its own, and what happens is judged.
 
-`python tests/recipe_fuzzer.py --seed 7 --cases 1000` hunts; `test_fuzz_recipes.py` keeps what it found found.
+`PYTHONPATH=tests python -m support.recipe_fuzzer --seed 7 --cases 1000` hunts; `test_fuzz_recipes.py` keeps what it
+found found.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-STARTER = Path(__file__).parent.parent / "recipes" / "starter"
+STARTER = Path(__file__).parent.parent.parent / "recipes" / "starter"
 TIMEOUT = 60  # seconds, of one run or dry run
 
 # What makes a starter recipe run in one small step on the tiny model.
@@ -90,7 +91,7 @@ class Outcome(NamedTuple):
 
 def prepare(folder: Path) -> None:
     """A tiny model, data good and bad, and a module of rewards, for every case to use."""
-    from tiny import save_tiny
+    from support.tiny import save_tiny
 
     save_tiny(folder / "model")
     (folder / "fuzz_rewards.py").write_text(_REWARDS)

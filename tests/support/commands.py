@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md", "examples/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 PROGRAMS = ("accelerate", "apt", "bash", "git", "make", "mypy", "npm", "pip", "pre-commit", "python", "ruff", "trl-klx")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny import digit_reward, tiny_dataset, tiny_tokenizer
-from tiny_dpo import preferences
 from transformers import set_seed
 
+from support.tiny import digit_reward, tiny_dataset, tiny_tokenizer
+from support.tiny_dpo import preferences
 from trl_klx import KLXDPOConfig, KLXDPOTrainer, KLXGRPOConfig, KLXGRPOTrainer
 
 GLOBAL_BATCH, GROUP = 12, 4  # three prompts; on two processes, the answers to the second lie on both

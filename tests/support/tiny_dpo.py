@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from tiny import tiny_tokenizer
 from torch import Tensor, nn
 
+from support.tiny import tiny_tokenizer
 from trl_klx.trainers.dpo.config import KLXDPOConfig
 from trl_klx.trainers.dpo.trainer import KLXDPOTrainer
 

@@ -61,7 +61,7 @@ def _escaped(line: str) -> str:
 
 def _outside(app, name, source: list[str]) -> None:
     """Files of the repository outside this folder are no pages: the site offers them as they are."""
-    source[0] = source[0].replace("](../", "](path:../")
+    source[0] = re.sub(r"\]\((\.\./[^)#]*)(#[^)]*)?\)", r"](path:\1)", source[0])
 
 
 def setup(app) -> None:

@@ -25,6 +25,7 @@ from accelerate.commands.launch import launch_command_parser
 from datasets import load_dataset
 from support.commands import PAGES, ROOT, commands, fenced, words
 from support.tiny import Arguments
+from trl import ModelConfig
 
 import trl_klx
 from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig
@@ -163,7 +164,9 @@ def requirement_known(command: str) -> None:
     extras = project["optional-dependencies"]
     locked = (ROOT / "requirements.lock").read_text().lower().split()
     for requirement in words(command)[1][2:]:
-        own = re.fullmatch(r"trl_klx\[(\w+)\]", requirement)
+        own = re.fullmatch(r"(?:trl_klx|\.)\[(\w+)\]", requirement)
+        if requirement == ".":
+            continue
         assert own[1] in extras if own else any(pin.startswith(f"{requirement}==") for pin in locked)
 
 
@@ -267,7 +270,7 @@ YAML = [
 def test_a_yaml_snippet_in_the_docs_is_a_recipe(block: str) -> None:
     """Its fields exist, and what it says of the KL is accepted."""
     recipe = yaml.safe_load(block)
-    known = {name for config in (*CONFIGS.values(), RunArguments) for name in config.__dataclass_fields__}
+    known = {name for config in (*CONFIGS.values(), RunArguments, ModelConfig) for name in config.__dataclass_fields__}
     assert set(recipe) <= known
     Arguments(**{name: value for name, value in recipe.items() if name in Arguments.__dataclass_fields__})
 

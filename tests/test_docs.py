@@ -51,13 +51,22 @@ def test_readme_table_has_the_verdict_of_the_code(estimator: str, placement: str
     assert cell.startswith("_refused") == (gradient not in SOUND)
 
 
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub and MyST spell them in links."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_paths_in_docs_exist(page: Path) -> None:
     """Links, relative to the page as on GitHub; and whatever stands in code and looks like a file of the repository."""
     text = page.read_text()
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not target.startswith(("http", "#")):
-            assert (page.parent / target.split("#")[0]).exists(), target
+        if not target.startswith("http"):
+            name, _, anchor = target.partition("#")
+            there = page.parent / name if name else page
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), target
     inside = rf"(?<![\w/.-])((?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]*)"
     for code in re.findall(r"`([^`\n]+)`|^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         for name in re.findall(inside, "".join(code)):
@@ -74,9 +83,9 @@ def test_names_of_the_package_in_the_docs_exist() -> None:
         assert pkgutil.resolve_name(name), name
 
 
-def test_the_tree_in_the_readme_is_the_tree() -> None:
-    places = (ROOT, ROOT / "trl_klx", ROOT / "tests", ROOT / "recipes")
-    [block] = [block for block in fenced(ROOT / "README.md", "") if block.startswith("trl_klx/\n")]
+def test_the_tree_of_rooms_is_the_tree() -> None:
+    places = (ROOT, ROOT / "trl_klx", ROOT / "trl_klx" / "trainers", ROOT / "trl_klx" / "run")
+    [block] = [block for block in fenced(ROOT / "docs" / "how-it-works.md", "") if block.startswith("trl_klx/\n")]
     for line in block.splitlines():
         for name in re.findall(r"(?<!\S)(\w+/|\w+\.py)(?=\s)", line):
             assert any((place / name).exists() for place in places), name
@@ -98,6 +107,12 @@ def test_every_alarm_is_in_the_pages_on_trouble() -> None:
         rows = [line for line in (ROOT / "docs" / name).read_text().splitlines() if line.startswith("|")]
         named = {cell for row in rows for cell in re.findall(r"\| `(\w+)` \|", row)}
         assert named == alarms, name
+
+
+def test_the_readme_stays_short() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 120
+    assert len(text.split()) <= 1200
 
 
 def test_make_targets_in_the_readme_exist() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -55,6 +57,22 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     assert {"py.typed", "measure/page/page.html.j2", "measure/page/page.css", "measure/page/page.js"} <= inside
     assert "recipes/accelerate/cpu.yaml" in inside
     assert inside == package | recipes
+
+
+def test_the_description_is_the_readme_with_links_that_work_on_a_package_index(built: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    with_absolute_links = runpy.run_path(str(ROOT / "hatch_build.py"))["with_absolute_links"]
+    [wheel] = built.glob("*.whl")
+    [name] = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/METADATA")]
+    metadata = zipfile.ZipFile(wheel).read(name).decode()
+    assert "\nDescription-Content-Type: text/markdown\n" in metadata
+    assert with_absolute_links(readme, project.get("urls", {}).get("Repository")) in metadata
+    text = with_absolute_links(readme, "https://github.com/owner/name")
+    assert "](https://raw.githubusercontent.com/owner/name/main/docs/images/kl_control.png)" in text
+    assert "](https://github.com/owner/name/blob/main/docs/choosing.md)" in text
+    assert all(target.startswith(("https://", "#")) for target in re.findall(r"\]\(([^)]+)\)", text))
+    assert text.count("](") == readme.count("](")
 
 
 def tracked(folder: str) -> list[Path]:

@@ -28,16 +28,14 @@ from trl_klx.run import grpo
 from trl_klx.trainers.checkpoints import whole as checkpoints
 from trl_klx.trainers.checkpoints.whole import (
     STATE_FILE,
-    CheckpointError,
-    NotSavedError,
     missing_file,
     resolve_checkpoint,
     rotate,
     whole_checkpoints,
     write_state,
 )
+from trl_klx.trainers.errors import CheckpointError, NonFiniteError, NotSavedError
 from trl_klx.trainers.session.session import KLControl
-from trl_klx.trainers.shared.step_guard import NonFiniteError
 
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}

@@ -21,7 +21,8 @@ from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
 from trl_klx.monitor.history import read_history
 from trl_klx.monitor.overoptimisation.monitor import PICTURE, TABLE, OveroptimisationMonitor
 from trl_klx.run import grpo
-from trl_klx.trainers.checkpoints.whole import STATE_FILE, CheckpointError, RunError
+from trl_klx.trainers.checkpoints.whole import STATE_FILE
+from trl_klx.trainers.errors import CheckpointError, RunError
 from trl_klx.trainers.rewarding.gold import check_gold_reward
 from trl_klx.trainers.seams import TRL_HAS_PPO
 from trl_klx.trainers.session.prompts import prompt_number

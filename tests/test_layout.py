@@ -13,6 +13,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 # room: what its files may import, of the package and of what weighs something
 _TRAINING = {"torch", "transformers", "trl", "accelerate", "peft", "packaging", "datasets", "deepspeed"}
+_BELOW = {"trainers/errors", "trainers/seams"}  # every room of `trainers` may use them
 ALLOWED = {
     "kl": ({"kl"}, {"torch"}),
     "control": ({"cli", "control", "recipe_files"}, {"numpy", "rich", "matplotlib"}),
@@ -26,25 +27,24 @@ ALLOWED = {
     "monitor": ({"kl"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
     "monitor/health": ({"kl", "monitor"}, {"torch", "transformers"}),
     "monitor/overoptimisation": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
+    "trainers/errors": (set(), set()),
     "trainers/seams": ({"hub"}, _TRAINING),
-    "trainers/checkpoints": ({"hub", "launching"}, _TRAINING),
-    "trainers/session": ({"config", "control", "kl", "monitor", "trainers/checkpoints"}, _TRAINING),
-    "trainers/reference": ({"hub", "trainers/checkpoints", "trainers/seams", "trainers/session"}, _TRAINING),
+    "trainers/checkpoints": ({"hub", "launching", *_BELOW}, _TRAINING),
+    "trainers/session": ({"config", "control", "kl", "monitor", "trainers/checkpoints", *_BELOW}, _TRAINING),
+    "trainers/reference": ({"hub", "trainers/checkpoints", "trainers/session", *_BELOW}, _TRAINING),
     "trainers/rewarding": (
-        {"config", "monitor/overoptimisation", "trainers/checkpoints", "trainers/checks"}
-        | {"trainers/seams", "trainers/session"},
+        {
+            *("config", "monitor/overoptimisation", "trainers/checkpoints", "trainers/checks", "trainers/session"),
+            *_BELOW,
+        },
         _TRAINING,
     ),
-    "trainers/checks": ({"trainers/checkpoints", "trainers/rewarding"}, _TRAINING),
-    "trainers/exact": ({"kl", "trainers/reference", "trainers/seams"}, _TRAINING),
+    "trainers/checks": ({"trainers/checkpoints", "trainers/rewarding", *_BELOW}, _TRAINING),
+    "trainers/exact": ({"kl", "trainers/reference", *_BELOW}, _TRAINING),
     "trainers/shared": (
         {
-            "config",
-            "monitor/health",
-            "trainers/checkpoints",
-            "trainers/checks",
-            "trainers/reference",
-            "trainers/session",
+            *("config", "monitor/health", "trainers/checkpoints", "trainers/checks", "trainers/reference"),
+            *("trainers/session", *_BELOW),
         },
         _TRAINING,
     ),
@@ -53,7 +53,7 @@ ALLOWED = {
         (
             {
                 *("config", "kl", "monitor", "trainers/checkpoints", "trainers/checks", "trainers/exact"),
-                *("trainers/reference", "trainers/rewarding", "trainers/seams", "trainers/session", "trainers/shared"),
+                *("trainers/reference", "trainers/rewarding", "trainers/session", "trainers/shared", *_BELOW),
             },
             _TRAINING,
         ),
@@ -68,7 +68,8 @@ ALLOWED = {
             {
                 *("kl", "config", "cli", "hub", "launching", "monitor", "monitor/health", "recipe_files"),
                 *("run", "run/check", "run/explain"),
-                *("trainers/checkpoints", "trainers/checks", "trainers/dpo", "trainers/grpo", "trainers/ppo"),
+                *("trainers/checkpoints", "trainers/checks", "trainers/dpo", "trainers/errors", "trainers/grpo"),
+                "trainers/ppo",
                 *("trainers/reference", "trainers/rewarding", "trainers/seams"),
             },
             {"transformers", "trl", "datasets", "yaml", "rich", "torch", "accelerate", "peft", "huggingface_hub"},

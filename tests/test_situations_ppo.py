@@ -15,7 +15,7 @@ from test_situations_vocabulary import bert, with_added_padding
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from trl_klx.trainers.checkpoints.whole import RunError
+from trl_klx.trainers.errors import RunError
 from trl_klx.trainers.ppo.model import value_model_like
 from trl_klx.trainers.ppo.rollout import read_prompts
 from trl_klx.trainers.rewarding.models import model_rewards

@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 
 from trl_klx.monitor.history import HISTORY_FILE, HistoryCallback, read_history
 from trl_klx.run import dpo, grpo
-from trl_klx.trainers.checkpoints.whole import STATE_FILE, CheckpointError, NotSavedError, rotate, write_state
-from trl_klx.trainers.shared.step_guard import NonFiniteError
+from trl_klx.trainers.checkpoints.whole import STATE_FILE, rotate, write_state
+from trl_klx.trainers.errors import CheckpointError, NonFiniteError, NotSavedError
 
 all_algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 SAMPLING = [algorithm for algorithm in ALGORITHMS if algorithm != "dpo"]

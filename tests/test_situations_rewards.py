@@ -24,7 +24,7 @@ from trl_klx import KLXGRPOConfig
 from trl_klx.run import grpo
 from trl_klx.run.data import prepare_rows
 from trl_klx.run.users_code import try_reward
-from trl_klx.trainers.checkpoints.whole import RunError
+from trl_klx.trainers.errors import RunError
 from trl_klx.trainers.rewarding import calls as reward_calls
 from trl_klx.trainers.rewarding.calls import RewardError, reward_values
 from trl_klx.trainers.rewarding.functions import RewardFunctions

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from trl_klx.monitor.history import HistoryCallback, read_history
-from trl_klx.trainers.checkpoints.whole import RunError
+from trl_klx.trainers.errors import RunError
 from trl_klx.trainers.seams import TRL_HAS_PPO
 from trl_klx.trainers.session.session import KLControl
 

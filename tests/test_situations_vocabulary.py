@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
-from trl_klx.trainers.checkpoints.whole import RunError
+from trl_klx.trainers.errors import RunError
 
 SETTINGS = {
     "per_device_train_batch_size": 8,

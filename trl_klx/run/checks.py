@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ..trainers.checkpoints.run_lock import FolderError, check_not_in_use, folder_problem
+from ..trainers.checkpoints.run_lock import check_not_in_use, folder_problem
 from ..trainers.checks.packages import missing_packages
 from ..trainers.checks.start import overwritten_checkpoints, overwritten_models
+from ..trainers.errors import FolderError
 from .arguments import Recipe
 from .meta_models import policy_problems
 from .model_files import weight_problems

@@ -17,8 +17,8 @@ from ..launching import end_with_launcher
 from ..monitor.history import HistoryCallback
 from ..monitor.progress import KLProgressCallback
 from ..trainers.checkpoints.run_lock import run_folder
-from ..trainers.checkpoints.whole import CheckpointError, NotSavedError, RunError
 from ..trainers.checks.vocabulary import TokenError
+from ..trainers.errors import CheckpointError, NotSavedError, RunError
 from ..trainers.reference.resumed import check_resume
 from ..trainers.rewarding.calls import RewardError
 from .arguments import BadInput, Recipe, parse_recipe, starts_no_process

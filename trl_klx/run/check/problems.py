@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from datasets import IterableDataset
 
-from ...trainers.checkpoints.whole import CheckpointError
+from ...trainers.errors import CheckpointError
 from ...trainers.reference.resumed import check_resume
 from ..arguments import Recipe
 from ..inputs import Inputs, read_inputs

@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from ...launching import is_alive
+from ..errors import FolderError
 
 if sys.platform != "win32":
     import fcntl
 
 LOCK_FILE = "run.lock"
 _held: set[tuple[int, Path]] = set()  # by process, for a forked one has no lock of its parent's
-
-
-class FolderError(ValueError):
-    """A run cannot have its folder. The message names the folder, the reason and the remedy."""
 
 
 @contextmanager

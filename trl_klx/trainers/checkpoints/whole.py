@@ -17,8 +17,9 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..errors import CheckpointError, FolderError, NotSavedError
 from .own_folders import STATE_FILE, discard, is_own, own_checkpoint
-from .run_lock import FolderError, run_folder
+from .run_lock import run_folder
 
 if TYPE_CHECKING:
     from transformers import Trainer as _HooksBase
@@ -29,18 +30,6 @@ logger = get_logger(__name__)
 # Not needed to resume, and not pushed with a checkpoint: a pickle of all arguments, and PEFT's card.
 _NOT_LISTED = (STATE_FILE, "training_args.bin", "README.md")
 LAST = "last"  # as a checkpoint to resume from: the last whole one in output_dir
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be resumed from; the message names the file and the remedy."""
-
-
-class RunError(RuntimeError):
-    """A run cannot go on; the message says what happened, and what to do."""
-
-
-class NotSavedError(RunError):
-    """A checkpoint could not be written; those before it are as they were."""
 
 
 def write_state(folder: str | os.PathLike, state: dict[str, Any]) -> None:

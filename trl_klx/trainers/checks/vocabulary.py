@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
-from ..checkpoints.whole import RunError
+from ..errors import RunError
 from .loading import loading_arguments
 
 if TYPE_CHECKING:

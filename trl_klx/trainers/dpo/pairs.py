@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..shared.health import PooledSums
+from ..session.metrics import PooledSums
 
 _FEWEST_PAIRS = 16  # a correlation of fewer says nothing
 

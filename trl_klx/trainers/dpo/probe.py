@@ -19,8 +19,8 @@ from ...kl import kl_estimate, masked_sum
 from ...kl.estimators import SAMPLED_ESTIMATORS
 from ..exact.forward import ExactKLForward
 from ..seams import FUSED_LM_HEAD
+from ..session.metrics import PooledSums
 from ..shared.generation import end_tokens, generating_with
-from ..shared.health import PooledSums
 
 
 @dataclass

@@ -24,9 +24,9 @@ from ..seams import check_trl_version, swapped
 from ..session.applied import KL_IN_LOSS, KL_IN_REWARD, check_rollout, scored, the_only
 from ..session.coefficient import KLCoefficient
 from ..session.groups import group_names
+from ..session.metrics import PooledSums
 from ..session.prompts import RolloutPrompts
 from ..session.session import KLControl
-from ..shared.health import PooledSums
 from ..shared.lifecycle import KLControlledTrainer
 from ..shared.step_guard import KL, POLICY, REFERENCE, REWARDS, StepGuard
 from .aggregation import TOKEN_MEANS, mean_as_trl

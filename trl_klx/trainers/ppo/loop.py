@@ -22,8 +22,8 @@ from trl.experimental.ppo import PPOTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import identity, use_adapter
 
-from ..checkpoints.whole import CheckpointError
 from ..checks.noise import without_noise
+from ..errors import CheckpointError
 from ..reference.adapters import REF_ADAPTER, trainable_as_before
 from .config import KLXPPOConfig
 from .model import VALUE_FOLDER, PolicyAndValue

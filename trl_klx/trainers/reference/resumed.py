@@ -9,7 +9,8 @@ from accelerate.logging import get_logger
 from peft import PeftModel
 
 from ...hub.settings import without_path
-from ..checkpoints.whole import CheckpointError, WholeCheckpoints, read_state, resolve_checkpoint
+from ..checkpoints.whole import WholeCheckpoints, read_state, resolve_checkpoint
+from ..errors import CheckpointError
 from .adapters import REF_ADAPTER
 from .fingerprint import differ, fingerprint, is_sharded, lasting_parameters
 

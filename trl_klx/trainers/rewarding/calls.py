@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from trl.trainer.utils import get_callable_name
 
-from ..checkpoints.whole import RunError
+from ..errors import RunError
 
 # What every reward function gets, beside the dataset's columns.
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...config.rules import unknown
 from ...monitor.overoptimisation.monitor import OveroptimisationMonitor
 from ..checkpoints.resumed_run import ResumedRun
-from ..checkpoints.whole import RunError
+from ..errors import RunError
 from ..session.prompts import prompt_numbers
 
 if TYPE_CHECKING:

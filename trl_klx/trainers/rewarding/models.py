@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from trl.data_utils import apply_chat_template, is_conversational
 from trl.trainer.utils import get_config_model_id
 
-from ..checkpoints.whole import RunError
 from ..checks.vocabulary import has_tokens, vocabulary_size, with_known_padding
+from ..errors import RunError
 from ..seams import swapped
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..checkpoints.whole import RunError
+from ..errors import RunError
 
 # What may be missing, as the KL's code notes it in `KLControl.reached`.
 KL_IN_LOSS = "a KL in the loss"

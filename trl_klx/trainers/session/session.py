@@ -16,12 +16,13 @@ from ...config.rules import CONTROLLER_SETTINGS
 from ...control.controllers import KINDS, Controller, make_controller
 from ...kl import effective_sample_size
 from ...monitor.moments import KLSummary, prompt_moments, prompt_sums, sequence_count, sequence_rows, summarise
-from ..checkpoints.whole import STATE_FILE, RunError, read_state, unreadable, write_state
+from ..checkpoints.whole import STATE_FILE, read_state, unreadable, write_state
+from ..errors import RunError
 from .applied import KL_MEASURED
 from .budget import KLBudget
 from .coefficient import coefficient
 from .groups import group_numbers
-from .weight_mean import WeightMean
+from .metrics import PromptMean, add_sums, finite, named
 
 logger = get_logger(__name__)
 
@@ -50,7 +51,7 @@ class KLControl:
         # Rows of this process: of this optimizer step, or of this evaluation.
         self._window: dict[str, list[Tensor]] = {"train": [], "eval": []}
         self._pools: dict[str, Tensor] = {}  # sums per prompt of all processes, since the last log, by group
-        self.weight_mean = WeightMean(accelerator)  # of answers that another policy sampled
+        self.weight_mean = PromptMean(accelerator)  # of answers that another policy sampled
         self.restart()
 
     def start(self, total_steps: int) -> None:
@@ -175,9 +176,7 @@ class KLControl:
         if not sums:
             return self._step_unmeasured()
         for name, part in sums.items():
-            if part.isfinite().all():  # one infinite KL would hide all others until the next log
-                earlier = [self._pools[name]] if name in self._pools else []
-                self._pools[name] = prompt_sums(torch.cat([*earlier, part]))
+            add_sums(self._pools, name, part)
         moments = {name: prompt_moments(part) for name, part in sums.items()}
         whole = summarise(moments[_ALL], self.names)
         metrics = {"kl/coef": self.coef, **self._first_metrics(whole)}
@@ -195,7 +194,7 @@ class KLControl:
                 self._coefs[name] = controller.update(self._reading(moments[name]), n=sequence_count(moments[name]))
         if self.budget.read(whole[self._args.kl_reading].per_sequence):
             logger.warning(self.budget.message())
-        return _numbers(metrics)
+        return finite(metrics)
 
     def _reading(self, moments: Tensor) -> float:
         """The KL in the target's unit."""
@@ -236,8 +235,9 @@ class KLControl:
             sums, self._pools = self._pools, {}
         else:
             sums = self._gather(mode)
+        weights = named("kl/weight_mean", self.weight_mean.take(mode))
         if not sums:
-            return {}
+            return weights
         moments = {name: prompt_moments(part) for name, part in sums.items()}
         summary = summarise(moments[_ALL], self.names)
         headline = self._args.kl_estimator if self._args.kl_estimator in summary else self._args.kl_reading
@@ -253,7 +253,7 @@ class KLControl:
             out[f"{place}/sequences"] = sequence_count(part)
             if group != _ALL:
                 out |= {f"{place}/token": reading.per_token, f"{place}/token_se": reading.per_token_se}
-        return _numbers(out)
+        return finite(out) | weights
 
     def weight_metrics(self, weights: Tensor, mask: Tensor) -> dict[str, float]:
         """`kl/ess` (mean over processes) and `kl/weight_max` (largest anywhere) of untruncated importance weights."""
@@ -341,9 +341,3 @@ class KLControl:
 def _coef_in(args: KLArguments) -> float:
     """Beta as the config has it; 0 where no KL reaches the policy."""
     return args.kl_coef_start if args.kl_is_penalised else 0.0
-
-
-def _numbers(metrics: dict[str, float]) -> dict[str, float]:
-    """Without NaN (no sequence had a token that counts, or an error bar of one sequence) and infinity: JSON loggers
-    choke on them."""
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}

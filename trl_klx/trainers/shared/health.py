@@ -4,9 +4,8 @@ import itertools
 import os
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...config.options import KLArguments
@@ -19,33 +18,6 @@ from ..checks.vocabulary import saved_tokenizer
 # falls with the square of the rounding error: fp16, and TF32, which float32 may mean on a GPU, keep three bits more
 # than bf16: a 64th, 2.4e-5. Their bounds are wider, and still close: 1e-4 is a log-ratio of 0.014.
 SCORING_NOISE = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 1e-2}
-
-
-class PooledSums:
-    """Named sums over micro-batches, steps and processes, until they are taken.
-
-    Args:
-        accelerator: for the one reduction.
-        names: of the sums.
-    """
-
-    def __init__(self, accelerator: Accelerator, names: tuple[str, ...]) -> None:
-        self._accelerator, self._names = accelerator, names
-        self._sums = self._zeros()
-
-    def _zeros(self) -> Tensor:
-        device = self._accelerator.device
-        dtype = torch.float64 if device.type != "mps" else torch.float32
-        return torch.zeros(len(self._names), dtype=dtype, device=device)
-
-    def add(self, **values: Tensor) -> None:
-        """Add the sums of a micro-batch of this process: scalars, one for each name."""
-        self._sums += torch.stack([values[name].detach().to(self._sums) for name in self._names])
-
-    def take(self) -> dict[str, float]:
-        """The sums of all processes since the last call. Call on every process."""
-        sums, self._sums = self._accelerator.reduce(self._sums, reduction="sum"), self._zeros()
-        return dict(zip(self._names, sums.tolist(), strict=True))
 
 
 def health_callback(

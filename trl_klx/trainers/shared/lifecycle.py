@@ -102,7 +102,7 @@ class KLControlledTrainer(GuardedSteps, ResumedRun, ResumedReference, HubPushes)
             drop_non_finite(self._metrics[mode])
             logs.update({f"{prefix}{name}": sum(values) / len(values) for name, values in self._metrics[mode].items()})
             self._metrics[mode].clear()
-        metrics = self.kl.metrics(mode) | self.kl.weight_mean.metrics(mode)
+        metrics = self.kl.metrics(mode)
         logs.update({f"{prefix}{name}": value for name, value in metrics.items()})
         if mode == "train" and self.args.kl_health:
             logs.update(self._health_metrics())

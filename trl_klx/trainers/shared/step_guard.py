@@ -11,7 +11,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from ..checkpoints.whole import RunError, whole_checkpoints
+from ..checkpoints.whole import whole_checkpoints
+from ..errors import NonFiniteError
 
 if TYPE_CHECKING:
     from transformers import Trainer as _HooksBase
@@ -34,10 +35,6 @@ ADVICE = {
 REWARDS, REFERENCE, POLICY, VALUES, KL, LOSS, GRADIENT = ADVICE
 # What spoils the weights. The others explain it: a KL that is only measured may be infinite.
 DECISIVE = (REWARDS, LOSS, GRADIENT)
-
-
-class NonFiniteError(RunError):
-    """Weights, or too many steps in a row, are not finite; the message says what, where, and what to try."""
 
 
 class StepGuard:

@@ -76,7 +76,7 @@ ALLOWED = {
         ),
     ),
     "measure": (
-        {"kl", "launching", "trainers/exact"},  # of the trainers, what an architecture does to its logits
+        {"kl", "launching"},
         {
             *("torch", "transformers", "accelerate", "safetensors", "datasets", "pyarrow", "pandas", "numpy"),
             *("tqdm", "rich", "jinja2", "markupsafe", "matplotlib", "yaml"),

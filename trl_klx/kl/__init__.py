@@ -1,9 +1,10 @@
 """The maths of KL to a reference: pure functions of tensors, torch only.
 
 One idea per file: `masking`, `estimators` (k1, k2, k3), `exact` (full vocabulary, dense), `exact_chunked` (the same in
-chunks of tokens, with its own backward), `importance` (off-policy weights), `loss` (KL as a loss), `reward` (KL as a
-penalty in the reward), `term` (one configuration of them), `gradients` (which gradient a configuration has),
-`variance` (how noisy that gradient is) and `sampling` (what an estimate reads on another distribution's answers).
+chunks of tokens, with its own backward), `logits` (what a model does to its head's outputs), `importance` (off-policy
+weights), `loss` (KL as a loss), `reward` (KL as a penalty in the reward), `term` (one configuration of them),
+`gradients` (which gradient a configuration has), `variance` (how noisy that gradient is) and `sampling` (what an
+estimate reads on another distribution's answers).
 Everything is in nats.
 """
 

@@ -5,7 +5,7 @@
 alone: one matrix product instead of six, for one gradient of the size of the logits.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .estimators import at_least_float32
 from .exact import Direction, block_kl, check_direction
+from .logits import LogitTransform, check_transform
 
 # Float32 logits that are held at once. On a CPU more buys no speed (docs/performance.md); on a GPU large products and
 # few launches are better, by reasoning and not by measurement.
@@ -24,13 +25,11 @@ _BLOCK_BYTES_ELSEWHERE = 64 * 2**20
 
 
 class _Head(NamedTuple):
-    """How hidden states become logits: softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature."""
+    """How hidden states become logits."""
 
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
-    logit_scale: float
-    softcap: float | None
-    temperature: float
+    transform: LogitTransform
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Fill the first rows of `out`, (chunk, V) in float32 or wider, and return them."""
@@ -43,24 +42,13 @@ class _Head(NamedTuple):
         else:
             dtype = torch.promote_types(hidden.dtype, weight.dtype)
             out.copy_(F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)))
-        if self.logit_scale != 1.0:
-            out.mul_(self.logit_scale)
-        if self.softcap is not None:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
-        return out if self.temperature == 1.0 else out.div_(self.temperature)
-
-    def grad_before(self, grad_logits: Tensor, logits: Tensor) -> Tensor:
-        """Chain rule from the final logits back to h W^T + b, in place."""
-        factor = self.logit_scale / self.temperature
-        if self.softcap is not None:
-            grad_logits.mul_(1 - (logits * (self.temperature / self.softcap)).square_())
-        return grad_logits if factor == 1.0 else grad_logits.mul_(factor)
+        return self.transform.apply_(out)
 
 
 class _ChunkedExactKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, transform, direction, chunk_size):
-        head, ref_head = _Head(weight, bias, *transform), _Head(ref_weight, ref_bias, *transform)
+        head, ref_head = _Head(weight, bias, transform), _Head(ref_weight, ref_bias, transform)
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
         value = hidden.new_empty(hidden.size(0), dtype=dtype)
         space, ref_space = _work_space(2, hidden.size(0), chunk_size, head)
@@ -82,7 +70,7 @@ class _ChunkedExactKL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_value):
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias = ctx.saved_tensors
-        head, ref_head = _Head(weight, bias, *ctx.transform), _Head(ref_weight, ref_bias, *ctx.transform)
+        head, ref_head = _Head(weight, bias, ctx.transform), _Head(ref_weight, ref_bias, ctx.transform)
         kind, dtype, enabled = ctx.autocast
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -115,7 +103,7 @@ def _grad_in_place(logits: Tensor, ref_logits: Tensor, grad_value: Tensor, head:
     for block in _blocks(logits):
         _, grad = block_kl(logits[block], ref_logits[block], direction, is_finite=is_finite, with_grad=True)
         assert grad is not None
-        logits[block] = head.grad_before(grad.mul_(grad_value[block].unsqueeze(-1)), logits[block])
+        logits[block] = head.transform.backward_(grad.mul_(grad_value[block].unsqueeze(-1)), logits[block])
     return logits
 
 
@@ -132,14 +120,14 @@ class _ChunkedExactKLFromLogits(torch.autograd.Function):
             for block in _blocks(ref_logits):
                 places = rows[chunk][block]
                 policy_logits = at_least_float32(logits[places])
-                if ref_head.temperature != 1.0:
-                    policy_logits = policy_logits.div_(ref_head.temperature)
+                if ref_head.transform.temperature != 1.0:
+                    policy_logits = policy_logits.div_(ref_head.transform.temperature)
                 is_finite = ref_is_finite and _is_finite(policy_logits)
                 value[chunk][block], grad_block = block_kl(
                     policy_logits, ref_logits[block], direction, is_finite=is_finite, with_grad=with_grad
                 )
                 if grad is not None and grad_block is not None:
-                    grad[places] = grad_block.div_(ref_head.temperature).to(grad.dtype)
+                    grad[places] = grad_block.div_(ref_head.transform.temperature).to(grad.dtype)
         ctx.grad, ctx.rows = grad, rows
         return value
 
@@ -226,8 +214,8 @@ def chunked_exact_kl(
             f"hidden has shape {tuple(hidden.shape)} and ref_hidden {tuple(ref_hidden.shape)}: both must be (tokens, "
             "hidden size) with the same tokens."
         )
-    _check(weight.size(0), ref_weight, direction, temperature, softcap, chunk_size)
-    transform = (float(logit_scale), softcap, float(temperature))
+    transform = LogitTransform(float(logit_scale), softcap, float(temperature))
+    _check(weight.size(0), ref_weight, direction, transform, chunk_size)
     chunk_size = chunk_size or default_chunk_size(weight.size(0), weight.device.type)
     return _ChunkedExactKL.apply(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, transform, direction, chunk_size
@@ -280,8 +268,9 @@ def chunked_exact_kl_from_logits(
             f"logits has shape {tuple(logits.shape)}, mask {tuple(mask.shape)} and ref_hidden "
             f"{tuple(ref_hidden.shape)}: ref_hidden must be (tokens, hidden size) with the same tokens."
         )
-    _check(logits.size(-1), ref_weight, direction, temperature, softcap, chunk_size)
-    head = _Head(ref_weight.detach(), ref_bias, float(logit_scale), softcap, float(temperature))
+    transform = LogitTransform(float(logit_scale), softcap, float(temperature))
+    _check(logits.size(-1), ref_weight, direction, transform, chunk_size)
+    head = _Head(ref_weight.detach(), ref_bias, transform)
     # Twice as many tokens as for two models: only the reference is projected.
     chunk_size = chunk_size or 2 * default_chunk_size(logits.size(-1), logits.device.type)
     with_grad = logits.requires_grad and torch.is_grad_enabled()
@@ -290,14 +279,13 @@ def chunked_exact_kl_from_logits(
     )
 
 
-def _check(vocab: int, ref_weight: Tensor, direction: str, temperature: Any, softcap: Any, chunk_size: Any) -> None:
+def _check(vocab: int, ref_weight: Tensor, direction: str, transform: LogitTransform, chunk_size: int | None) -> None:
     check_direction(direction)
     if vocab != ref_weight.size(0):
         raise ValueError(
             f"the policy has a vocabulary of {vocab} and the reference of {ref_weight.size(0)}: exact KL needs one "
             "vocabulary."
         )
-    if not temperature > 0 or (softcap is not None and not softcap > 0):
-        raise ValueError(f"temperature={temperature} and softcap={softcap} must be positive (softcap may be None).")
+    check_transform(transform)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1, or None to choose it from a memory budget.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ..trainers.exact.head import logit_transform
+from ..kl.logits import LogitTransform
 from .errors import MeasureError, ModelError
 from .tokens import Encoded
 
@@ -126,21 +126,14 @@ def _has_tokenizer(source: Source) -> bool:
 
 @dataclass(frozen=True)
 class Head:
-    """Hidden states to logits: softcap * tanh(scale * head(h) / softcap) / temperature, float32 or wider."""
+    """Hidden states to logits, float32 or wider."""
 
     module: nn.Module
-    scale: float
-    softcap: float | None
-    temperature: float
+    transform: LogitTransform
 
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.module(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits if self.temperature == 1.0 else logits / self.temperature
+        return self.transform.apply_(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 class Scorer:
@@ -148,7 +141,7 @@ class Scorer:
 
     def __init__(self, model: PreTrainedModel, *, temperature: float, name: str) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.head = Head(model.get_output_embeddings(), *logit_transform(model), temperature)
+        self.head = Head(model.get_output_embeddings(), LogitTransform.of(model.config, temperature))
         self.vocab_size = self._check_head(name, temperature)
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..kl.logits import LogitTransform
 from .divergence import TokenStatistics
 from .errors import MeasureError
 from .models import Head, Source
@@ -137,7 +138,7 @@ class Store:
         path = self._head(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in head.module.named_parameters()}
-        numbers = json.dumps({"scale": head.scale, "softcap": head.softcap, "temperature": head.temperature})
+        numbers = json.dumps(head.transform._asdict())
         save_file(tensors, path.with_suffix(".unfinished"), metadata={"head": numbers})
         path.with_suffix(".unfinished").replace(path)
 
@@ -148,7 +149,7 @@ class Store:
         outputs, inputs = tensors["weight"].shape
         module = nn.Linear(inputs, outputs, bias="bias" in tensors, device="meta")
         module.load_state_dict(tensors, assign=True)
-        return Head(module, **numbers)
+        return Head(module, LogitTransform(**numbers))
 
     def _head(self, name: str) -> Path:
         return self._hidden(name, 0).with_name("head.safetensors")

@@ -22,9 +22,10 @@ from transformers import PreTrainedModel, Trainer
 
 from ...kl import chunked_exact_kl, chunked_exact_kl_from_logits
 from ...kl.exact import Direction
+from ...kl.logits import LogitTransform
 from ..reference.build import causal_lm
 from ..seams import FUSED_LM_HEAD
-from .head import WITHOUT_EXACT, call_as_forward, check_heads, logit_transform, reshard, whole
+from .head import WITHOUT_EXACT, call_as_forward, check_heads, reshard, whole
 
 
 @dataclass
@@ -77,8 +78,8 @@ class ExactKLForward:
         self, policy: PreTrainedModel, reference: PreTrainedModel, *, temperature: float, direction: Direction
     ) -> None:
         self._policy, self._reference = policy, reference
-        self._temperature, self._direction = temperature, direction
-        self._logit_scale, self._softcap = logit_transform(policy)
+        self._direction: Direction = direction
+        self._transform = LogitTransform.of(policy.config, temperature)
         self._request: _Request | None = None
         self._hidden: Tensor | None = None
         self._checked = False
@@ -216,14 +217,10 @@ class ExactKLForward:
             return self._from_logits(logits, ref_hidden, mask)
 
     @property
-    def _transform(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         """How both heads' outputs become logits, and which way the KL goes."""
-        return {
-            "temperature": self._temperature,
-            "logit_scale": self._logit_scale,
-            "softcap": self._softcap,
-            "direction": self._direction,
-        }
+        scale, softcap, temperature = self._transform
+        return {"temperature": temperature, "logit_scale": scale, "softcap": softcap, "direction": self._direction}
 
     def _from_hidden(self, hidden: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
         """(B, C) from the hidden states of both, (B, C, H)."""
@@ -238,7 +235,7 @@ class ExactKLForward:
                 ref_weight,
                 bias=head.bias,
                 ref_bias=ref_bias,
-                **self._transform,
+                **self._options,
             )
 
         return _scattered(self._with_ref_head(kl, hidden[mask], in_policy_head=True), mask)
@@ -255,7 +252,7 @@ class ExactKLForward:
 
         def kl(logits: Tensor, ref_weight: Tensor, ref_bias: Tensor | None) -> Tensor:
             return chunked_exact_kl_from_logits(
-                logits, ref_hidden[mask], ref_weight, mask=rows, ref_bias=ref_bias, **self._transform
+                logits, ref_hidden[mask], ref_weight, mask=rows, ref_bias=ref_bias, **self._options
             )
 
         return _scattered(self._with_ref_head(kl, logits, in_policy_head=False), mask)
@@ -279,9 +276,8 @@ class ExactKLForward:
             return
         self._checked, kept = True, self._hidden
         with torch.no_grad():
-            ours = self._policy.get_output_embeddings()(hidden[:1, -1]).float() * self._logit_scale
-            if self._softcap is not None:
-                ours = torch.tanh(ours / self._softcap) * self._softcap
+            raw = self._policy.get_output_embeddings()(hidden[:1, -1]).float()
+            ours = self._transform._replace(temperature=1.0).apply_(raw)
         self._hidden = kept
         if not _are_close(ours, logits[:1, -2].detach().float()):
             raise ValueError(

@@ -77,16 +77,3 @@ def check_heads(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
             f"the policy has a vocabulary of {head.out_features} and the reference of {ref_head.out_features}: "
             "exact KL needs one vocabulary; use the checkpoint that the policy started from as reference."
         )
-
-
-def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
-    """(logit scale, softcap) of the architecture, as its config declares them; (1, None) for most."""
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere; Muse Glimmer; Falcon-H1
-        if getattr(config, name, None) is not None:
-            return getattr(config, name), softcap
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is not None:  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
-        return (scaling if config.model_type == "hyperclovax" else 1 / scaling), softcap
-    return 1.0, softcap

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config.options import KLArguments
 from ..kl.gradients import gradient_sentence
-from ..monitor.history import set_name, when
+from ..monitor.metrics import is_number, set_name, when
 from .settings import Settings
 
 # A field that only one algorithm's config has.
@@ -245,10 +245,9 @@ def rewards(history: list[dict]) -> Results | None:
 
 
 def _with_error(value: float | None, error: float | None) -> str:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value):
         return "not measured"
-    has_error = isinstance(error, (int, float)) and math.isfinite(error)
-    return f"{value:.3g} ± {error:.2g}" if has_error else f"{value:.3g}"
+    return f"{value:.3g} ± {error:.2g}" if is_number(error) else f"{value:.3g}"
 
 
 def alarms(events: list[dict]) -> list[str]:

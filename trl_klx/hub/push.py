@@ -18,6 +18,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
+from ..wording import first_line
 from .card import ADAPTER_CONFIG, CARD_FILE
 from .settings import RECIPE_FILE, as_yaml, public_settings, without_path
 from .versions import version_of
@@ -150,7 +151,7 @@ def _named(job: Callable[[], Any], repo_id: str) -> Any:
 
 def _reason(error: Exception, repo_id: str) -> str:
     if isinstance(error, HFValidationError):
-        return f"{repo_id!r} is no name that a repository may have: {_first_line(error)}"
+        return f"{repo_id!r} is no name that a repository may have: {first_line(error)}"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, which forbids it"
     if isinstance(error, HfHubHTTPError):
@@ -161,8 +162,4 @@ def _reason(error: Exception, repo_id: str) -> str:
         if status == 403:
             return f"the token may not write to {repo_id} (403{said}): use one with write access, or another owner"
         return f"the Hub answered {status}{said}"
-    return f"the exchange with {_api().endpoint} failed, {type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
+    return f"the exchange with {_api().endpoint} failed, {type(error).__name__}: {first_line(error)}"

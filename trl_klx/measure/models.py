@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file
 
 from ..kl.logits import LogitTransform
+from ..wording import first_line
 from .errors import MeasureError, ModelError
 from .tokens import Encoded
 
@@ -86,7 +87,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             raise OSError("it has no tokenizer.json")
         tokenizer = AutoTokenizer.from_pretrained(**source.arguments)
     except Exception as error:  # whatever the files, the Hub or their parsers raise
-        raise MeasureError(f"reference={source.name!r} has no tokenizer that loads ({_first_line(error)}).") from error
+        raise MeasureError(f"reference={source.name!r} has no tokenizer that loads ({first_line(error)}).") from error
     if tokenizer.eos_token_id is None:
         raise MeasureError(f"the tokenizer of {source.name!r} has no eos_token: set one in its tokenizer_config.json.")
     return tokenizer
@@ -209,10 +210,6 @@ def load_model(source: Source, *, dtype: torch.dtype, device: torch.device) -> P
         return AutoModelForCausalLM.from_pretrained(**source.arguments, dtype=dtype, device_map={"": device})
     except Exception as error:  # whatever the files, the Hub, PEFT or their parsers raise
         raise ModelError(
-            f"{source.name!r} cannot be loaded ({_first_line(error)}): give a folder with a model or an adapter, or "
+            f"{source.name!r} cannot be loaded ({first_line(error)}): give a folder with a model or an adapter, or "
             "the name of one on the Hub."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

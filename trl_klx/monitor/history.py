@@ -2,11 +2,11 @@
 
 import json
 import logging
-import os
-import re
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..files import whole
 
 HISTORY_FILE = "metrics.jsonl"
 logger = logging.getLogger(__name__)
@@ -23,15 +23,13 @@ class HistoryCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir or ".") / HISTORY_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
         # On resume, drop what an interrupted run logged past its last checkpoint: those steps are run again. So is the
         # end of a run that goes on after all.
         known = [e for e in read_history(path) if state.global_step > 0 and e.get("step", 0) <= state.global_step]
         kept = [entry for entry in known if "train_runtime" not in entry]
         self._end = known[-1] if known and known[-1] not in kept and known[-1]["step"] == state.global_step else None
-        partial = path.with_suffix(".partial")  # killed here, the run has the old file or the new one
-        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        os.replace(partial, path)
+        with whole(path) as partial:
+            partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_log(
         self,
@@ -64,27 +62,3 @@ def read_history(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return entries
-
-
-def evaluated_sets(history: list[dict], *metrics: str) -> list[str]:
-    """The prefixes under which evaluations logged one of `metrics`: eval_ and, of several sets, eval_<name>_."""
-    names = "|".join(map(re.escape, metrics))
-    wanted = re.compile(rf"(eval_(?:.+_)?)(?:{names})")
-    found = [match[1] for entry in history for name in entry if (match := wanted.fullmatch(name))]
-    return list(dict.fromkeys(found))
-
-
-def set_name(prefix: str) -> str:
-    """The name in such a prefix; empty where there is one set without a name."""
-    return prefix.removeprefix("eval_").removesuffix("_")
-
-
-def when(history: list[dict], entry: dict) -> str:
-    """Of what steps an entry is, for a table: before or after training, or the steps whose mean it is."""
-    step = int(entry.get("step", 0))
-    if any(name.startswith("eval_") for name in entry):
-        end = max(int(logged.get("step", 0)) for logged in history)
-        return {0: "before", end: "after"}.get(step, f"after step {step}")
-    earlier = [int(logged.get("step", 0)) for logged in history if not any(name.startswith("eval_") for name in logged)]
-    first = max((other for other in earlier if other < step), default=0) + 1
-    return f"step {step}" if first == step else f"steps {first} to {step}"

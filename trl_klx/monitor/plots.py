@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # a training machine has no screen
 from matplotlib import pyplot as plt
 
-from .history import evaluated_sets, set_name
+from .metrics import evaluated_sets, is_number, logged_groups, set_name
 
 _SET_COLORS = ("crimson", "darkorange", "purple", "teal", "black")
 _GROUP_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
@@ -47,52 +47,41 @@ def plot_run(
         reading: the estimator that the target is about, for the unit "token".
         coef_name: what the trainer's config calls the weight of the KL.
     """
-    train = [entry for entry in history if _finite(entry, "kl/sequence")]
+    train = [entry for entry in history if is_number(entry.get("kl/sequence"))]
     if not train:
         return []
-    gain = _MARGIN if any(_finite(entry, _MARGIN.metric) for entry in train) else _REWARD
+    gain = _MARGIN if any(is_number(entry.get(_MARGIN.metric)) for entry in train) else _REWARD
     written = []
-    if any(_finite(entry, gain.metric) for entry in train):
+    if any(is_number(entry.get(gain.metric)) for entry in train):
         written.append(_reward_vs_kl(history, folder / REWARD_VS_KL, gain))
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(6, 5), sharex=True, layout="constrained", height_ratios=(2, 1))
     name = "kl/sequence" if target_unit == "sequence" else f"kl/{reading}"
     _draw_kl(upper, history, name, gain.source)
     upper.set_ylabel(f"KL to the reference (nats per {target_unit})")
     _draw_coef(lower, history, coef_name)
-    for group, color in zip(group_names(history), cycle(_GROUP_COLORS), strict=False):
+    for group, color in zip(logged_groups(history), cycle(_GROUP_COLORS), strict=False):
         _draw_group(upper, lower, history, group, target_unit, color)
     upper.set_ylim(bottom=min(0.0, *_column(train, name)))
     return [*written, _save(figure, folder / KL_CONTROL)]
 
 
-def group_names(history: list[dict]) -> list[str]:
-    """The groups of prompts whose KL was logged, of training or of evaluation; a name may have slashes of its own."""
-    names = {name.partition("kl_groups/")[2] for entry in history for name in entry if "kl_groups/" in name}
-    return sorted({name.rpartition("/")[0] for name in names})
-
-
 def _draw_group(upper: plt.Axes, lower: plt.Axes, history: list[dict], group: str, unit: str, color: str) -> None:
     """A group's KL with its target, and its own beta where it has one."""
     name = f"kl_groups/{group}"
-    train = [entry for entry in history if _finite(entry, f"{name}/{unit}")]
+    train = [entry for entry in history if is_number(entry.get(f"{name}/{unit}"))]
     upper.plot(_column(train, "step"), _column(train, f"{name}/{unit}"), color=color, linewidth=1, label=group)
     upper.plot(_column(train, "step"), _column(train, f"{name}/target"), "--", color=color, linewidth=1)
     upper.legend(fontsize="small")
     lower.plot(_column(train, "step"), _column(train, f"{name}/coef"), color=color, linewidth=1)
 
 
-def _finite(entry: dict, name: str) -> bool:
-    value = entry.get(name)
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
 def _column(entries: list[dict], name: str) -> list[float]:
-    return [entry[name] if _finite(entry, name) else math.nan for entry in entries]
+    return [entry[name] if is_number(entry.get(name)) else math.nan for entry in entries]
 
 
 def _reward_vs_kl(history: list[dict], path: Path, gain: _Gain) -> Path:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    train = [entry for entry in history if _finite(entry, "kl/sequence")]
+    train = [entry for entry in history if is_number(entry.get("kl/sequence"))]
     points = axes.scatter(
         [math.sqrt(max(kl, 0.0)) for kl in _column(train, "kl/sequence")],
         _column(train, gain.metric),
@@ -102,7 +91,8 @@ def _reward_vs_kl(history: list[dict], path: Path, gain: _Gain) -> Path:
         label=gain.source,
     )
     for prefix, color, label in _held_out_sets(history, "kl/sequence"):
-        held_out = [e for e in history if _finite(e, f"{prefix}kl/sequence") and _finite(e, f"{prefix}{gain.metric}")]
+        names = (f"{prefix}kl/sequence", f"{prefix}{gain.metric}")
+        held_out = [entry for entry in history if all(is_number(entry.get(name)) for name in names)]
         kl = [math.sqrt(max(value, 0.0)) for value in _column(held_out, f"{prefix}kl/sequence")]
         if held_out:
             axes.plot(kl, _column(held_out, f"{prefix}{gain.metric}"), "o-", color=color, markersize=7, label=label)
@@ -116,14 +106,14 @@ def _reward_vs_kl(history: list[dict], path: Path, gain: _Gain) -> Path:
 
 def _held_out_sets(history: list[dict], metric: str) -> list[tuple[str, str, str]]:
     """(prefix, colour, label) of each evaluation set that has a metric."""
-    prefixes = evaluated_sets([{n: v for n, v in e.items() if _finite(e, n)} for e in history], metric)
+    prefixes = evaluated_sets([{n: v for n, v in e.items() if is_number(e.get(n))} for e in history], metric)
     names = [set_name(prefix) for prefix in prefixes]
     labels = [f"held out: {name}" if name else "held out" for name in names]
     return list(zip(prefixes, cycle(_SET_COLORS), labels, strict=False))
 
 
 def _draw_kl(axes: plt.Axes, history: list[dict], name: str, source: str) -> None:
-    train = [entry for entry in history if _finite(entry, name)]
+    train = [entry for entry in history if is_number(entry.get(name))]
     steps, kl = _column(train, "step"), _column(train, name)
     axes.plot(steps, kl, ".-", markersize=3, color="tab:blue", label=source)
     error = _column(train, f"{name}_se")
@@ -131,9 +121,9 @@ def _draw_kl(axes: plt.Axes, history: list[dict], name: str, source: str) -> Non
     high = [value + 2 * e for value, e in zip(kl, error, strict=True)]
     axes.fill_between(steps, low, high, alpha=0.2, color="tab:blue", label="± 2 standard errors")
     for prefix, color, label in _held_out_sets(history, name):
-        held_out = [entry for entry in history if _finite(entry, f"{prefix}{name}")]
+        held_out = [entry for entry in history if is_number(entry.get(f"{prefix}{name}"))]
         axes.plot(_column(held_out, "step"), _column(held_out, f"{prefix}{name}"), "o", color=color, label=label)
-    targets = [entry for entry in history if _finite(entry, "kl/target")]
+    targets = [entry for entry in history if is_number(entry.get("kl/target"))]
     if targets:
         axes.step(_column(targets, "step"), _column(targets, "kl/target"), "--", color="black", label="target")
     axes.legend()
@@ -141,7 +131,7 @@ def _draw_kl(axes: plt.Axes, history: list[dict], name: str, source: str) -> Non
 
 
 def _draw_coef(axes: plt.Axes, history: list[dict], name: str) -> None:
-    logged = [entry for entry in history if _finite(entry, "kl/coef")]
+    logged = [entry for entry in history if is_number(entry.get("kl/coef"))]
     coefs = _column(logged, "kl/coef")
     axes.plot(_column(logged, "step"), coefs, color="tab:orange")
     if coefs and min(coefs) > 0:

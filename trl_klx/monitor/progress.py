@@ -2,7 +2,7 @@
 
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .history import evaluated_sets, set_name
+from .metrics import evaluated_sets, set_name
 
 # (label, metric), as far as logged: DPO has a margin instead of a reward. In evaluation they carry the prefix eval_.
 _SHOWN = (("reward", "reward"), ("gold", "rewards/gold/mean"), ("margin", "rewards/margins"), ("kl/seq", "kl/sequence"))

@@ -9,7 +9,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-from ..trainers.rewarding.calls import first_line, raised
+from ..trainers.rewarding.calls import raised
+from ..wording import first_line
 from .arguments import BadInput, RunArguments
 from .users_code import UsersError, load_function
 

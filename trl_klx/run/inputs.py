@@ -17,8 +17,9 @@ from ..trainers.checks.lengths import length_problems
 from ..trainers.checks.packages import missing_for_model
 from ..trainers.checks.rows import rows_of
 from ..trainers.checks.start import load_tokenizer
-from ..trainers.rewarding.calls import check_weights, first_line
+from ..trainers.rewarding.calls import check_weights
 from ..trainers.rewarding.gold import check_gold_reward
+from ..wording import first_line
 from .arguments import BadInput, Recipe
 from .checks import model_problems
 from .data import maker, open_dataset, wanted_splits

@@ -1,6 +1,5 @@
 """What a run leaves behind: the resolved recipe at its start, a table and pictures at its end."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +9,9 @@ from rich.table import Table
 from ..config.options import KLArguments
 from ..hub.settings import Settings, plain_settings
 from ..monitor.health.alarms import HEALTH_FILE
-from ..monitor.history import HISTORY_FILE, evaluated_sets, read_history, set_name, when
-from ..monitor.plots import group_names, plot_run
+from ..monitor.history import HISTORY_FILE, read_history
+from ..monitor.metrics import evaluated_sets, is_number, logged_groups, set_name, when
+from ..monitor.plots import plot_run
 from .arguments import Recipe
 
 # Of these, every batch of a run has one: reward in GRPO and PPO, accuracies in DPO.
@@ -112,7 +112,7 @@ def _set_rows(history: list[dict], prefix: str, entries: list[dict], args: KLArg
     for unit, metric in (("sequence", "kl/sequence"), ("token", f"kl/{args.kl_reading}")):
         numbers = (_number(entry, prefix + metric, f"{prefix}{metric}_se") for entry in ends)
         yield f"KL, nats per {unit}{of_set}", *numbers, target if unit == args.kl_target_unit else ""
-    for group in group_names([ends[-1]]):
+    for group in logged_groups([ends[-1]]):
         metric, own = f"{prefix}kl_groups/{group}/{args.kl_target_unit}", args.kl_target_of(group)
         numbers = (_number(entry, metric, f"{metric}_se") for entry in ends)
         yield f"  of {group}, nats per {args.kl_target_unit}{of_set}", *numbers, "" if own is None else f"{own:g}"
@@ -129,5 +129,4 @@ def _number(entry: dict, name: str, error_name: str = "") -> str:
     value, error = entry.get(name), entry.get(error_name)
     if not isinstance(value, (int, float)):
         return "-"
-    has_error = isinstance(error, (int, float)) and math.isfinite(error)
-    return f"{value:.3f} ± {error:.3f}" if has_error else f"{value:.3f}"
+    return f"{value:.3f} ± {error:.3f}" if is_number(error) else f"{value:.3f}"

@@ -7,7 +7,6 @@ that is remembered follows from the log history, so that a resumed run goes on w
 import json
 import logging
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...files import whole
+from ..metrics import is_number, is_training
 from . import course as detect_course
 from . import setup as detect_setup
 from .readings import SEVERAL, Finding, Reading
@@ -80,7 +81,7 @@ class HealthMonitor:
         if not is_training(entry):
             return []
         step = int(entry["step"])
-        self._take(step, {name: float(value) for name, value in entry.items() if _is_number(value)})
+        self._take(step, {name: float(value) for name, value in entry.items() if is_number(value)})
         events: list[dict[str, Any]] = []
         for name, finding in self._verdicts().items():
             if finding is not None and name not in self._quiet:
@@ -238,10 +239,8 @@ class HealthCallback(TrainerCallback):
             return
         path = _path(args)
         if events:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(_lines(events))
-            os.replace(partial, path)
+            with whole(path) as partial:
+                partial.write_text(_lines(events))
         else:
             path.unlink(missing_ok=True)
         if state.global_step == 0:
@@ -268,15 +267,6 @@ class HealthCallback(TrainerCallback):
                     file.write(_lines(events))
             except OSError as error:  # a full disk is no reason to lose the step
                 logger.warning("step %d is missing in %s (%s)", state.global_step, _path(args), error)
-
-
-def is_training(entry: dict[str, Any]) -> bool:
-    """Whether a log entry is of training steps: not of an evaluation, and not the summary at the end."""
-    return "train_runtime" not in entry and not any(name.startswith("eval_") for name in entry)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _path(args: TrainingArguments) -> Path:

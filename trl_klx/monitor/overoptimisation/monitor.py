@@ -6,7 +6,6 @@ The numbers come from evaluations; `overoptimisation_law` has the laws, `overopt
 import csv
 import logging
 import math
-import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,8 @@ from torch import Tensor
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ...files import whole
+from ..metrics import finite
 from .law import LawFit, fit_law
 from .plot import plot_overoptimisation
 from .turn import FALSE_ALARM_RATE, Turn, find_turn
@@ -138,7 +139,7 @@ class OveroptimisationMonitor(TrainerCallback):
             self.evaluations.append(Evaluation(step, kl, kl_se, proxy_mean, proxy_se, gold_mean, gold_se, gold_of))
             self._judge()
             metrics |= self._metrics()
-        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+        return finite(metrics)
 
     def _judge(self) -> None:
         gold = self.gold_by_prompt
@@ -230,17 +231,13 @@ class OveroptimisationMonitor(TrainerCallback):
     def _write(self, folder: Path) -> None:
         """The table and the picture, each whole or not at all."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f"{TABLE}.partial"
-            with partial.open("w", newline="") as file:
-                rows = self.table()
+            rows = self.table()
+            with whole(folder / TABLE) as partial, partial.open("w", newline="") as file:
                 writer = csv.DictWriter(file, fieldnames=list(rows[0]))
                 writer.writeheader()
                 writer.writerows(rows)
-            os.replace(partial, folder / TABLE)
-            partial = folder / f"partial-{PICTURE}"
-            plot_overoptimisation(self.table(), partial, self.fit, self.turned_at)
-            os.replace(partial, folder / PICTURE)
+            with whole(folder / PICTURE) as partial:
+                plot_overoptimisation(rows, partial, self.fit, self.turned_at)
         except OSError as error:  # a full disk is no reason to lose the run; the next checkpoint says so
             logger.warning("%s and %s could not be written (%s)", folder / TABLE, PICTURE, error)
 

@@ -17,7 +17,7 @@ def plot_overoptimisation(table: list[dict[str, float]], path: Path, fit: LawFit
 
     Args:
         table: rows with step, d, and proxy and gold with `_se`, as `OveroptimisationMonitor.table` has them.
-        path: of a PNG.
+        path: of the PNG, whatever its name ends with.
         fit: the law, drawn with its 95 % band over the evaluations that it is fitted to; None draws none.
         turned_at: the step at which the turn was found, which is marked; None: it was not.
     """
@@ -38,7 +38,7 @@ def plot_overoptimisation(table: list[dict[str, float]], path: Path, fit: LawFit
         lower.annotate(f"{row['step']}", (row["d"], row["gold"]), xytext=(4, 5), textcoords="offset points", fontsize=7)
     lower.set_xlabel("square root of the KL to the reference (nats per sequence); numbers are steps")
     lower.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, format="png", dpi=110)
     plt.close(figure)
     return path
 

@@ -17,6 +17,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ...files import whole
 from ..errors import CheckpointError, FolderError, NotSavedError
 from .own_folders import STATE_FILE, discard, is_own, own_checkpoint
 from .run_lock import run_folder
@@ -40,9 +41,8 @@ def write_state(folder: str | os.PathLike, state: dict[str, Any]) -> None:
     path = Path(folder) / STATE_FILE
     files = sorted(file.relative_to(folder).as_posix() for file in Path(folder).rglob("*") if file.is_file())
     files = [name for name in files if name not in _NOT_LISTED]
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({**state, "saved_at": time.time(), "files": files}, indent=2))
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps({**state, "saved_at": time.time(), "files": files}, indent=2))
 
 
 def read_state(folder: str | os.PathLike) -> dict[str, Any]:

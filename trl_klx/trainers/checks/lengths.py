@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl.data_utils import maybe_extract_prompt
 
+from ...wording import first_line
 from .rows import rows_of
 
 _LOOKED_AT = 1000  # rows, the longest by their text, that are tokenised
@@ -150,6 +151,6 @@ def _not_readable(row: Mapping[str, Any], tokenizer: Any, args: Any, chat: dict[
     try:
         _tokens(row, tokenizer, chat)
     except Exception as error:  # templates raise what they like
-        first = (str(error).splitlines() or [""])[0]
-        return f"the tokenizer cannot read it ({type(error).__name__}: {first}): change the row, or the chat template"
+        why = f"{type(error).__name__}: {first_line(error)}"
+        return f"the tokenizer cannot read it ({why}): change the row, or the chat template"
     return None

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
+from ...wording import first_line
 from ..checkpoints.run_lock import folder_problem
-from ..rewarding.calls import first_line
 from .packages import missing_packages
 from .vocabulary import has_tokens
 
@@ -90,7 +90,7 @@ def load_tokenizer(path: str, name: str, **kwargs: Any) -> Any:
     try:
         tokenizer, reason = AutoTokenizer.from_pretrained(path, **kwargs), "no file of it is there"
     except Exception as error:  # as many classes as there are tokenizers
-        tokenizer, reason = None, f"{type(error).__name__}: {first_line(error).rstrip(' .:')}"
+        tokenizer, reason = None, f"{type(error).__name__}: {first_line(error)}"
     if tokenizer is None or not has_tokens(tokenizer):
         raise ValueError(
             f"the tokenizer of {name} cannot be loaded here ({reason}): put its files (tokenizer.json, "

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ...monitor.metrics import finite
 from ..session.metrics import PooledSums
 
 _FEWEST_PAIRS = 16  # a correlation of fewer says nothing
@@ -103,7 +104,7 @@ class PairStatistics:
         if length_variance > 1e-9 and margin_variance > 1e-12:
             out["length/margin_slope"] = covariance / length_variance
             out["length/margin_correlation"] = covariance / math.sqrt(margin_variance * length_variance)
-        return {name: value for name, value in out.items() if math.isfinite(value)}
+        return finite(out)
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps: the pairs that were pooled and not yet logged; the same on every process."""

@@ -18,6 +18,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import use_adapter
 
+from ...monitor.metrics import finite
 from ...monitor.moments import prompt_moments, prompt_sums, sequence_rows, summarise
 from ..checks.inputs import check_inputs, check_kept, check_lengths
 from ..checks.start import check_start
@@ -255,7 +256,7 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
             name = "data_exact" if self.kl_term.direction == "reverse" else "data_exact_forward"
             summary = summarise(prompt_moments(sums), ("exact",))["exact"]
             numbers = {f"kl/{name}": summary.per_token, f"kl/{name}_se": summary.per_token_se}
-            logs.update({f"{prefix}{key}": value for key, value in numbers.items() if math.isfinite(value)})
+            logs.update({f"{prefix}{key}": value for key, value in finite(numbers).items()})
         super().log(logs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,12 +1,12 @@
 """What one scoring pass of TRL gives, and which tensors of a GRPO batch mean what. Shapes as in `grpo`."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...kl import kl_estimate, last_token_index, masked_sum
+from ...monitor.metrics import finite
 
 # Model inputs of vision-language models that TRL carries from the rollout to the loss.
 VISION_INPUTS = (
@@ -105,7 +105,7 @@ def health_metrics(sums: dict[str, float], *, behind_mask: bool) -> dict[str, fl
         out["kl/masked_share"] = sums["hidden"] / max(sums["hidden"] + sums["seen"], 1e-30)
     if sums["sampled"] > 0:
         out["kl/sampler"] = sums["sampler_kl"] / sums["sampled"]
-    return {name: value for name, value in out.items() if math.isfinite(value)}
+    return finite(out)
 
 
 def sampler_logps_of(policy_logps: Tensor, inputs: dict) -> Tensor:

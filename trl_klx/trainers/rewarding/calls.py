@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from trl.trainer.utils import get_callable_name
 
+from ...wording import first_line
 from ..errors import RunError
 
 # What every reward function gets, beside the dataset's columns.
@@ -55,11 +56,6 @@ def users_frames(error: BaseException) -> TracebackType | None:
 def _is_a_way_there(file: str) -> bool:
     """Whether a file only calls the user's functions, or imports them."""
     return "importlib" in file or Path(file).parts[-3:] in _CALLERS
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message."""
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def checked(reward: Callable, name: str, *, can_wait: bool) -> Callable:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ...monitor.metrics import finite
 from ...monitor.moments import KLSummary, prompt_moments, prompt_sums, sequence_rows, summarise
 
 Means = dict[str, defaultdict[str, list[float]]]  # by mode, by name: the values that the next log averages
@@ -133,9 +134,3 @@ def add_sums(pools: dict[str, Tensor], name: str, sums: Tensor) -> None:
 def named(name: str, found: KLSummary | None) -> dict[str, float]:
     """A mean per token under `name`, and its standard error, as far as they are finite."""
     return {} if found is None else finite({name: found.per_token, f"{name}_se": found.per_token_se})
-
-
-def finite(metrics: dict[str, float]) -> dict[str, float]:
-    """Without NaN (no sequence had a token that counts, or an error bar of one sequence) and infinity: JSON loggers
-    choke on them."""
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -15,6 +15,7 @@ from ...config.options import KLArguments
 from ...config.rules import CONTROLLER_SETTINGS
 from ...control.controllers import KINDS, Controller, make_controller
 from ...kl import effective_sample_size
+from ...monitor.metrics import finite
 from ...monitor.moments import KLSummary, prompt_moments, prompt_sums, sequence_count, sequence_rows, summarise
 from ..checkpoints.whole import STATE_FILE, read_state, unreadable, write_state
 from ..errors import RunError
@@ -22,7 +23,7 @@ from .applied import KL_MEASURED
 from .budget import KLBudget
 from .coefficient import coefficient
 from .groups import group_numbers
-from .metrics import PromptMean, add_sums, finite, named
+from .metrics import PromptMean, add_sums, named
 
 logger = get_logger(__name__)
 

@@ -10,7 +10,7 @@ import pytest
 from support.commands import PAGES, ROOT, fenced
 from test_oracle import oracle_table
 
-from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXPPOConfig
+from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXPPOConfig, kl
 from trl_klx.config import KLArguments
 from trl_klx.config.rules import ESTIMATORS
 from trl_klx.kl.gradients import SOUND, expected_gradient
@@ -133,7 +133,7 @@ def test_options_in_the_docs_exist() -> None:
     }
     assert named
     columns = set(TokenStatistics._fields)  # of `trl-klx measure`
-    assert named <= fields | columns | {"kl_state", "kl_control", "kl_loss", "kl_credit", "kl_groups"}
+    assert named <= fields | columns | {*kl.__all__, "kl_state", "kl_control", "kl_groups"}
 
 
 def test_every_option_has_a_row_in_the_page_on_options() -> None:

@@ -1,4 +1,7 @@
-"""What a shell completes after `trl-klx`: every command with its options: `trl-klx completion bash`."""
+"""What a shell completes after `trl-klx`: every command with its options: `trl-klx completion bash`.
+
+The script is static: asking the program at every key would import TRL for seconds.
+"""
 
 import argparse
 import sys

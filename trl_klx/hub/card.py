@@ -1,4 +1,8 @@
-"""The model card of a run: TRL's form, and a section on its KL. Written from `card.md.j2`."""
+"""The model card of a run: TRL's form, and a section on its KL. Written from `card.md.j2`.
+
+TRL writes its card first, and this one takes from it what only TRL knows: tracker badges, tags, and which base model is
+on the Hub. The rest comes from the run's files, so that `trl-klx card` writes the same card without a model.
+"""
 
 import re
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
 """Pushing to the Hub: what of a run is uploaded, and one sentence for whatever goes wrong.
 
+transformers' own push uploads everything in output_dir. Here each push is one commit of what is meant to leave.
 What is left out, and why: `training_args.bin` (a pickle with the token and this machine's paths, which nothing that
 loads the model reads), checkpoints (`hub_strategy` pushes those), sampled completions, and TensorBoard's event files
 (they hold all arguments). Files that name local paths are rewritten on their way.

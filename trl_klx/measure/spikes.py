@@ -23,6 +23,7 @@ def spike_threshold(kl: np.ndarray) -> float:
         sqrt(KL) > m + 3.5 s,  m = median of sqrt(KL),  s = (upper quartile - m) / 0.6745
 
     The square root, because a KL grows with the square of what moved the logits: noise in these is noise in sqrt(KL).
+    (On a real model's log KL the rule never fires: most tokens are certain, and their tiny KLs span decades.)
     The spread is taken above the median only: most tokens are nearly certain under both models, and how much nearer to
     0 than the median they are says nothing about what is large.
 

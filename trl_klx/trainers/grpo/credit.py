@@ -1,4 +1,8 @@
-"""The KL in GRPO's reward: what each token of an answer is charged for. Shapes as in `grpo`."""
+"""The KL in GRPO's reward: what each token of an answer is charged for. Shapes as in `grpo`.
+
+A rollout keeps the credit in nats, not as an advantage; the loss multiplies it by beta. So a controller's new beta acts
+at once, also on answers that several optimizer steps use.
+"""
 
 from typing import TYPE_CHECKING, Any
 

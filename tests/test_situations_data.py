@@ -21,6 +21,7 @@ from trl_klx.run import grpo
 from trl_klx.run.arguments import BadInput, parse_recipe
 from trl_klx.trainers.checks.inputs import split_problems
 from trl_klx.trainers.checks.lengths import length_problems
+from trl_klx.trainers.checks.rows import PAIRS, PROMPTS, PROMPTS_OR_TOKENS
 
 QUIET = {"output_dir": "runs/x", "use_cpu": True, "bf16": False, "report_to": []}
 GROUPS = {"beta": 0.1, "kl_controller": "pid", "kl_group_column": "task", "kl_target": 1.0}
@@ -91,6 +92,7 @@ def test_mapping_for_a_plain_value(name: str, tmp_path: Path) -> None:
 
 # Rows
 
+KINDS = {"grpo": PROMPTS, "ppo": PROMPTS_OR_TOKENS, "dpo": PAIRS}
 CHAT = [{"role": "user", "content": "1+1="}]
 ANSWER = [{"role": "assistant", "content": "2"}]
 OTHER = [{"role": "assistant", "content": "3"}]
@@ -99,10 +101,10 @@ OTHER = [{"role": "assistant", "content": "3"}]
 def problems(algorithm: str, rows: list[dict], *, as_stream: bool = False) -> list[str]:
     """What is said about a dataset of these rows."""
     if as_stream:
-        return list(split_problems(algorithm, "train", IterableDataset.from_generator(lambda: iter(rows))))
+        return list(split_problems(KINDS[algorithm], "train", IterableDataset.from_generator(lambda: iter(rows))))
     names = {name: None for row in rows for name in row}
     columns = {name: [row.get(name) for row in rows] for name in names}
-    return list(split_problems(algorithm, "train", Dataset.from_dict(columns)))
+    return list(split_problems(KINDS[algorithm], "train", Dataset.from_dict(columns)))
 
 
 GOOD_ROWS = {
@@ -197,7 +199,7 @@ def lengths(algorithm: str, rows: list[dict], model_config: Any = None, **settin
     }
     data = Dataset.from_list(rows)
     found = length_problems(
-        algorithm, SimpleNamespace(**args), "train", data, tiny_tokenizer(), model_config or tiny_model().config
+        KINDS[algorithm], SimpleNamespace(**args), "train", data, tiny_tokenizer(), model_config or tiny_model().config
     )
     return list(found)
 
@@ -235,7 +237,7 @@ def test_templates() -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     args = SimpleNamespace(max_completion_length=8)
     data = Dataset.from_list([{"prompt": CHAT}])
-    (found,) = length_problems("grpo", args, "train", data, tokenizer, tiny_model().config)
+    (found,) = length_problems(PROMPTS, args, "train", data, tokenizer, tiny_model().config)
     assert "the tokenizer cannot read it (TemplateError: roles must alternate)" in found
 
 

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from ..trainers.checks.rows import PAIRS, PROMPTS, PROMPTS_OR_TOKENS
 from .arguments import BadInput
 
 ALGORITHMS = ("grpo", "ppo", "dpo")
+ROWS = {"grpo": PROMPTS, "ppo": PROMPTS_OR_TOKENS, "dpo": PAIRS}
 
 
 def algorithm_of(recipe: str | Path, given: str | None = None) -> str:

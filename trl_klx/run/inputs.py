@@ -20,6 +20,7 @@ from ..trainers.checks.start import load_tokenizer
 from ..trainers.rewarding.calls import check_weights
 from ..trainers.rewarding.gold import check_gold_reward
 from ..wording import first_line
+from .algorithms import ROWS
 from .arguments import BadInput, Recipe
 from .checks import model_problems
 from .data import maker, open_dataset, wanted_splits
@@ -87,7 +88,7 @@ def read_inputs(algorithm: str, recipe: Recipe, found: Findings, *, streaming: b
         for problem in problems or []:
             found.add(problem)
         if problems == [] and tokenizer is not None:
-            for problem in length_problems(algorithm, args, name, split, tokenizer, config):
+            for problem in length_problems(ROWS[algorithm], args, name, split, tokenizer, config):
                 found.add(problem)
         if problems == []:
             for reward in rewards if option == "dataset_train_split" else readers[len(rewards) :]:
@@ -102,7 +103,7 @@ def _is_local(recipe: Recipe) -> bool:
 def _all_problems(algorithm: str, name: str, split: Any, readers: list[Callable]) -> list[str]:
     """Every problem of a split. Raises BadInput where its rows cannot even be read, as those of a stream."""
     try:
-        return list(split_problems(algorithm, name, split, readers))
+        return list(split_problems(ROWS[algorithm], name, split, readers))
     except BadInput:
         raise
     except Exception as error:  # what a file holds is read here for the first time, where it is a stream

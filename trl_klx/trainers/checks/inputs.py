@@ -9,11 +9,11 @@ from trl.trainer.utils import get_callable_name
 
 from ..rewarding.calls import check_call, check_names, check_weights, needed_columns
 from .lengths import length_problems
-from .rows import column_is_empty, column_problems, row_problems, rows_of
+from .rows import RowKind, column_is_empty, column_problems, row_problems, rows_of
 
 
 def check_inputs(
-    algorithm: str,
+    kind: RowKind,
     args: Any,
     train_dataset: Any,
     eval_dataset: Any,
@@ -25,7 +25,7 @@ def check_inputs(
     """Refuse data and rewards that a trainer cannot use.
 
     Args:
-        algorithm: grpo, ppo or dpo.
+        kind: what the trainer reads of each row.
         args: the config.
         train_dataset, eval_dataset: as the trainers take them; the latter may be a mapping of named ones.
         rewards: functions, models or their paths.
@@ -38,16 +38,16 @@ def check_inputs(
     if rewards:
         check_weights(getattr(args, "reward_weights", None), len(rewards))
     for split, dataset in _splits(train_dataset, eval_dataset):
-        for problem in split_problems(algorithm, split, dataset, rewards, more=more, has_prompts=has_prompts):
+        for problem in split_problems(kind, split, dataset, rewards, more=more, has_prompts=has_prompts):
             raise ValueError(problem)
 
 
 def check_lengths(
-    algorithm: str, args: Any, train_dataset: Any, eval_dataset: Any, tokenizer: Any, model_config: Any
+    kind: RowKind, args: Any, train_dataset: Any, eval_dataset: Any, tokenizer: Any, model_config: Any
 ) -> None:
     """Refuse data that the model or its tokenizer cannot read. Raises ValueError with the first problem."""
     for split, dataset in _splits(train_dataset, eval_dataset):
-        for problem in length_problems(algorithm, args, split, dataset, tokenizer, model_config):
+        for problem in length_problems(kind, args, split, dataset, tokenizer, model_config):
             raise ValueError(problem)
 
 
@@ -62,7 +62,7 @@ def check_kept(given: Any, kept: Any, max_length: int | None) -> None:
 
 
 def split_problems(
-    algorithm: str,
+    kind: RowKind,
     split: str,
     dataset: Dataset | IterableDataset,
     rewards: Sequence[Any] = (),
@@ -76,7 +76,7 @@ def split_problems(
         yield f"the split {split!r} of the dataset is empty: give it at least one row."
         return
     columns = dataset.column_names or list(first)  # a stream may not know them
-    missing = list(column_problems(algorithm, split, columns))
+    missing = list(column_problems(kind, split, columns))
     if has_prompts:
         yield from missing
     for reward in rewards:
@@ -91,7 +91,7 @@ def split_problems(
     if rewards:
         yield from _sentence(check_names, columns, split)
     if not missing:
-        yield from row_problems(algorithm, split, dataset)
+        yield from row_problems(kind, split, dataset)
 
 
 def _splits(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Dataset | IterableDataset]]:

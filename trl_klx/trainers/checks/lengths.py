@@ -8,21 +8,21 @@ from datasets import Dataset, IterableDataset
 from trl.data_utils import maybe_extract_prompt
 
 from ...wording import first_line
-from .rows import rows_of
+from .rows import RowKind, rows_of
 
 _LOOKED_AT = 1000  # rows, the longest by their text, that are tokenised
 _PER_MESSAGE = 64  # tokens, at most, that a template adds to a message, or of itself
 
 
 def length_problems(
-    algorithm: str, args: Any, split: str, dataset: Dataset | IterableDataset, tokenizer: Any, config: Any
+    kind: RowKind, args: Any, split: str, dataset: Dataset | IterableDataset, tokenizer: Any, config: Any
 ) -> Iterator[str]:
     """A sentence for the first row that a model or its tokenizer cannot read.
 
     Only rows whose text is long enough to be too long are tokenised, and of these the longest thousand.
 
     Args:
-        algorithm: grpo, ppo or dpo.
+        kind: what the trainer reads of each row.
         args: the config of the trainer.
         split: what the dataset is called.
         dataset: prompts or pairs, which have passed `row_problems`.
@@ -30,28 +30,24 @@ def length_problems(
         config: of the policy's model; None: not known.
     """
     columns = dataset.column_names or []
-    pictures = [] if algorithm == "ppo" else [name for name in columns if name in ("image", "images")]
+    pictures = [name for name in columns if name in ("image", "images")] if kind.has_pictures else []
     if pictures and config is not None and "vision_config" not in config.to_dict():
         yield f"the split {split!r} has a column {pictures[0]!r}, and the model reads no pictures: remove the column."
-    if pictures or "tools" in columns or (algorithm != "dpo" and columns and "prompt" not in columns):
+    if pictures or "tools" in columns or (not kind.is_pairs and columns and "prompt" not in columns):
         return
-    limit, room = _limits(algorithm, args, config)
+    limit, room = _limits(kind, args, config)
     chat = _chat_arguments(args)
     seen = rows_of(dataset, ["prompt", "chosen", "rejected"])
     candidates: list[tuple[int, int, dict]] = []
-    one_is_kept = algorithm != "dpo" or args.max_length is None or args.truncation_mode != "keep_start"
+    one_is_kept = not kind.is_pairs or args.max_length is None or args.truncation_mode != "keep_start"
     for number, row in enumerate(seen):
-        texts = [row] if algorithm != "dpo" else _sides(row)
+        texts = [row] if not kind.is_pairs else _sides(row)
         if number == 0:
             wrong = _not_readable(texts[0], tokenizer, args, chat)
             if wrong is not None:
                 yield f"row 0 of the split {split!r}: {wrong}."
                 return
-        if (
-            row.get("prompt") == ""
-            and not _tokens(row, tokenizer, chat)
-            and (algorithm != "dpo" or args.kl_probe_steps)
-        ):
+        if row.get("prompt") == "" and not _tokens(row, tokenizer, chat) and (not kind.is_pairs or args.kl_probe_steps):
             yield (
                 f"row {number} (counted from 0) of the split {split!r}: its prompt is empty, and this tokenizer begins "
                 "with no token of its own, so that there is nothing to answer: leave the row out."
@@ -71,37 +67,33 @@ def length_problems(
         )
         return
     for _, number, row in sorted(candidates, key=lambda candidate: candidate[1]):
-        texts = [row] if algorithm != "dpo" else _sides(row)
+        texts = [row] if not kind.is_pairs else _sides(row)
         length = max(len(_tokens(text, tokenizer, chat)) for text in texts)
         if limit is not None and length > limit - room:
-            yield f"row {number} (counted from 0) of the split {split!r}: {_too_long(algorithm, args, length, limit)}."
+            yield f"row {number} (counted from 0) of the split {split!r}: {_too_long(kind, args, length, limit)}."
             return
 
 
-def _limits(algorithm: str, args: Any, config: Any) -> tuple[int | None, int]:
+def _limits(kind: RowKind, args: Any, config: Any) -> tuple[int | None, int]:
     """The tokens that a model reads, and how many of them its answer needs at least."""
     limit = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None, 0
-    if algorithm == "dpo":
+    if kind.is_pairs:
         is_cut = args.max_length is not None and args.max_length <= limit
         return (None, 0) if is_cut else (limit, 0)
     # Positions that are learnt end there; those that are computed go on, worse and worse.
     is_computed = any(name.startswith(("rope", "rotary", "alibi")) for name in config.get_text_config().to_dict())
-    return limit, 1 if is_computed else _answer_tokens(algorithm, args)
+    return limit, 1 if is_computed else getattr(args, kind.answer_length)
 
 
-def _answer_tokens(algorithm: str, args: Any) -> int:
-    return args.max_completion_length if algorithm == "grpo" else args.response_length
-
-
-def _too_long(algorithm: str, args: Any, length: int, limit: int) -> str:
+def _too_long(kind: RowKind, args: Any, length: int, limit: int) -> str:
     reads = f"the model reads {limit} (max_position_embeddings)"
-    if algorithm == "dpo":
+    if kind.is_pairs:
         return f"prompt and answer have {length} tokens and {reads}: set max_length to {limit} or less"
-    option = "max_completion_length" if algorithm == "grpo" else "response_length"
+    option = kind.answer_length
     return (
-        f"its prompt has {length} tokens, its answer up to {_answer_tokens(algorithm, args)} ({option}), and {reads}: "
+        f"its prompt has {length} tokens, its answer up to {getattr(args, option)} ({option}), and {reads}: "
         f"shorten the prompt or leave the row out, or lower {option}"
     )
 

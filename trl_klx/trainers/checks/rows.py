@@ -3,22 +3,32 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
 
-# Of each tuple a dataset needs one column.
-COLUMNS: dict[str, list[tuple[str, ...]]] = {
-    "grpo": [("prompt",)],
-    "ppo": [("prompt", "input_ids")],
-    "dpo": [("chosen",), ("rejected",)],
-}
+
+class RowKind(NamedTuple):
+    """What a trainer reads of each row."""
+
+    columns: tuple[tuple[str, ...], ...]  # of each tuple a dataset needs one
+    answer_length: str = ""  # the field that bounds the answers it samples; "": the rows are pairs of answers
+    has_pictures: bool = True
+
+    @property
+    def is_pairs(self) -> bool:
+        return not self.answer_length
+
+
+PROMPTS = RowKind((("prompt",),), "max_completion_length")  # GRPO
+PROMPTS_OR_TOKENS = RowKind((("prompt", "input_ids"),), "response_length", has_pictures=False)  # PPO
+PAIRS = RowKind((("chosen",), ("rejected",)))  # DPO
 _FIRST = 64  # rows of a stream that are looked at beforehand
 
 
-def column_problems(algorithm: str, split: str, columns: list[str]) -> Iterator[str]:
+def column_problems(kind: RowKind, split: str, columns: list[str]) -> Iterator[str]:
     """A sentence for every column that a trainer needs and a dataset lacks."""
-    for names in COLUMNS[algorithm]:
+    for names in kind.columns:
         if not set(names) & set(columns):
             either = " or ".join(repr(name) for name in names)
             yield f"the split {split!r} has no column {either} (it has {', '.join(columns)}): rename one to it."
@@ -36,9 +46,9 @@ def rows_of(dataset: Dataset | IterableDataset, columns: list[str] | None = None
         yield from (dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
-def row_problems(algorithm: str, split: str, dataset: Dataset | IterableDataset) -> Iterator[str]:
+def row_problems(kind: RowKind, split: str, dataset: Dataset | IterableDataset) -> Iterator[str]:
     """A sentence for the first row of each kind that a trainer cannot use."""
-    if algorithm == "dpo":
+    if kind.is_pairs:
         yield from _pair_problems(split, rows_of(dataset, ["prompt", "chosen", "rejected"]))
         return
     first: Any = None

@@ -21,6 +21,7 @@ from trl.trainer.utils import use_adapter
 from ...monitor.metrics import finite
 from ...monitor.moments import prompt_moments, prompt_sums, sequence_rows, summarise
 from ..checks.inputs import check_inputs, check_kept, check_lengths
+from ..checks.rows import PAIRS
 from ..checks.start import check_start
 from ..checks.vocabulary import KnownPairTokens
 from ..exact.forward import ExactKLForward, exact_kl_between, is_fsdp1
@@ -96,7 +97,7 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
                 f"kl_probe_steps={args.kl_probe_steps} samples answers to the prompts of eval_dataset and there is "
                 "none: pass an eval_dataset, or remove kl_probe_steps."
             )
-        check_inputs("dpo", args, train_dataset, eval_dataset)
+        check_inputs(PAIRS, args, train_dataset, eval_dataset)
         check_start(args, model, *positional[:1], ref_model=ref_model, **kwargs)
         check_reference_head(ref_model)
         check_virtual_tokens(model, kwargs.get("peft_config"))
@@ -105,7 +106,7 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
         with reference_is_a_copy(model, kwargs.get("peft_config"), wanted=wanted, trl_module=dpo_trainer):
             super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
         check_kept(train_dataset, self.train_dataset, args.max_length)
-        check_lengths("dpo", args, train_dataset, eval_dataset, self._tokenizer, self.model.config)
+        check_lengths(PAIRS, args, train_dataset, eval_dataset, self._tokenizer, self.model.config)
         self.kl_coef = args.kl_coef
         if args.precompute_ref_log_probs and self.ref_model is None:
             self._start_print = self._print_of(self.model)

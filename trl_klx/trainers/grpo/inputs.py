@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from ..checks.inputs import check_inputs, check_lengths
-from ..checks.rows import check_prompts
+from ..checks.rows import PROMPTS, check_prompts
 from ..checks.vocabulary import KnownPromptTokens
 from ..rewarding.calls import checked
 from ..rewarding.functions import distinct_names
@@ -34,10 +34,10 @@ class CheckedGRPOTrainer(RewardModels, KnownPromptTokens, GRPOTrainer):
         rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] * (reward_funcs is not None)
         more = any(kwargs.get(name) is not None for name in ("rollout_func", "environment_factory"))
         has_prompts = kwargs.get("environment_factory") is None
-        check_inputs("grpo", args, train_dataset, eval_dataset, rewards, more=more, has_prompts=has_prompts)
+        check_inputs(PROMPTS, args, train_dataset, eval_dataset, rewards, more=more, has_prompts=has_prompts)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *positional, **kwargs)
         self.reward_func_names = distinct_names(self.reward_func_names, self.reward_funcs)
-        check_lengths("grpo", args, train_dataset, eval_dataset, self._tokenizer, self.model.config)  # type: ignore[union-attr]
+        check_lengths(PROMPTS, args, train_dataset, eval_dataset, self._tokenizer, self.model.config)  # type: ignore[union-attr]
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         # Environments may make the prompts.

@@ -20,6 +20,7 @@ from trl.trainer.utils import entropy_from_logits
 from ...kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
 from ..checks.inputs import check_inputs, check_lengths
 from ..checks.loading import loading_arguments
+from ..checks.rows import PROMPTS_OR_TOKENS
 from ..checks.start import check_start
 from ..checks.vocabulary import check_vocabularies, vocabulary_size, with_known_padding
 from ..rewarding.functions import RewardFunctions
@@ -97,7 +98,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
     ) -> None:
         check_arguments(args, model, ref_model, train_dataset, reward_model, value_model, data_collator)
         given = [*_as_list(reward_funcs), *_as_list(reward_model)]
-        check_inputs("ppo", args, train_dataset, eval_dataset, given, more=rollout_func is not None)
+        check_inputs(PROMPTS_OR_TOKENS, args, train_dataset, eval_dataset, given, more=rollout_func is not None)
         kl_groups = group_names(args, train_dataset, eval_dataset)
         check_gold_reward(args, gold_reward_func)
         others = {"ref_model": ref_model, "reward_model": reward_model, "value_model": value_model}
@@ -112,7 +113,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         tokenizer = with_known_padding(tokenizer, vocabulary, "the policy")
         template = args.chat_template_kwargs
         check_first_prompts((train_dataset, eval_dataset), tokenizer, template, self._prompt_padding, vocabulary)  # type: ignore[arg-type]
-        check_lengths("ppo", args, train_dataset, eval_dataset, tokenizer, base.config)
+        check_lengths(PROMPTS_OR_TOKENS, args, train_dataset, eval_dataset, tokenizer, base.config)
         given = loaded_rewards(given, loading)
         tokenizers = [*_as_list(reward_processing_classes), *[None] * len(_as_list(reward_model))]
         read_by = None if reward_processing_classes is None else tokenizers

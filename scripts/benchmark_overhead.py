@@ -5,7 +5,7 @@ python scripts/benchmark_overhead.py --model runs/starter/model
 python scripts/benchmark_overhead.py --model runs/sums/model --prompt "Write a sentence about the sea." \
     --batch_size 4 --completion_length 48
 
-`--model` is any causal language model that `from_pretrained` loads; `trl-klx sums` fetches a real one.
+`--model` is any causal language model that `from_pretrained` loads; recipes/smollm2-135m/prepare.py fetches a real one.
 
 All trainers share policy, reference and optimizer in one process and take turns; a ratio compares with stock in that
 round. `step` is loss, backward, clipping and optimizer on one fixed rollout, the same answers for all; `whole` samples,

@@ -1,13 +1,15 @@
-"""What story models write, judged: proxy and gold reward, how well the two agree, and what best-of-n would do.
+"""Judges what story models write: proxy and gold reward, how well the two agree, and what best-of-n would do.
 
+python recipes/tinystories-15m/prepare.py
 python scripts/judge_stories.py runs/stories/model runs/grpo_exact_none/checkpoint-30 runs/grpo_exact_none
 
-Samples answers to the held-out prompts of `trl-klx stories` from each model. For the first model it also predicts
+Samples answers to the held-out prompts of recipes/tinystories-15m from each model. For the first model it also predicts
 over-optimisation without training: the best of n answers by the proxy, its gold reward, and the law fitted to it.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,9 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_klx.monitor.overoptimisation.law import best_of_n, fit_law
-from trl_klx.tasks.story_rewards import cheerful_story, story_judge, vader_sentiment
+
+sys.path.append(str(Path(__file__).parent.parent / "recipes" / "tinystories-15m"))
+from rewards import cheerful_story, story_judge, vader_sentiment
 
 Texts = list[list[str]]  # (P, N)
 BATCH_SIZE, ANSWER_TOKENS = 64, 40

@@ -98,7 +98,7 @@ BAD_RECIPES = [
     ({"gold_reward_func": "trl_klx.rewards.exact_match", "beta": 0.1, "eval_strategy": "no"}, "eval_strategy='no'"),
     ({"gold_action": "stop"}, "gold_action='stop' has no effect without a gold reward"),
     ({"gold_action": "halt"}, "gold_action='halt' does not exist"),
-    ({"dataset_name": "runs/stories/nowhere"}, "run `trl-klx stories` first"),
+    ({"dataset_name": "runs/stories/nowhere"}, "recipes/tinystories-15m/prepare.py` first"),
     ({"num_generations": 1, "per_device_train_batch_size": 1}, "num_generations=1 must be a number, at least 2"),
     ({"generation_batch_size": 7}, "must be divisible"),
 ]
@@ -238,7 +238,7 @@ def test_command_line_is_refused(
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["grop"], "the command 'grop' does not exist: use starter, stories, "),
+        (["grop"], "the command 'grop' does not exist: use starter, grpo, "),
         (["grpo", "--accelerate_config", "zero9", "--config", "x"], "neither a file nor one of cpu, fsdp2"),
         (["dpo", "--config", "nowhere.yaml"], "--config nowhere.yaml does not exist"),
         (["grpo", "--accelerate_config"], "neither a file nor one of"),

@@ -1,35 +1,20 @@
 """The benchmarks run, at sizes that measure nothing: every row is there and every number is finite."""
 
-import importlib.util
 import io
 import json
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from packaging.version import Version
 from rich.console import Console
+from support.loading import load
 from support.tiny import save_tiny
 
 from trl_klx.control.plants import PHASES
 from trl_klx.tasks.starter import make_problems
 from trl_klx.trainers.seams import TRL_VERSION
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-def load(name: str) -> ModuleType:
-    if str(SCRIPTS) not in sys.path:
-        sys.path.insert(0, str(SCRIPTS))  # as where a script runs by itself: one imports from another
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def printed(table) -> str:
@@ -39,7 +24,7 @@ def printed(table) -> str:
 
 
 def test_benchmark_of_the_exact_kl(capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark = load("benchmark_exact_kl")
+    benchmark = load("scripts/benchmark_exact_kl.py")
     results = benchmark.main(["--vocabularies", "60", "--tokens", "8", "--hidden", "8", "--repeats", "1"])
     assert [key[2] for key in results] == list(benchmark.ROUTES)
     assert all(math.isfinite(value) and value >= 0 for result in results.values() for value in result.values())
@@ -50,7 +35,7 @@ def test_benchmark_of_the_exact_kl(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_routes_of_the_benchmark_compute_the_same(direction: str) -> None:
-    benchmark = load("benchmark_exact_kl")
+    benchmark = load("scripts/benchmark_exact_kl.py")
     args = benchmark.parse(["--hidden", "8", "--direction", direction])
     inputs = benchmark.make_inputs(60, 8, args)
     routes = [benchmark.route(name, args) for name in benchmark.ROUTES]
@@ -62,7 +47,7 @@ def test_routes_of_the_benchmark_compute_the_same(direction: str) -> None:
 
 
 def test_slopes() -> None:
-    benchmark = load("benchmark_exact_kl")
+    benchmark = load("scripts/benchmark_exact_kl.py")
     assert benchmark.slope([10, 100, 1000], [3.0, 30.0, 300.0]) == pytest.approx(1)
     assert benchmark.slope([10, 100], [5.0, 5.0]) == pytest.approx(0)
     assert math.isnan(benchmark.slope([10, 10], [1.0, 2.0]))
@@ -76,7 +61,7 @@ def test_slopes() -> None:
 
 
 def test_benchmark_of_the_overhead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark = load("benchmark_overhead")
+    benchmark = load("scripts/benchmark_overhead.py")
     arguments = ["--model", save_tiny(tmp_path / "model"), "--prompt", "3+4=", "--batch_size", "4"]
     arguments += ["--completion_length", "4", "--rounds", "2", "--whole_rounds", "1"]
     times, memory = benchmark.main([*arguments, "--no_memory"])
@@ -93,13 +78,13 @@ def test_benchmark_of_the_overhead(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_ratios_are_taken_round_by_round() -> None:
     """A machine that is twice as slow for a round is so for all."""
-    benchmark = load("benchmark_overhead")
+    benchmark = load("scripts/benchmark_overhead.py")
     seconds = {benchmark.STOCK: [1.0, 2.0, 1.0, 4.0], "k3 loss": [1.5, 3.0, 1.5, 6.0]}
     assert benchmark.ratios(seconds, "k3 loss") == pytest.approx((1.5, 1.5, 1.5))
 
 
 def test_benchmark_of_the_controllers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark = load("benchmark_controllers")
+    benchmark = load("scripts/benchmark_controllers.py")
     results = benchmark.main(["--plants", "5", "--output", str(tmp_path / "figures.json")])
     assert list(results) == list(benchmark.CONTROLLERS)
     assert json.loads((tmp_path / "figures.json").read_text())["figures"] == results
@@ -121,7 +106,7 @@ def test_the_former_pid_of_the_benchmarks_gives_its_anchor() -> None:
         0.0409365377, 0.0389400392, 0.0389400392, 0.0389400392, 0.0461978269, 0.0564261531, 0.0689190591,
         0.0806797020, 0.0761837193, 0.0725282957, 0.0725282957, 0.0619245815, 0.0605867164,
     ]  # fmt: skip
-    controller = load("benchmark_controllers").make("former pid", 0.05, 0.1)
+    controller = load("scripts/benchmark_controllers.py").make("former pid", 0.05, 0.1)
     assert [controller.update(kl) for kl in readings] == pytest.approx(expected, rel=1e-8)
 
 
@@ -148,7 +133,7 @@ def test_benchmark_of_control_in_training(
     """Every controller trains; a finished run is not repeated, one that an interruption cut short is."""
     if algorithm == "ppo" and Version("1.13") <= TRL_VERSION:
         pytest.skip("TRL has PPO up to 1.12")
-    benchmark = load("benchmark_control_training")
+    benchmark = load("scripts/benchmark_control_training.py")
     arguments = ["--starter", str(tiny_starter), "--output_dir", str(tmp_path), "--algorithms", algorithm]
     arguments += ["--seeds", "3", "--grpo_steps", "3", "--ppo_steps", "3", "--picture", str(tmp_path / "p.png")]
     arguments += ["--controllers", *benchmark.CONTROLLERS]
@@ -172,7 +157,7 @@ def test_benchmark_of_control_in_training(
 
 
 def test_figures_of_a_run_by_hand() -> None:
-    benchmark = load("benchmark_control_training")
+    benchmark = load("scripts/benchmark_control_training.py")
     relative = [0.1, 0.6, 0.9, 1.5, 1.1, 0.8, 1.2, 1.0, 2.0, 1.1, 0.9, 1.0]
     steps = [5 * (place + 1) for place in range(12)]
     run = {"step": steps, "kl": [value * benchmark.TARGET for value in relative]}
@@ -188,7 +173,7 @@ def test_figures_of_a_run_by_hand() -> None:
 
 
 def test_benchmark_of_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark = load("benchmark_measure")
+    benchmark = load("scripts/benchmark_measure.py")
     models = ["--reference", save_tiny(tmp_path / "reference"), "--policy", save_tiny(tmp_path / "policy", seed=1)]
     times = benchmark.main([*models, "--prompt_tokens", "3", "--tokens", "5", "--rounds", "1"])
     assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in times.values())
@@ -201,5 +186,5 @@ def test_benchmark_of_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 def test_memory_of_measuring_is_bounded() -> None:
     """2048 tokens of a vocabulary of 50,000 are 781 MiB of logits; the chunk holds 128 and what a block needs."""
-    benchmark = load("benchmark_measure")
+    benchmark = load("scripts/benchmark_measure.py")
     assert benchmark.main(["--memory", "--vocabulary", "50000", "--tokens", "2048"]) < 300

@@ -56,7 +56,7 @@ def test_help_shows_every_field_once() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["--help", "starter", "stories", "sums", "controllers"])
+@pytest.mark.parametrize("name", ["--help", "starter", "controllers"])
 def test_help_that_needs_no_torch_loads_none(name: str) -> None:
     arguments = ["--help"] if name == "--help" else [name, "--help"]
     code = (

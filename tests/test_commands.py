@@ -201,6 +201,7 @@ RULES = [
     Rule(r"(OMP_NUM_THREADS=1 )?(trl-klx |python scripts/)(grpo|ppo|dpo)(\.py)? .*", recipe_parsed, "minutes each"),
     Rule(r"(trl-klx (measure|explain|card)|accelerate launch)", named, "is a name in a sentence"),
     Rule(r"trl-klx .*", parsed, "takes minutes or a model to fetch; the command's own tests run it in small"),
+    Rule(r"python recipes/[\w.-]+/prepare\.py", parsed, "fetches a model; tests/test_stories.py, tests/test_sums.py"),
     Rule(r"(OMP_NUM_THREADS=1 )?python scripts/\w+\.py.*", parsed, "minutes to hours; tests/test_benchmarks.py"),
     Rule(r"python -m pytest .*", tests_exist, "is what runs this test"),
     Rule(r"make [\w-]+", make_dry_run, "these are what CI runs, or make an environment"),

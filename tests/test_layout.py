@@ -20,10 +20,7 @@ ALLOWED = {
     "control": ({"cli", "control", "recipe_files"}, {"numpy", "rich", "matplotlib"}),
     "config": ({"config", "kl"}, set()),
     "rewards": (set(), set()),
-    "tasks": (
-        {"cli", "rewards", "tasks"},
-        {"torch", "transformers", "tokenizers", "tqdm", "numpy", "afinn", "vaderSentiment"},
-    ),
+    "tasks": ({"cli", "rewards", "tasks"}, {"torch", "transformers", "tokenizers", "tqdm"}),
     "recipe_files": (set(), {"yaml"}),
     "monitor": ({"kl"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
     "monitor/health": ({"kl", "monitor"}, {"torch", "transformers"}),

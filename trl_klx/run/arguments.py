@@ -19,23 +19,26 @@ from ..trainers.checks.loading import loading_arguments
 
 @dataclass
 class RunArguments(ScriptArguments):
-    """What TRL's scripts take, with rewards as dotted paths."""
+    """What TRL's scripts take, with rewards by name."""
 
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "Reward functions as dotted paths, for example trl_klx.rewards.exact_match."},
+        metadata={
+            "help": "Reward functions, as module.function or path/to/file.py:function, for example "
+            "trl_klx.rewards.exact_match."
+        },
     )
     gold_reward_func: str | None = field(
         default=None,
         metadata={
-            "help": "What the reward stands for, as one more dotted path: scored in evaluation, never trained on. GRPO "
+            "help": "What the reward stands for, as one more function: scored in evaluation, never trained on. GRPO "
             "and PPO follow it against the KL, and act by gold_action when it has turned."
         },
     )
     dataset_prepare: str | None = field(
         default=None,
         metadata={
-            "help": "Function of a dataset's row, as a dotted path, whose result takes the row's place, for example "
+            "help": "Function of a dataset's row, named like a reward, whose result takes the row's place, for example "
             "trl_klx.tasks.gsm8k.gsm8k_prompts."
         },
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 
+from ..recipe_files import shipped_recipe
 from ..trainers.rewarding.calls import raised
 from ..wording import first_line
 from .arguments import BadInput, RunArguments
@@ -16,8 +17,12 @@ from .users_code import UsersError, load_function
 
 
 def maker(path: str) -> str | None:
-    """The command that makes what is at a path, as the recipes have it."""
-    return next((f"trl-klx {name}" for name in ("starter", "stories") if path.startswith(f"runs/{name}")), None)
+    """The command that makes what the shipped recipes expect at a path."""
+    if path.startswith("runs/starter"):
+        return "trl-klx starter"
+    prepared = {"runs/stories": "tinystories-15m", "runs/sums": "smollm2-135m"}
+    folder = next((folder for start, folder in prepared.items() if path.startswith(start)), None)
+    return folder and f"python {shipped_recipe(f'recipes/{folder}/prepare.py')}"
 
 
 def open_dataset(args: RunArguments, *, streaming: bool) -> DatasetDict:
@@ -55,7 +60,7 @@ def wanted_splits(dataset: DatasetDict, args: RunArguments, *, needs_test: bool)
 
 
 def prepare_rows(dataset: DatasetDict, name: str | None) -> DatasetDict:
-    """Put the result of the function `name`, a dotted path, in the place of every row.
+    """Put the result of the function `name` in the place of every row.
 
     Raises:
         BadInput: it cannot be imported, fails on a row, or makes no row of one.

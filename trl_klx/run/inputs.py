@@ -162,8 +162,10 @@ def _read_rewards(algorithm: str, recipe: Recipe, found: Findings) -> tuple[list
             "reward_funcs is missing" if algorithm == "grpo" else "reward_funcs and reward_model_path are both missing"
         )
         found.add(
-            f"there is no reward, {missing}: give reward functions as dotted paths, for example "
-            "trl_klx.rewards.exact_match" + ", or the path of a reward model" * (algorithm == "ppo") + "."
+            f"there is no reward, {missing}: give reward functions, for example "
+            "trl_klx.rewards.exact_match or my_rewards.py:function"
+            + ", or the path of a reward model" * (algorithm == "ppo")
+            + "."
         )
     elif args.reward_weights is not None:
         found.ask(check_weights, args.reward_weights, len(names) + has_model)

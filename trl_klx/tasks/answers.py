@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Prompt = str | list[dict[str, str]]  # a text, or messages
-Problems = Sequence[Mapping[str, Any]]
+Problems = Sequence[Mapping[str, Any]]  # an `answer` and a `prompt` each: a text, or messages for the chat template
 
 
 class Accuracy(NamedTuple):
@@ -22,6 +21,18 @@ class Accuracy(NamedTuple):
 
     mean: float
     standard_error: float
+
+
+class Answer(NamedTuple):
+    """A sampled answer: its tokens with the end of text, its text without, and its reward.
+
+    The text is None, and the reward 0, where the answer is unfinished or holds another special token: the text would be
+    tokenised as something that the model never sampled.
+    """
+
+    tokens: list[int]
+    text: str | None
+    reward: float
 
 
 def accuracy(
@@ -35,36 +46,22 @@ def accuracy(
     max_new_tokens: int = 8,
     seed: int = 0,
 ) -> Accuracy:
-    """Share of completions that are exactly the answer, over two or more problems with a `prompt` and an `answer`.
+    """Share of completions that are exactly the answer, over two or more problems.
 
-    `sample` draws `samples_per_problem` completions at temperature 1, with the random numbers of `seed`; without it the
+    `sample` draws `samples_per_problem` completions at temperature 1 with the random numbers of `seed`; without it the
     model decodes greedily, once. `batch_size` completions of at most `max_new_tokens` are generated at a time. The
     random state of PyTorch and the model's mode are left as they were.
     """
     if samples_per_problem < 1 or (samples_per_problem > 1 and not sample):
         raise ValueError(f"samples_per_problem is {samples_per_problem}: give 1, or more with sample=True.")
     rows = [problem for problem in problems for _ in range(samples_per_problem)]
-    prompts = [row["prompt"] for row in rows]
-    texts = []
-    length = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    for tokens in _completions(model, tokenizer, prompts, sample=sample, seed=seed, **length):
+    texts: list[str] = []
+    for tokens in _completions(model, tokenizer, rows, sample, seed, batch_size, max_new_tokens):
         texts += tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    scores = exact_match(prompts, texts, answer=[row["answer"] for row in rows])
+    scores = exact_match(texts, texts, answer=[row["answer"] for row in rows])
     # Samples of one problem are alike, so the problem is the unit of the standard error.
-    means = [statistics.fmean(scores[i : i + samples_per_problem]) for i in range(0, len(scores), samples_per_problem)]
+    means = [statistics.fmean(own) for own in _by_problem(scores, samples_per_problem)]
     return Accuracy(statistics.fmean(means), statistics.stdev(means) / math.sqrt(len(means)))
-
-
-class Answer(NamedTuple):
-    """A sampled answer: its tokens with the end of text, its text without, and its reward.
-
-    The text is None, and the reward 0, where the answer did not come to its end or holds another special token: the
-    text would be tokenised as something that the model never sampled.
-    """
-
-    tokens: list[int]
-    text: str | None
-    reward: float
 
 
 def sampled_answers(
@@ -78,15 +75,14 @@ def sampled_answers(
     max_new_tokens: int = 8,
     seed: int = 0,
 ) -> list[list[Answer]]:
-    """The model's own answers to each problem, at temperature 1, with the random numbers of `seed`.
+    """The model's own answers to each problem, at temperature 1 with the random numbers of `seed`.
 
-    A problem has a `prompt`, a text or messages for the chat template, and an `answer` for `reward`, a reward function
-    in TRL's form. The random state of PyTorch and the model's mode are left as they were.
+    `reward` is a reward function in TRL's form, which gets the column `answer`. The random state of PyTorch and the
+    model's mode are left as they were.
     """
     rows = [problem for problem in problems for _ in range(samples_per_problem)]
     found: list[tuple[list[int], str | None]] = []
-    length = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    for tokens in _completions(model, tokenizer, [row["prompt"] for row in rows], sample=True, seed=seed, **length):
+    for tokens in _completions(model, tokenizer, rows, True, seed, batch_size, max_new_tokens):
         found += [_finished(tokenizer, row) for row in tokens.tolist()]
     scores = reward(
         prompts=[row["prompt"] for row in rows],
@@ -97,15 +93,15 @@ def sampled_answers(
         Answer(tokens, text, 0.0 if text is None else score)
         for (tokens, text), score in zip(found, scores, strict=True)
     ]
-    return [answers[i : i + samples_per_problem] for i in range(0, len(answers), samples_per_problem)]
+    return _by_problem(answers, samples_per_problem)
 
 
 def preference_pairs(problems: Problems, answers: Sequence[Sequence[Answer]]) -> list[dict[str, Any]]:
     """Pairs `{"prompt", "chosen", "rejected"}`: the first right and the first wrong answer to each problem.
 
-    A problem of which all answers are right, or all wrong, gives no pair, so that both sides are samples of the model,
-    as preference data are in theory. An answer without a text is in no pair. A text carries no end of text: TRL
-    appends it. Where the prompt is messages, the sides are.
+    A problem whose answers are all right, or all wrong, gives no pair, so that both sides are samples of the model, as
+    preference data are in theory. An answer without a text is in no pair. A text carries no end of text: TRL appends
+    it. Where the prompt is messages, the sides are.
     """
     pairs = []
     for problem, own in zip(problems, answers, strict=True):
@@ -119,40 +115,44 @@ def preference_pairs(problems: Problems, answers: Sequence[Sequence[Answer]]) ->
     return pairs
 
 
+def _by_problem(values: list, samples: int) -> list[list]:
+    return [values[start : start + samples] for start in range(0, len(values), samples)]
+
+
 def _finished(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> tuple[list[int], str | None]:
     """The tokens up to the end of text, and their text."""
     if tokenizer.eos_token_id not in tokens:
         return tokens, None
     end = tokens.index(tokenizer.eos_token_id)
-    before = tokens[:end]
-    text = None if set(before) & set(tokenizer.all_special_ids) else str(tokenizer.decode(before))
-    return tokens[: end + 1], text
+    is_odd = set(tokens[:end]) & set(tokenizer.all_special_ids)
+    return tokens[: end + 1], None if is_odd else str(tokenizer.decode(tokens[:end]))
 
 
 def _completions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
-    *,
+    rows: Problems,
     sample: bool,
     seed: int,
     batch_size: int,
     max_new_tokens: int,
 ) -> list[Tensor]:
-    """Completion tokens, (batch, new tokens) for each batch of prompts; at temperature 1, or greedy."""
+    """Completion tokens, (batch, new tokens) for each batch of rows; at temperature 1, or greedy."""
     import torch
 
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-    completions = []
-    was_training = model.training
+    prompts: Any = [row["prompt"] for row in rows]
+    is_chat = any(not isinstance(prompt, str) for prompt in prompts)
+    if is_chat:
+        prompts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
+    completions, was_training = [], model.training
     model.eval()
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
             inputs = tokenizer(
-                [_prompt_text(tokenizer, prompt) for prompt in batch],
-                add_special_tokens=isinstance(batch[0], str),  # a chat template writes its own
+                prompts[start : start + batch_size],
+                add_special_tokens=not is_chat,  # a chat template writes its own
                 padding=True,
                 padding_side="left",
                 return_tensors="pt",
@@ -161,9 +161,3 @@ def _completions(
             completions.append(tokens[:, inputs["input_ids"].shape[1] :])
     model.train(was_training)
     return completions
-
-
-def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))

@@ -1,16 +1,18 @@
-"""Folders that appear at once, when what is in them is complete."""
+"""Folders that appear at once, when what is in them is complete, and the rows in them."""
 
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A new folder to fill, which takes the place of `target` at the end of the block; if that raises, nothing changes.
 
-    Beside it, in its parent, temporary files may lie: they are deleted with it.
+    Temporary files may lie beside it, in its parent: they are deleted with it.
     """
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -22,3 +24,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             target.rename(Path(temporary) / "replaced")
         made.rename(target)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines, which `load_dataset` reads; `<split>.jsonl` in a folder is a split."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

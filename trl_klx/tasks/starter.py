@@ -18,16 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..cli.parser import CommandParser, UsageError
 from .answers import Problems, accuracy, preference_pairs, sampled_answers
-from .folder import whole_folder
+from .folder import whole_folder, write_rows
 
 if TYPE_CHECKING:  # imported on first use, so that `trl-klx starter --help` answers at once
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DEFAULT_OUTPUT_DIR = "runs/starter"
 TRAIN_PROMPTS, TEST_PROMPTS = 4096, 512
 # Problems that are sampled for preference pairs; not all of them give one.
 PAIR_TRAIN_PROMPTS, PAIR_TEST_PROMPTS = 2048, 256
-HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS = 128, 2, 4
 BATCH_SIZE, LEARNING_RATE = 64, 1.5e-3
 PARTS = ("model", "data", "preferences")
 NEXT_COMMAND = (
@@ -36,12 +34,12 @@ NEXT_COMMAND = (
 
 
 class StarterError(ValueError):
-    """Input that `make_starter` cannot use; the message is one sentence for the user."""
+    """What the user gave cannot work; the message is one sentence that names it."""
 
 
 @dataclass(frozen=True)
 class StarterReport:
-    """What `make_starter` made: where it is, how large the model is, how long it took and how well the model sorts."""
+    """What `make_starter` made: its folders, the model's size, how long it took, and how well the model sorts."""
 
     model_dir: str
     data_dir: str
@@ -60,14 +58,20 @@ def make_starter(
 ) -> StarterReport:
     """Train the starter model and write it with its data; a complete starter of the same settings is kept.
 
-    Writes `<output_dir>/model` (for `from_pretrained`), `<output_dir>/data` (for `load_dataset`: splits train and test,
-    columns prompt and answer), `<output_dir>/preferences` (the same splits, with the model's own answers in the columns
-    prompt, chosen and rejected) and `<output_dir>/starter.json`. All of it appears at once, when it is complete.
+    Writes `model` (for `from_pretrained`), `data` (for `load_dataset`: splits train and test, columns prompt and
+    answer), `preferences` (the same splits of the model's own answers: prompt, chosen and rejected) and `starter.json`.
+    All of it appears at once, when it is complete.
 
-    `seed` is that of the initial weights, the batches and the answers; the same seed gives the same files. The data do
-    not depend on it, so that models are compared on the same problems. `steps` is the length of the supervised
-    training. `force` makes the starter anew and replaces the one in `output_dir`, whatever its settings. Raises
-    `StarterError` if a number is out of range, or if `output_dir` holds anything that must not be replaced.
+    Args:
+        output_dir: folder to write.
+        seed: of the initial weights, the batches and the answers; the same seed gives the same files. The problems do
+            not depend on it, so that models are compared on the same ones.
+        steps: length of the supervised training.
+        force: replaces a starter that is there, whatever its settings.
+        progress: shows a bar.
+
+    Raises:
+        StarterError: a number is out of range, or `output_dir` holds something that is not from a starter.
     """
     for name, value, lowest in (("seed", seed, 0), ("steps", steps, 1)):
         if not lowest <= value < 2**63:
@@ -101,14 +105,14 @@ def is_held_out(prompt: str) -> bool:
 def command_parser(program: str) -> CommandParser:
     """What `trl-klx starter` takes."""
     parser = CommandParser(prog=program, description="Make a small trained model that sorts digits, and its data.")
-    parser.add_argument("--output_dir", default=DEFAULT_OUTPUT_DIR, help="folder to write (default: %(default)s)")
+    parser.add_argument("--output_dir", default="runs/starter", help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="whole number, 0 or greater (default: %(default)s)")
-    parser.add_argument("--force", action="store_true", help="make the starter anew, replacing the one in output_dir")
+    parser.add_argument("--force", action="store_true", help="make the starter again, replacing the one in output_dir")
     return parser
 
 
 def main(argv: list[str] | None = None, program: str = "trl-klx starter") -> int:
-    """Make the starter and say where it is. Returns the exit status: 0, or 2 for bad input."""
+    """Make the starter and print where it is. Returns the exit status: 0, or 2 for bad input."""
     try:
         args = command_parser(program).parse_args(argv)
         report = make_starter(args.output_dir, seed=args.seed, force=args.force)
@@ -119,7 +123,7 @@ def main(argv: list[str] | None = None, program: str = "trl-klx starter") -> int
         print(f"error: output_dir {args.output_dir}: {error.strerror}; choose a folder to write to.", file=sys.stderr)
         return 2
     command = NEXT_COMMAND
-    if Path(args.output_dir) != Path(DEFAULT_OUTPUT_DIR):  # the recipe names the default folder
+    if Path(args.output_dir) != Path("runs/starter"):  # which the recipe names
         command += " " + shlex.join(["--model_name_or_path", report.model_dir, "--dataset_name", report.data_dir])
     print(
         f"Starter: sorts digits (53331= -> 13335), {report.parameters:,} parameters, made in {report.seconds:.0f} s\n"
@@ -133,7 +137,11 @@ def main(argv: list[str] | None = None, program: str = "trl-klx starter") -> int
 
 
 def _existing_results(folder: Path, settings: dict[str, float], force: bool) -> dict[str, Any] | None:
-    """The results of a complete starter of these settings; None where one is to be made, an error where it cannot."""
+    """The results of a complete starter of these settings; None where one is to be made.
+
+    Raises:
+        StarterError: the folder holds something that must not be replaced.
+    """
     if not folder.exists():
         return None
     if not folder.is_dir():
@@ -141,10 +149,9 @@ def _existing_results(folder: Path, settings: dict[str, float], force: bool) -> 
     names = {path.name for path in folder.iterdir()}
     try:
         record = json.loads((folder / "starter.json").read_text())
-        record = record if isinstance(record, dict) else {}
-    except (FileNotFoundError, ValueError):
-        record = {}
-    made_with = record.get("settings")
+        made_with = record.get("settings")
+    except (FileNotFoundError, ValueError, AttributeError):  # missing, or not what `make_starter` writes
+        made_with = None
     if made_with == settings and not force and names.issuperset(PARTS):
         return record["results"]
     foreign = sorted(names - {*PARTS, "starter.json"} if made_with else names)
@@ -161,7 +168,6 @@ def _make(folder: Path, seed: int, steps: int, progress: bool) -> dict[str, Any]
 
     start = time.perf_counter()
     train, test = make_problems()
-    _write(folder / "data", train, test)
     threads = torch.get_num_threads()
     # So small a model gains nothing from threads, and on busy cores they wait for each other a hundred times as long.
     torch.set_num_threads(1)
@@ -179,7 +185,9 @@ def _make(folder: Path, seed: int, steps: int, progress: bool) -> dict[str, Any]
         ]
     finally:
         torch.set_num_threads(threads)
-    _write(folder / "preferences", *pairs)
+    for name, splits in (("data", (train, test)), ("preferences", pairs)):
+        for split, rows in zip(("train", "test"), splits, strict=True):
+            write_rows(folder / name / f"{split}.jsonl", rows)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return {
@@ -191,13 +199,6 @@ def _make(folder: Path, seed: int, steps: int, progress: bool) -> dict[str, Any]
         "train_pairs": len(pairs[0]),
         "test_pairs": len(pairs[1]),
     }
-
-
-def _write(folder: Path, train: Problems, test: Problems) -> None:
-    """Write the rows of two splits, in the form that `load_dataset` reads."""
-    folder.mkdir(parents=True)
-    for split, rows in (("train", train), ("test", test)):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _make_tokenizer() -> PreTrainedTokenizerBase:
@@ -218,12 +219,12 @@ def _make_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=2 * HIDDEN_SIZE,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=NUM_HEADS,
-        num_key_value_heads=NUM_HEADS,
-        head_dim=HIDDEN_SIZE // NUM_HEADS,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
         max_position_embeddings=64,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -254,7 +255,3 @@ def _train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

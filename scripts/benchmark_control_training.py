@@ -4,7 +4,7 @@ trl-klx starter --output_dir runs/starter
 OMP_NUM_THREADS=1 python scripts/benchmark_control_training.py --picture docs/images/controllers.png
 
 Every run is the starter recipe of its algorithm with another controller: the same starting beta, the same target, a KL
-of 0.4 nats per sequence, and default settings; `former pid` is the law of before, at its defaults and with the gains
+of 0.4 nats per sequence, and default settings; `plain pid` has constant gains: weak ones, and (tuned) those
 and the floor that were found by hand for this task.
 
 Runs follow one another in one process. Each adds a line to `<output_dir>/runs.jsonl` when it is complete, and is not
@@ -30,7 +30,7 @@ from unittest import mock
 import matplotlib
 import torch
 import yaml
-from benchmark_controllers import FormerPID, ImpatientPID
+from benchmark_controllers import ImpatientPID, PlainPID
 from datasets import load_dataset
 from rich.console import Console
 from rich.table import Table
@@ -56,11 +56,11 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
     "fixed": {"kl_controller": "fixed"},
     "adaptive": {"kl_controller": "adaptive", "kl_target": TARGET},
     "pid": {"kl_controller": "pid", "kl_target": TARGET},
-    "former pid": {"kl_controller": "pid", "kl_target": TARGET},
-    "former pid, tuned": {"kl_controller": "pid", "kl_target": TARGET, "kl_coef_min": 0.1},
+    "plain pid": {"kl_controller": "pid", "kl_target": TARGET},
+    "plain pid, tuned": {"kl_controller": "pid", "kl_target": TARGET, "kl_coef_min": 0.1},
     "pid, no patience": {"kl_controller": "pid", "kl_target": TARGET},
 }
-LAWS = {"former pid": FormerPID, "former pid, tuned": FormerPID, "pid, no patience": ImpatientPID}
+LAWS = {"plain pid": PlainPID, "plain pid, tuned": PlainPID, "pid, no patience": ImpatientPID}
 USUAL = list(CONTROLLERS)[:5]
 TUNED_GAINS = {"grpo": {"kl_kp": 4.0, "kl_ki": 0.04}, "ppo": {"kl_kp": 8.0, "kl_ki": 0.1}}
 COLORS = {name: f"C{place}" for place, name in enumerate(CONTROLLERS)}
@@ -90,7 +90,7 @@ def recipe_of(algorithm: str, controller: str, seed: int, args: Arguments) -> di
     """The starter recipe with another controller, without evaluation in between."""
     recipe = yaml.safe_load((RECIPES / f"{algorithm}_exact_both_pid.yaml").read_text())
     recipe = {name: value for name, value in recipe.items() if name not in CONTROLLER_SETTINGS}
-    if controller == "former pid, tuned":
+    if controller == "plain pid, tuned":
         recipe |= TUNED_GAINS[algorithm]
     return recipe | {
         **CONTROLLERS[controller],

@@ -4,7 +4,7 @@ python scripts/benchmark_controllers.py --output controllers.json
 
 Plants, courses and figures are those of `trl_klx/control/plants.py`. All controllers are at their default settings
 where the name gives none, and meet the same plants and noise. `trl-klx controllers` compares settings with them;
-here are, besides, the PID law of before and the present one less each of its parts.
+here are, besides, a PID with constant gains and ours without each of its parts.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from trl_klx.control.comparison import add_plant_options, figures_table, plants_
 from trl_klx.control.plants import WINDOW, Figures, measure
 
 
-class FormerPID(PIDController):
-    """The PID law before its gain and its patience: with constant gains."""
+class PlainPID(PIDController):
+    """A PID with constant gains and without patience."""
 
     lowest_error = -0.5
     patience = math.inf
@@ -39,9 +39,9 @@ CONTROLLERS: dict[str, tuple[str | type[Controller], dict[str, float]]] = {
     "fixed": ("fixed", {}),
     "adaptive": ("adaptive", {}),
     "pid": ("pid", {}),
-    "former pid": (FormerPID, {}),
-    # The former law with the gains that were tuned by hand for the starter task, and the law less each of its parts.
-    "former pid, kp 4, ki 0.04": (FormerPID, {"kp": 4.0, "ki": 0.04}),
+    "plain pid": (PlainPID, {}),
+    # With the gains that were tuned by hand for the starter task; then our law without each of its parts.
+    "plain pid, kp 4, ki 0.04": (PlainPID, {"kp": 4.0, "ki": 0.04}),
     "pid, constant gain": ("pid", {"gain_min": 1.0}),
     "pid, no patience": (ImpatientPID, {}),
 }

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from trl_klx.cli.controllers_command import add_plant_options, figures_table, plants_of
 from trl_klx.control import Controller, PIDController, make_controller
-from trl_klx.control.comparison import add_plant_options, figures_table, plants_of
 from trl_klx.control.plants import WINDOW, Figures, measure
 
 

@@ -24,13 +24,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from trl_klx.measure.compute import REFERENCE, Measurement, compare
-from trl_klx.measure.divergence import TokenStatistics, chunked_token_statistics, token_statistics
-from trl_klx.measure.inputs import Row
-from trl_klx.measure.models import Scorer, Source, load_model
-from trl_klx.measure.options import MeasureOptions
-from trl_klx.measure.store import Store
-from trl_klx.measure.tokens import Encoded
+from trl_klx.measure.passes.divergence import TokenStatistics, chunked_token_statistics, token_statistics
+from trl_klx.measure.passes.measurement import REFERENCE, Measurement, compare
+from trl_klx.measure.passes.models import Scorer, Source, load_model
+from trl_klx.measure.passes.options import MeasureOptions
+from trl_klx.measure.passes.responses import Encoded, Response
+from trl_klx.measure.passes.store import Store
 
 HIDDEN = 896
 
@@ -55,7 +54,7 @@ def random_batch(args: argparse.Namespace, vocab_size: int) -> list[Encoded]:
     ids = torch.randint(3, vocab_size, (args.batch_size, length), generator=generator).tolist()
     return [
         Encoded(
-            Row(place, str(place), str(place), None, "", None, None),
+            Response(place, str(place), str(place), None, "", None, None),
             row[: args.prompt_tokens],
             row[args.prompt_tokens :],
         )

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from trl_klx.cli import commands as cli
+from trl_klx.cli import controllers_command as controllers
 from trl_klx.control import KINDS, FixedController, make_controller
-from trl_klx.control import comparison as controllers
 from trl_klx.control.plants import PHASES, figures, make_plants, measure, simulate
 
 

@@ -14,8 +14,8 @@ from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXPPOConfig, kl
 from trl_klx.config import KLArguments
 from trl_klx.config.rules import ESTIMATORS
 from trl_klx.kl.gradients import SOUND, expected_gradient
-from trl_klx.measure.divergence import TokenStatistics
-from trl_klx.measure.options import MeasureOptions
+from trl_klx.measure.passes.divergence import TokenStatistics
+from trl_klx.measure.passes.options import MeasureOptions
 from trl_klx.monitor.health import course as detect_course
 from trl_klx.monitor.health import setup as detect_setup
 from trl_klx.monitor.health.readings import Finding

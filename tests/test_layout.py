@@ -17,7 +17,7 @@ _BELOW = {"trainers/errors", "trainers/seams"}  # every room of `trainers` may u
 _PLAIN = {"files", "wording"}  # small modules that know nothing of the rest, for every room but the two lowest
 ALLOWED = {
     "kl": ({"kl"}, {"torch"}),
-    "control": ({"cli", "control", "recipe_files"}, {"numpy", "rich", "matplotlib"}),
+    "control": (set(), {"numpy"}),
     "config": ({"config", "kl"}, set()),
     "rewards": (set(), set()),
     "tasks": ({"cli", "rewards", "tasks"}, {"torch", "transformers", "tokenizers", "tqdm"}),
@@ -74,18 +74,24 @@ ALLOWED = {
         ),
     ),
     "measure": (
-        {"kl", "launching"},
-        {
-            *("torch", "transformers", "accelerate", "safetensors", "datasets", "pyarrow", "pandas", "numpy"),
-            *("tqdm", "rich", "jinja2", "markupsafe", "matplotlib", "yaml"),
-        },
+        {"launching", "measure/page", "measure/passes", "measure/statistics"},
+        {"datasets", "pyarrow", "pandas", "rich", "transformers"},
     ),
-    "cli": ({"launching", "recipe_files"}, {"shtab"}),
+    "measure/page": (
+        {"measure/passes", "measure/statistics", "monitor"},
+        {"jinja2", "markupsafe", "matplotlib", "numpy", "pandas"},
+    ),
+    "measure/statistics": ({"measure/passes", "monitor"}, {"numpy", "pandas", "pyarrow", "torch", "yaml"}),
+    "measure/passes": (
+        {"kl"},
+        {"torch", "transformers", "accelerate", "safetensors", "datasets", "pyarrow", "tqdm"},
+    ),
+    "cli": ({"control", "launching", "recipe_files"}, {"matplotlib", "numpy", "rich", "shtab"}),
     **dict.fromkeys(("launching", "files", "wording"), (set(), set())),
     "__init__": ({"trainers/grpo", "trainers/ppo", "trainers/dpo"}, set()),
     "trainers": (set(), set()),
 }
-SPLIT = ("trainers", "monitor", "run")  # whose folders, and files of `trainers`, are rooms of their own
+SPLIT = ("trainers", "monitor", "run", "measure")  # whose folders, and files of `trainers`, are rooms of their own
 
 
 def room(path: Path) -> str:

@@ -22,11 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_klx.cli.commands import main
 from trl_klx.kl import exact_kl
 from trl_klx.measure import MeasureError, measure_kl
-from trl_klx.measure import compute as measure_module
-from trl_klx.measure.divergence import TokenStatistics
-from trl_klx.measure.inputs import Row, load_rows
-from trl_klx.measure.models import Scorer, Source, resolve
-from trl_klx.measure.tokens import RowError, encode
+from trl_klx.measure.passes import measurement as measure_module
+from trl_klx.measure.passes.divergence import TokenStatistics
+from trl_klx.measure.passes.models import Scorer, Source, resolve
+from trl_klx.measure.passes.responses import Response, RowError, encode, load_rows
 
 TESTS = Path(__file__).parent
 DIVERGENCES = ("kl_policy_ref", "kl_ref_policy", "js", "tv", "log_ratio")
@@ -216,8 +215,8 @@ def bpe_tokenizer(*, chat: bool = False):
     return fast
 
 
-def row(prompt, response=None, response_ids=None) -> Row:
-    return Row(0, "0", "0", None, prompt, response, response_ids)
+def row(prompt, response=None, response_ids=None) -> Response:
+    return Response(0, "0", "0", None, prompt, response, response_ids)
 
 
 def test_the_boundary_is_where_the_response_begins() -> None:

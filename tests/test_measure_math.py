@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from trl_klx.kl import exact_kl
-from trl_klx.measure.classes import DEFAULT_CLASSES, classify, load_classes
-from trl_klx.measure.divergence import TokenStatistics, chunked_token_statistics, token_statistics
-from trl_klx.measure.errors import MeasureError
-from trl_klx.measure.spikes import FALSE_POSITIVES, SPIKE_FLOOR, spike_threshold
-from trl_klx.measure.uncertainty import difference, ratio
+from trl_klx.measure.passes.divergence import TokenStatistics, chunked_token_statistics, token_statistics
+from trl_klx.measure.passes.errors import MeasureError
+from trl_klx.measure.statistics.spikes import FALSE_POSITIVES, SPIKE_FLOOR, spike_threshold
+from trl_klx.measure.statistics.token_classes import DEFAULT_CLASSES, classify, load_classes
 from trl_klx.monitor.moments import prompt_moments, sequence_rows, summarise
+from trl_klx.monitor.uncertainty import Estimate, difference, ratio
 
 
 def random_logits(rows: int = 7, vocab: int = 11, *, seed: int = 0, dtype=torch.float64) -> tuple[Tensor, ...]:
@@ -158,6 +158,10 @@ def test_wrong_shapes_are_refused() -> None:
 # --- standard errors --------------------------------------------------------------------------------------------------
 
 
+def grouped_ratio(totals: np.ndarray, sizes: np.ndarray, groups: np.ndarray) -> Estimate:
+    return ratio(*(np.bincount(groups, weights=column) for column in (totals, sizes)))
+
+
 def test_errors_are_those_of_training() -> None:
     """The same definition as `monitor.moments`, which training uses."""
     generator = torch.Generator().manual_seed(0)
@@ -166,8 +170,8 @@ def test_errors_are_those_of_training() -> None:
     prompts = torch.arange(12) // 3
     expected = summarise(prompt_moments(sequence_rows({"exact": values}, mask, prompts)), ("exact",))["exact"]
     totals, tokens = (values * mask).sum(-1).numpy(), mask.sum(-1).numpy()
-    per_token = ratio(totals, tokens, prompts.numpy(), 4)
-    per_sequence = ratio(totals, np.ones(12), prompts.numpy(), 4)
+    per_token = grouped_ratio(totals, tokens, prompts.numpy())
+    per_sequence = grouped_ratio(totals, np.ones(12), prompts.numpy())
     assert per_token[:2] == pytest.approx((expected.per_token, expected.per_token_se))
     assert per_sequence[:2] == pytest.approx((expected.per_sequence, expected.per_sequence_se))
 
@@ -183,7 +187,7 @@ def test_intervals_of_a_difference_hold_the_truth(shared: bool) -> None:
         level = generator.normal(0, 1, 60)[prompts]
         totals = level + generator.normal(0, 0.3, 60) + np.where(np.arange(60) < 30, 0.5, 0.0)
         wrong = np.arange(60) < 30
-        estimates = [ratio(np.where(rows, totals, 0), rows.astype(float), prompts, 60) for rows in (wrong, ~wrong)]
+        estimates = [grouped_ratio(np.where(rows, totals, 0), rows.astype(float), prompts) for rows in (wrong, ~wrong)]
         gap, se = difference(*estimates)
         held.append(abs(gap - 0.5) < 1.96 * se)
         widths.append(se)
@@ -192,9 +196,9 @@ def test_intervals_of_a_difference_hold_the_truth(shared: bool) -> None:
 
 
 def test_nothing_has_no_error() -> None:
-    nothing = ratio(np.zeros(2), np.zeros(2), np.array([0, 1]), 2)
+    nothing = ratio(np.zeros(2), np.zeros(2))
     assert math.isnan(nothing.mean) and math.isnan(nothing.se)
-    alone = ratio(np.array([3.0, 1.0]), np.ones(2), np.array([0, 0]), 1)
+    alone = ratio(np.array([4.0]), np.array([2.0]))
     assert alone.mean == 2 and math.isnan(alone.se)
 
 

@@ -27,7 +27,7 @@ import trl_klx
 from trl_klx.cli import commands as cli
 from trl_klx.hub.settings import write_settings
 from trl_klx.measure.api import measure_kl
-from trl_klx.measure.command import main as measure_main
+from trl_klx.measure.measure_command import main as measure_main
 from trl_klx.run import dpo, grpo, ppo, train
 from trl_klx.run.arguments import BadInput
 from trl_klx.run.check.command import make_plan

@@ -47,7 +47,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl.trainer.utils import use_adapter
 
 from trl_klx.kl import exact_kl
-from trl_klx.measure.models import Scorer
+from trl_klx.measure.passes.models import Scorer
 from trl_klx.trainers.checks.noise import noise_of, without_noise
 from trl_klx.trainers.checks.trainable import check_trainable
 from trl_klx.trainers.exact.forward import ExactKLForward

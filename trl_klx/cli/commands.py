@@ -28,12 +28,12 @@ COMMANDS = {
     "dpo": Command("trl_klx.run.dpo", "train with DPO, on pairs of chosen and rejected answers", launched=True),
     "explain": Command("trl_klx.run.explain.command", "say which gradient a recipe has, and what to use instead"),
     "controllers": Command(
-        "trl_klx.control.comparison", "list the controllers of beta, and try settings on simulated plants"
+        "trl_klx.cli.controllers_command", "list the controllers of beta, and try settings on simulated plants"
     ),
     "measure": Command(
-        "trl_klx.measure.command", "compare checkpoints with a reference on given responses", launched=True
+        "trl_klx.measure.measure_command", "compare checkpoints with a reference on given responses", launched=True
     ),
-    "card": Command("trl_klx.hub.command", "write the model card of a run again, and push what the run left"),
+    "card": Command("trl_klx.hub.card_command", "write the model card of a run again, and push what the run left"),
     "completion": Command("trl_klx.cli.completion", "print the script that makes a shell complete all this"),
 }
 

@@ -5,6 +5,6 @@ library form, `trl-klx measure` the command; docs/measure.md explains both.
 """
 
 from .api import measure_kl
-from .errors import MeasureError
+from .passes.errors import MeasureError
 
 __all__ = ["MeasureError", "measure_kl"]

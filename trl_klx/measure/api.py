@@ -9,12 +9,12 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from .classes import load_classes
-from .compute import Measurement, run_measurement
-from .errors import MeasureError
-from .options import MeasureOptions
-from .processes import processes
-from .summary import PolicyTokens, response_table
+from .passes.errors import MeasureError
+from .passes.measurement import Measurement, run_measurement
+from .passes.options import MeasureOptions
+from .passes.processes import processes
+from .statistics.tables import PolicyTokens, response_table
+from .statistics.token_classes import load_classes
 
 
 def measure_kl(
@@ -28,12 +28,12 @@ def measure_kl(
     """Compare policies with a reference on given responses, token by token.
 
     Args:
-        data: rows with `prompt` and `response`; see `trl_klx.measure.inputs.load_rows`.
+        data: rows with `prompt` and `response`; see `trl_klx.measure.passes.responses.load_rows`.
         reference: folder, adapter or name on the Hub.
         policies: one or more, or patterns such as "runs/x/checkpoint-*".
-        output_dir: where finished rows are kept, and an interrupted call goes on from; None for a temporary
+        output_dir: where finished rows are kept, and an interrupted call continues from; None for a temporary
             folder, with one process.
-        **options: fields of `trl_klx.measure.options.MeasureOptions`.
+        **options: fields of `trl_klx.measure.passes.options.MeasureOptions`.
 
     Returns:
         A dataset with a row per policy and response. T is the response's tokens, p the policy, r the reference.
@@ -72,7 +72,6 @@ def _rows(policy: PolicyTokens, done: Measurement) -> pa.Table:
     table, numbers = policy.table, response_table(done, policy)
     for name, values in (("class", policy.classes), ("spike", policy.spikes)):
         table = table.append_column(name, pa.ListArray.from_arrays([*policy.starts, len(values)], pa.array(values)))
-    for name in numbers.columns:
-        if name not in table.column_names:
-            table = table.append_column(name, pa.array(numbers[name]))
+    for name in numbers.columns.drop(table.column_names, errors="ignore"):
+        table = table.append_column(name, pa.array(numbers[name]))
     return table.combine_chunks()

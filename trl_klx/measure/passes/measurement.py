@@ -7,7 +7,6 @@ at a time, for every policy: one matrix product in place of a forward.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from .divergence import TokenStatistics, chunked_token_statistics
 from .errors import MeasureError, ModelError, RowError
-from .inputs import Row, load_rows
-from .models import Head, Scorer, Source, check_tokenizer, load_model, load_tokenizer, resolve
-from .options import DTYPES, MeasureOptions
+from .models import Head, Scorer, Source, check_tokenizer, load_model, reference_tokenizer, resolve
+from .options import MeasureOptions
 from .processes import processes
-from .sampling import missing_samples, sample_responses, sampled_rows
+from .responses import Encoded, Response, encode, encode_prompt, load_rows
+from .sampling import sampled_responses
 from .store import Store
-from .tokens import Encoded, encode, encode_prompt
 
 REFERENCE = "reference"
 
@@ -50,7 +48,7 @@ class Measurement:
 
 
 def run_measurement(data: Any, options: MeasureOptions) -> Measurement:
-    """Measure; goes on where an earlier run with the same settings in the same folder was interrupted.
+    """Measure, from where an earlier run with the same settings in the same folder was interrupted.
 
     Raises:
         MeasureError: options, data or reference cannot work. A policy that cannot be measured, and a row, are left out
@@ -60,15 +58,16 @@ def run_measurement(data: Any, options: MeasureOptions) -> Measurement:
     sources, reference = resolve(options.policies), Source(REFERENCE, options.reference.rstrip("/"))
     sampler = _sampler(options, sources)
     rows = load_rows(data, split=options.split, where=options.where, needs_response=options.sample is None)
-    tokenizer = load_tokenizer(reference)
+    tokenizer = reference_tokenizer(reference)
     done = Measurement(options, Store(options.output_dir), reference, tokenizer, [], sampler=sampler)
     if options.sample:
-        rows = _sample(done, rows, {source.label: source for source in (reference, *sources)}[str(sampler)])
+        source = next(source for source in (reference, *sources) if source.label == sampler)
+        rows = sampled_responses(_with_prompts(done, rows), source, tokenizer, options)
     _encode(done, rows)
-    settings = _settings(done)
-    done.store.open(settings, write=processes().is_main_process)
+    is_main = processes().is_main_process
+    done.store.open(_settings(done), write=is_main)
     for source in sources:
-        done.store.open_policy(source, write=processes().is_main_process)
+        done.store.open_policy(source, write=is_main)
     processes().wait_for_everyone()
     head, vocab_size = _run_reference(done)
     for source in sources:
@@ -84,7 +83,6 @@ def run_measurement(data: Any, options: MeasureOptions) -> Measurement:
 
 def _sampler(options: MeasureOptions, sources: Sequence[Source]) -> str | None:
     """The label of the model that sampled the responses."""
-    option = "sample" if options.sample else "sampled_from"
     wanted = options.sample or options.sampled_from
     if wanted is None or wanted == REFERENCE or wanted.rstrip("/") == options.reference.rstrip("/"):
         return wanted and REFERENCE
@@ -92,11 +90,11 @@ def _sampler(options: MeasureOptions, sources: Sequence[Source]) -> str | None:
         if wanted.rstrip("/") in (source.label, source.name):
             return source.label
     labels = ", ".join([REFERENCE, *(source.label for source in sources)])
+    option = "sample" if options.sample else "sampled_from"
     raise MeasureError(f"{option}={wanted!r} is none of the models: name one of {labels}.")
 
 
-def _sample(done: Measurement, rows: list[Row], source: Source) -> list[Row]:
-    options = done.options
+def _with_prompts(done: Measurement, rows: list[Response]) -> list[Response]:
     usable = []
     for row in rows:
         try:
@@ -104,27 +102,10 @@ def _sample(done: Measurement, rows: list[Row], source: Source) -> list[Row]:
             usable.append(row)
         except RowError as error:
             done.left_out_rows[row.id] = str(error)
-    # By what the responses depend on: others are never taken for them.
-    names = ("num_samples", "max_new_tokens", "temperature", "seed", "where", "split")
-    key = repr([source.fingerprint(), [row.prompt for row in usable], *(getattr(options, name) for name in names)])
-    folder = Path(options.output_dir) / "sampled" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    todo = missing_samples(usable, folder)
-    processes().wait_for_everyone()  # as below: no file is written before the list is made
-    if todo:
-        sample_responses(
-            load_model(source, dtype=DTYPES[options.dtype], device=processes().device),
-            done.tokenizer,
-            todo,
-            folder=folder,
-            num_samples=options.num_samples,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=options.seed,
-        )
-    return sampled_rows(usable, folder)
+    return usable
 
 
-def _encode(done: Measurement, rows: list[Row]) -> None:
+def _encode(done: Measurement, rows: list[Response]) -> None:
     limit, size = done.options.max_length, len(done.tokenizer)
     for row in rows:
         try:
@@ -189,7 +170,7 @@ def _run_reference(done: Measurement) -> tuple[Head, int]:
 
 
 def _load(done: Measurement, source: Source) -> Scorer:
-    model = load_model(source, dtype=DTYPES[done.options.dtype], device=processes().device)
+    model = load_model(source, dtype=done.options.torch_dtype, device=processes().device)
     return Scorer(model, temperature=done.options.temperature, name=source.name)
 
 
@@ -218,18 +199,19 @@ def _run_policy(done: Measurement, source: Source, ref_head: Head, vocab_size: i
     if kept and state.is_main_process:
         store.save_head(source.label, scorer.plain_head())
     for batch in _own_share(todo, source.label):
-        states = scorer.hidden_states(batch)
-        for item, hidden in zip(batch, states, strict=True):
+        new = []
+        for item, hidden in zip(batch, scorer.hidden_states(batch), strict=True):
             if item.row.index in kept:
                 store.save_hidden(source.label, item.row.index, hidden)
-        new = [(item, hidden) for item, hidden in zip(batch, states, strict=True) if item.row.index not in finished]
+            if item.row.index not in finished:
+                new.append((item, hidden))
         if new:
             store.add(source, compare(done, source, new, scorer.head, ref_head, vocab_size))
     state.wait_for_everyone()
 
 
 def _load_together(done: Measurement, source: Source, vocab_size: int) -> Scorer:
-    """Load a policy on all processes, or on none: one that goes on alone would wait for ever."""
+    """Load a policy on all processes, or on none: one that continued alone would wait for ever."""
     scorer, reason = None, ""
     try:
         check_tokenizer(source, done.tokenizer)
@@ -254,17 +236,15 @@ def compare(
     """Rows of `store.SCHEMA` from a policy's hidden states and the reference's, which the store has."""
     items, states = zip(*new, strict=True)
     device = processes().device
-    lengths = [len(item.response_ids) for item in items]
+    ref_states = [done.store.load_hidden(REFERENCE, item.row.index) for item in items]
     statistics = chunked_token_statistics(
-        head,
-        torch.cat(states),
-        ref_head,
-        torch.cat([done.store.load_hidden(REFERENCE, item.row.index) for item in items]).to(device),
+        *(head, torch.cat(states)),
+        *(ref_head, torch.cat(ref_states).to(device)),
         torch.tensor([token for item in items for token in item.response_ids], device=device),
         vocab_size=vocab_size,
         chunk_size=done.options.chunk_size,
     )
-    columns = [column.cpu().split(lengths) for column in statistics]
+    columns = [column.cpu().split([len(item.response_ids) for item in items]) for column in statistics]
     return [
         {
             "policy": source.label,
@@ -272,10 +252,10 @@ def compare(
             "id": item.row.id,
             "group": item.row.group,
             "correct": item.row.correct,
-            "num_tokens": length,
+            "num_tokens": len(item.response_ids),
             "token_ids": item.response_ids,
             "tokens": [str(done.tokenizer.decode([token])) for token in item.response_ids],
             **{name: column[place].tolist() for name, column in zip(TokenStatistics._fields, columns, strict=True)},
         }
-        for place, (item, length) in enumerate(zip(items, lengths, strict=True))
+        for place, item in enumerate(items)
     ]

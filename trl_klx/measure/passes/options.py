@@ -8,6 +8,7 @@ import torch
 from .errors import MeasureError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOWEST = {"batch_size": 1, "num_samples": 1, "max_new_tokens": 1, "pairwise": 0, "report_responses": 0}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -22,7 +23,7 @@ class MeasureOptions:
 
     reference: str = _option("", "Model that all are compared with: a folder, an adapter, a name on the Hub.")
     policies: list[str] = _option([], "Models to compare: folders, adapters, names, patterns as 'run/checkpoint-*'.")
-    output_dir: str = _option("runs/measure", "Folder for tables, report and what an interrupted run goes on from.")
+    output_dir: str = _option("runs/measure", "Folder for tables, report and what an interrupted run continues from.")
     split: str = _option("train", "Split of a dataset on the Hub or in a folder.")
     where: str | None = _option(None, 'Rows to keep, as an expression over the columns: "not correct".')
     sampled_from: str | None = _option(
@@ -45,17 +46,15 @@ class MeasureOptions:
     report_responses: int = _option(500, "Rows shown in report.html one by one, spread evenly over all.")
     pairwise: int = _option(32, "Rows on which the policies are compared with each other; 0 for none.")
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
     def check(self) -> None:
         """Raises MeasureError for a value that cannot be."""
         if not self.reference:
             raise MeasureError("reference is missing: name the model that all are compared with.")
-        for name, lowest in (
-            ("batch_size", 1),
-            ("num_samples", 1),
-            ("max_new_tokens", 1),
-            ("pairwise", 0),
-            ("report_responses", 0),
-        ):
+        for name, lowest in _LOWEST.items():
             if getattr(self, name) < lowest:
                 raise MeasureError(f"{name}={getattr(self, name)} is too small: give {lowest} or more.")
         for name in ("chunk_size", "max_length"):

@@ -10,10 +10,23 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..cli.parser import CommandParser, UsageError
+from ..control.controllers import KINDS, Controller, make_controller
+from ..control.plants import (
+    COURSES,
+    DELAY,
+    EPISODES,
+    GAIN,
+    LAG,
+    LENGTH,
+    TOKENS,
+    Figures,
+    Plants,
+    make_plants,
+    measure,
+    simulate,
+)
 from ..recipe_files import read_recipe
-from .controllers import KINDS, Controller, make_controller
-from .plants import COURSES, DELAY, EPISODES, GAIN, LAG, LENGTH, TOKENS, Figures, Plants, make_plants, measure, simulate
+from .parser import CommandParser, UsageError
 
 _COEFS = ("beta", "kl_coef")  # names of beta's start: GRPO's, and PPO's and DPO's
 _SETTINGS = ("kl_horizon", "kl_kp", "kl_ki", "kl_kd", "kl_gain_min", "kl_coef_min", "kl_coef_max", "kl_coef_end")
@@ -27,8 +40,8 @@ def command_parser(program: str) -> CommandParser:
     parser = CommandParser(
         prog=program,
         description="List the controllers of beta, and show what the defaults, and the settings of a recipe or of the "
-        "command line, do on simulated plants (trl_klx/plants.py): how soon the KL settles within 25 %% of its target, "
-        "and by how much it overshoots.",
+        "command line, do on simulated plants (trl_klx/control/plants.py): how soon the KL settles within 25 %% of its "
+        "target, and by how much it overshoots.",
     )
     parser.add_argument("--config", help="a recipe, whose controller is compared with the defaults")
     parser.add_argument("--kl_controller", choices=list(KINDS), help="a controller to compare with the defaults")

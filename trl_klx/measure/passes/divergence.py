@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kl.estimators import at_least_float32
-from ..kl.exact_chunked import default_chunk_size
+from ...kl.estimators import at_least_float32
+from ...kl.exact_chunked import default_chunk_size
 
 TOP = 5
 # Logits of one model that run through softmax and the rest together: with their temporaries, a CPU's cache.

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ..kl.logits import LogitTransform
-from ..wording import first_line
+from ...kl.logits import LogitTransform
+from ...wording import first_line
 from .errors import MeasureError, ModelError
-from .tokens import Encoded
-
-_STEP = re.compile(r"(\d+)")
+from .responses import Encoded
 
 
 @dataclass(frozen=True)
@@ -51,23 +49,20 @@ def resolve(names: Sequence[str]) -> list[Source]:
     """
     found: list[str] = []
     for name in names:
-        if glob.has_magic(name):
-            folders = sorted((path for path in glob.glob(name) if Path(path).is_dir()), key=_natural)
-            if not folders:
-                raise MeasureError(f"policies: {name!r} matches no folder: check the pattern.")
-            found += folders
-        else:
-            found.append(name)
+        is_pattern = glob.has_magic(name)
+        matching = [path for path in glob.glob(name) if Path(path).is_dir()] if is_pattern else [name]
+        if not matching:
+            raise MeasureError(f"policies: {name!r} matches no folder: check the pattern.")
+        found += [path.rstrip("/") or path for path in sorted(matching, key=_natural)]
     if not found:
         raise MeasureError("policies is missing: name at least one folder, pattern or model on the Hub.")
-    found = [name.rstrip("/") or name for name in found]
     if twice := [name for name in found if found.count(name) > 1]:
         raise MeasureError(f"policies: {twice[0]!r} is named twice: name it once.")
     return [Source(_label(name, found), name) for name in found]
 
 
 def _natural(name: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in _STEP.split(name)]
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _label(name: str, names: Sequence[str]) -> str:
@@ -80,7 +75,7 @@ def _label(name: str, names: Sequence[str]) -> str:
     return name
 
 
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+def reference_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Raises MeasureError where there is none."""
     try:
         if not _has_tokenizer(source):
@@ -118,11 +113,10 @@ def check_tokenizer(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
 def _has_tokenizer(source: Source) -> bool:
     """Whether it has one of its own: where there is none, transformers makes an empty one of the model's kind."""
     name, revision = source.arguments.values()
-    found = (
+    return any(
         cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
         for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     )
-    return any(found)
 
 
 @dataclass(frozen=True)
@@ -156,9 +150,8 @@ class Scorer:
             mask[place, : len(item)] = 1
         states = self._states(ids.to(self.model.device), mask.to(self.model.device))
         # The state at place t predicts the token at place t + 1.
-        return [
-            states[place, len(item.prompt_ids) - 1 : len(item) - 1].contiguous() for place, item in enumerate(batch)
-        ]
+        spans = [slice(len(item.prompt_ids) - 1, len(item) - 1) for item in batch]
+        return [states[place, span].contiguous() for place, span in enumerate(spans)]
 
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
         decoder = self.model.get_decoder()

@@ -2,11 +2,12 @@ r"""Kinds of tokens, by regular expressions over a token's text: the first that 
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import yaml
 
-from .errors import MeasureError
+from ..passes.errors import MeasureError
 
 SPECIAL, OTHER = "special", "other"
 _LOGICAL = (
@@ -53,13 +54,9 @@ def load_classes(path: str | Path | None) -> dict[str, str]:
 def classify(tokens: Sequence[str], ids: Sequence[int], special: set[int], classes: Mapping[str, str]) -> list[str]:
     """The class of every token: `special`, the first of `classes` that matches its whole text, or `other`."""
     patterns = {name: re.compile(text) for name, text in classes.items()}
-    known: dict[str, str] = {}
-    out = []
-    for text, token in zip(tokens, ids, strict=True):
-        if token in special:
-            out.append(SPECIAL)
-            continue
-        if text not in known:
-            known[text] = next((name for name, pattern in patterns.items() if pattern.fullmatch(text)), OTHER)
-        out.append(known[text])
-    return out
+
+    @cache
+    def of_text(text: str) -> str:
+        return next((name for name, pattern in patterns.items() if pattern.fullmatch(text)), OTHER)
+
+    return [SPECIAL if token in special else of_text(text) for text, token in zip(tokens, ids, strict=True)]

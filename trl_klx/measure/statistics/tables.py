@@ -6,18 +6,21 @@ A sampled. Everything else is a diagnostic of given prefixes, and is called `tea
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from .classes import classify
-from .compute import REFERENCE, Measurement
-from .models import Source
+from ...monitor.uncertainty import Z95, Estimate, difference, ratio
+from ..passes.measurement import REFERENCE, Measurement
+from ..passes.models import Source
 from .spikes import spike_threshold
-from .uncertainty import Z95, difference, ratio
+from .token_classes import classify
 
 DIRECTIONS = ("kl_policy_ref", "kl_ref_policy")
 AVERAGED = (*DIRECTIONS, "js", "tv", "log_ratio", "entropy_policy", "entropy_ref")
@@ -29,7 +32,7 @@ CONTEXT = 12  # tokens on either side
 
 
 @dataclass(frozen=True)
-class Summary:
+class Tables:
     """Tables of a measurement; nats, and `_se` for standard errors over groups."""
 
     responses: pd.DataFrame
@@ -58,49 +61,44 @@ class PolicyTokens:
         self.table = table.filter(pa.array([index in present for index in table["response"].to_pylist()], pa.bool_()))
         self.lengths = self.table["num_tokens"].to_numpy().astype(np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]]).astype(np.int64)
-        self.groups = np.unique(
-            np.array(self.table["group"].to_pylist(), dtype=object).astype(str), return_inverse=True
-        )[1]
-        self.group_count = int(self.groups.max()) + 1
+        self.owners = np.repeat(np.arange(len(self.lengths)), self.lengths)  # (N,) the response of each token
+        self.positions = np.arange(len(self.owners)) - self.starts[self.owners]
+        self.groups = np.unique(np.array(self.table["group"].to_pylist()).astype(str), return_inverse=True)[1]
         self.correct = np.array(self.table["correct"].to_pylist(), dtype=object)
         self.values = {name: self._flat(name).astype(np.float64) for name in AVERAGED}
         self.threshold = spike_threshold(self.values["kl_policy_ref"])
         self.spikes = self.values["kl_policy_ref"] > self.threshold
-        self.texts, self.ids = self._flat("tokens"), self._flat("token_ids")
-        special = set(done.tokenizer.all_special_ids)
-        self.classes = np.array(classify(self.texts.tolist(), self.ids.tolist(), special, classes), dtype=object)
-        self.positions = np.arange(len(self.ids)) - np.repeat(self.starts, self.lengths)
+        self.texts = self._flat("tokens")
+        special, ids = set(done.tokenizer.all_special_ids), self._flat("token_ids").tolist()
+        self.classes = np.array(classify(self.texts.tolist(), ids, special, classes), dtype=object)
 
-    def _flat(self, name: str) -> np.ndarray:
+    def _flat(self, name: str) -> NDArray:
         return self.table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
 
-    def per_response(self, values: np.ndarray, tokens: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Sum and number of tokens per response, of those that the mask `tokens` keeps."""
-        owner = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        if tokens is not None:
-            owner, values = owner[tokens], values[tokens]
-        return (
-            np.bincount(owner, weights=values, minlength=len(self.lengths)),
-            np.bincount(owner, minlength=len(self.lengths)).astype(np.float64),
-        )
+    def tokens_of(self, place: int) -> slice:
+        """The tokens of one response."""
+        return slice(self.starts[place], self.starts[place] + self.lengths[place])
 
-    def per_token(self, name: str, *, rows: np.ndarray | None = None, tokens: np.ndarray | None = None):
-        """Mean per token, as an `Estimate`, over some rows or tokens."""
-        totals, sizes = self.per_response(self.values[name], tokens)
-        if rows is not None:
-            totals, sizes = np.where(rows, totals, 0.0), np.where(rows, sizes, 0.0)
-        return ratio(totals, sizes, self.groups, self.group_count)
+    def sums(self, values: NDArray, tokens: NDArray | slice = slice(None)) -> NDArray:
+        """(B,) sum per response, of the tokens that the mask keeps."""
+        return np.bincount(self.owners[tokens], weights=values[tokens], minlength=len(self.lengths))
 
-    def per_sequence(self, name: str, rows: np.ndarray):
-        """Mean sum per response, as an `Estimate`."""
-        totals, _ = self.per_response(self.values[name])
-        return ratio(np.where(rows, totals, 0.0), rows.astype(np.float64), self.groups, self.group_count)
+    def per_token(self, name: str, tokens: NDArray | slice = slice(None)) -> Estimate:
+        """Mean per token, of the tokens that the mask keeps."""
+        return self._ratio(self.sums(self.values[name], tokens), self.sums(np.ones(len(self.owners)), tokens))
+
+    def per_sequence(self, name: str, rows: NDArray) -> Estimate:
+        """Mean sum per response, of the responses that the mask keeps."""
+        return self._ratio(np.where(rows, self.sums(self.values[name]), 0.0), rows.astype(np.float64))
+
+    def _ratio(self, totals: NDArray, sizes: NDArray) -> Estimate:
+        return ratio(*(np.bincount(self.groups, weights=column) for column in (totals, sizes)))
 
 
 def unbiased_direction(done: Measurement, label: str) -> str | None:
     """Which of `DIRECTIONS`, summed over a response, is an unbiased sequence KL; None where neither is known to be.
 
-    A sample of which rows had to be left out is none: what was left out is not like the rest.
+    Where rows had to be left out neither is: what was left out is not like the rest.
     """
     if done.left_out_rows:
         return None
@@ -132,9 +130,9 @@ def notes(done: Measurement) -> list[str]:
     return [truth, *left_out]
 
 
-def summarise(done: Measurement, policies: list[PolicyTokens], pairwise: pd.DataFrame) -> Summary:
+def make_tables(done: Measurement, policies: list[PolicyTokens], pairwise: pd.DataFrame) -> Tables:
     """All tables, from the tokens of every policy."""
-    return Summary(
+    return Tables(
         responses=pd.concat([response_table(done, policy) for policy in policies], ignore_index=True),
         checkpoints=pd.DataFrame([row for policy in policies for row in _checkpoint(done, policy)]),
         right_wrong=pd.DataFrame(
@@ -152,7 +150,7 @@ def response_table(done: Measurement, policy: PolicyTokens) -> pd.DataFrame:
     """Numbers per response of one policy."""
     table = policy.table.select(["policy", "response", "id", "group", "correct", "num_tokens"]).to_pandas()
     unbiased = unbiased_direction(done, policy.label)
-    sums = {name: policy.per_response(values)[0] for name, values in policy.values.items()}
+    sums = {name: policy.sums(values) for name, values in policy.values.items()}
     for name in DIRECTIONS:
         table[f"teacher_forced_sum_{name}"] = sums[name]
         table[f"unbiased_sequence_{name}"] = sums[name] if name == unbiased else np.nan
@@ -161,103 +159,88 @@ def response_table(done: Measurement, policy: PolicyTokens) -> pd.DataFrame:
     table["sum_log_ratio"] = sums["log_ratio"]
     for name in DIRECTIONS:
         table[f"max_{name}"] = np.maximum.reduceat(policy.values[name], policy.starts)
-    table["spikes"] = policy.per_response(policy.spikes.astype(np.float64))[0].astype(int)
+    table["spikes"] = policy.sums(policy.spikes).astype(int)
     return table
 
 
-def _checkpoint(done: Measurement, policy: PolicyTokens) -> list[dict]:
-    out = []
-    for subset, correct in SUBSETS.items():
-        rows = np.ones(len(policy.lengths), bool) if correct is None else policy.correct == correct
-        rows = rows.astype(bool)
-        if not rows.any():
-            continue
-        tokens = np.repeat(rows, policy.lengths)
-        row: dict = {"policy": policy.label, "subset": subset, "responses": int(rows.sum())}
-        row |= {"groups": len(np.unique(policy.groups[rows])), "tokens": int(tokens.sum())}
-        for name in AVERAGED:
-            estimate = policy.per_token(name, rows=rows)
-            row[f"teacher_forced_mean_{name}"], row[f"teacher_forced_mean_{name}_se"] = estimate.mean, estimate.se
-        for name in DIRECTIONS:
-            estimate = policy.per_sequence(name, rows)
-            # Right responses are no sample of the model: what it says there is of the prefixes, not of the model.
-            known = name == unbiased_direction(done, policy.label) and subset == "all"
-            row[f"teacher_forced_sum_{name}"], row[f"teacher_forced_sum_{name}_se"] = estimate.mean, estimate.se
-            row[f"unbiased_sequence_{name}"] = estimate.mean if known else math.nan
-            row[f"unbiased_sequence_{name}_se"] = estimate.se if known else math.nan
-            for quantile in QUANTILES:
-                row[f"{name}_p{100 * quantile:g}"] = float(np.quantile(policy.values[name][tokens], quantile))
-            row[f"{name}_max"] = float(policy.values[name][tokens].max())
-        row["spikes"], row["spike_threshold"] = int(policy.spikes[tokens].sum()), policy.threshold
-        out.append(row)
+def _means(policy: PolicyTokens, names: tuple[str, ...], tokens: NDArray) -> dict[str, float]:
+    """Each mean per token with its error."""
+    out: dict[str, float] = {}
+    for name in names:
+        estimate = policy.per_token(name, tokens)
+        out |= {f"teacher_forced_mean_{name}": estimate.mean, f"teacher_forced_mean_{name}_se": estimate.se}
     return out
 
 
-def _right_wrong(policy: PolicyTokens) -> list[dict]:
+def _checkpoint(done: Measurement, policy: PolicyTokens) -> Iterator[dict[str, Any]]:
+    """All responses, the right ones and the wrong ones, as far as there are any."""
+    for subset, correct in SUBSETS.items():
+        rows = np.ones(len(policy.lengths), bool) if correct is None else (policy.correct == correct).astype(bool)
+        if not rows.any():
+            continue
+        tokens = rows[policy.owners]
+        row: dict[str, Any] = {"policy": policy.label, "subset": subset, "responses": int(rows.sum())}
+        row |= {"groups": len(np.unique(policy.groups[rows])), "tokens": int(tokens.sum())}
+        row |= _means(policy, AVERAGED, tokens)
+        for name in DIRECTIONS:
+            estimate, values = policy.per_sequence(name, rows), policy.values[name][tokens]
+            # Right responses are no sample of the model: what it says there is of the prefixes, not of the model.
+            known = name == unbiased_direction(done, policy.label) and subset == "all"
+            row |= {f"teacher_forced_sum_{name}": estimate.mean, f"teacher_forced_sum_{name}_se": estimate.se}
+            row[f"unbiased_sequence_{name}"] = estimate.mean if known else math.nan
+            row[f"unbiased_sequence_{name}_se"] = estimate.se if known else math.nan
+            row |= {f"{name}_p{100 * share:g}": float(np.quantile(values, share)) for share in QUANTILES}
+            row[f"{name}_max"] = float(values.max())
+        yield row | {"spikes": int(policy.spikes[tokens].sum()), "spike_threshold": policy.threshold}
+
+
+def _right_wrong(policy: PolicyTokens) -> Iterator[dict[str, Any]]:
     """Wrong less right, mean per token, with 95 % intervals; nothing where one of the two is missing."""
     right, wrong = ((policy.correct == value).astype(bool) for value in (True, False))
     if not (right.any() and wrong.any()):
-        return []
-    out = []
+        return
     for name in AVERAGED:
-        estimates = {"right": policy.per_token(name, rows=right), "wrong": policy.per_token(name, rows=wrong)}
-        gap, se = difference(estimates["wrong"], estimates["right"])
-        row = {"policy": policy.label, "measure": name, "difference": gap, "se": se}
-        row |= {side: estimate.mean for side, estimate in estimates.items()}
-        out.append({**row, "low": gap - Z95 * se, "high": gap + Z95 * se})
-    return out
+        of_right, of_wrong = (policy.per_token(name, rows[policy.owners]) for rows in (right, wrong))
+        gap, se = difference(of_wrong, of_right)
+        row = {"policy": policy.label, "measure": name, "right": of_right.mean, "wrong": of_wrong.mean}
+        yield row | {"difference": gap, "se": se, "low": gap - Z95 * se, "high": gap + Z95 * se}
 
 
-def _classes(policy: PolicyTokens) -> list[dict]:
-    out, whole = [], policy.values["kl_policy_ref"].sum()
+def _classes(policy: PolicyTokens) -> Iterator[dict[str, Any]]:
+    whole = policy.values["kl_policy_ref"].sum()
     for name in sorted(set(policy.classes)):
         tokens = policy.classes == name
-        row: dict = {"policy": policy.label, "class": name, "tokens": int(tokens.sum())}
-        for measure in DIRECTIONS:
-            estimate = policy.per_token(measure, tokens=tokens)
-            row[f"teacher_forced_mean_{measure}"], row[f"teacher_forced_mean_{measure}_se"] = estimate.mean, estimate.se
+        row = {"policy": policy.label, "class": name, "tokens": int(tokens.sum()), **_means(policy, DIRECTIONS, tokens)}
         row["share_of_kl_policy_ref"] = float(policy.values["kl_policy_ref"][tokens].sum() / whole) if whole else 0.0
-        row["spikes"] = int(policy.spikes[tokens].sum())
-        out.append(row)
-    return out
+        yield row | {"spikes": int(policy.spikes[tokens].sum())}
 
 
-def _positions(policy: PolicyTokens) -> list[dict]:
+def _positions(policy: PolicyTokens) -> Iterator[dict[str, Any]]:
     """By token of the response, in stretches of equal length; `position` is the first token of one, from 0 on."""
     width = max(1, math.ceil((int(policy.positions.max()) + 1) / POSITIONS))
-    out = []
     for stretch in np.unique(policy.positions // width):
         tokens = policy.positions // width == stretch
-        row: dict = {"policy": policy.label, "position": int(stretch * width), "tokens": int(tokens.sum())}
-        for measure in DIRECTIONS:
-            estimate = policy.per_token(measure, tokens=tokens)
-            row[f"teacher_forced_mean_{measure}"], row[f"teacher_forced_mean_{measure}_se"] = estimate.mean, estimate.se
-        out.append(row)
-    return out
+        row = {"policy": policy.label, "position": int(stretch * width), "tokens": int(tokens.sum())}
+        yield row | _means(policy, DIRECTIONS, tokens)
 
 
-def _moved(policy: PolicyTokens) -> list[dict]:
+def _moved(policy: PolicyTokens) -> Iterator[dict[str, Any]]:
     """The tokens with the largest KL(policy || reference), with what stands around them."""
     values = policy.values["kl_policy_ref"]
-    order = np.argsort(-values, kind="stable")[:MOVED]
-    owners = np.searchsorted(policy.starts, order, side="right") - 1
     info = policy.table.select(["response", "id", "correct"]).to_pylist()
-    out = []
-    for place, owner in zip(order.tolist(), owners.tolist(), strict=True):
+    for place in np.argsort(-values, kind="stable")[:MOVED].tolist():
         if values[place] <= 0:
             break
+        owner = policy.owners[place]
         start, end = policy.starts[owner], policy.starts[owner] + policy.lengths[owner]
-        out.append(
-            {
-                "policy": policy.label,
-                **info[owner],
-                "position": int(policy.positions[place]),
-                "class": policy.classes[place],
-                "token": policy.texts[place],
-                "before": "".join(policy.texts[max(start, place - CONTEXT) : place]),
-                "after": "".join(policy.texts[place + 1 : min(end, place + 1 + CONTEXT)]),
-                **{name: float(policy.values[name][place]) for name in (*DIRECTIONS, "log_ratio")},
-                "spike": bool(policy.spikes[place]),
-            }
-        )
-    return out
+        yield {
+            "policy": policy.label,
+            **info[owner],
+            "position": int(policy.positions[place]),
+            "class": policy.classes[place],
+            "token": policy.texts[place],
+            "before": "".join(policy.texts[max(start, place - CONTEXT) : place]),
+            "after": "".join(policy.texts[place + 1 : min(end, place + 1 + CONTEXT)]),
+            **{name: float(policy.values[name][place]) for name in (*DIRECTIONS, "log_ratio")},
+            "spike": bool(policy.spikes[place]),
+        }

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_klx.config.rules import CONTROLLER_SETTINGS
+from trl_klx.config.choices import CONTROLLER_SETTINGS
 from trl_klx.control import KINDS
 from trl_klx.monitor.history import HISTORY_FILE, read_history
 from trl_klx.run import grpo, ppo

@@ -10,7 +10,7 @@ from support.tiny import Arguments
 
 from trl_klx import KLXGRPOConfig
 from trl_klx.config import KLArguments
-from trl_klx.config.rules import CHOICES, ESTIMATORS
+from trl_klx.config.choices import CHOICES, ESTIMATORS
 from trl_klx.control import KINDS
 from trl_klx.kl.gradients import EXPLANATION, SOUND, expected_gradient
 from trl_klx.trainers.grpo import config as grpo_config
@@ -115,7 +115,7 @@ BAD = [  # options, what the sentence must contain
     ({"beta": [0.1]}, "beta=[0.1] must be a finite number"),
     ({"beta": 0.0, "kl_estimator": "exact"}, "kl_estimator='exact' has no effect at beta=0"),
     ({"beta": 0.0, "kl_placement": "both"}, "kl_placement='both' has no effect at beta=0"),
-    ({"kl_estimator": ["k1", "k3"]}, "kl_estimator=['k1', 'k3'] does not exist"),
+    ({"kl_estimator": ["k1", "k3"]}, "kl_estimator=['k1', 'k3'] must be text"),
     ({"kl_monitor": 3}, "kl_monitor=3 must be a list"),
     ({"kl_controller": None}, "kl_controller=None does not exist"),
     ({"kl_target_unit": None}, "kl_target_unit=None does not exist"),

@@ -12,7 +12,7 @@ from test_oracle import oracle_table
 
 from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXPPOConfig, kl
 from trl_klx.config import KLArguments
-from trl_klx.config.rules import ESTIMATORS
+from trl_klx.config.choices import ESTIMATORS
 from trl_klx.kl.gradients import SOUND, expected_gradient
 from trl_klx.measure.passes.divergence import TokenStatistics
 from trl_klx.measure.passes.options import MeasureOptions

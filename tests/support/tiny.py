@@ -1,5 +1,6 @@
 """A tiny language model, tokenizer and dataset: small enough to train in milliseconds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from transformers import (
 )
 
 from trl_klx.config import KLArguments
+from trl_klx.config.check import check
+from trl_klx.config.rules import kl_rules
 
 CHARACTERS = "0123456789=+abcdefgh"
 
@@ -110,4 +113,7 @@ class Arguments(KLArguments):
         return "beta"
 
     def __post_init__(self) -> None:
-        self.check_kl()
+        check(self)
+
+    def rules(self) -> list[Callable[[], None]]:
+        return kl_rules(self)

@@ -1,4 +1,4 @@
-"""The KL arguments that all trainers share (`KLArguments`), the types of their values, and the rules about them."""
+"""The KL arguments that all trainers share (`KLArguments`), what resolves their values, and the rules about them."""
 
 from .options import KLArguments
 

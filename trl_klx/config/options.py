@@ -5,11 +5,10 @@ What may be combined with what is in `rules.py`.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 from ..kl.term import KLTerm
-from .rules import CHOICES, CONTROLLER_SETTINGS, ESTIMATORS, RULES
-from .types import type_rules
+from .choices import CHOICES, CONTROLLER_SETTINGS, ESTIMATOR_ALIASES, ESTIMATORS, with_aliases
+from .types import Choices
 
 
 def _option(default, text: str):
@@ -162,22 +161,25 @@ class KLArguments:
             direction=self.kl_direction,  # type: ignore[arg-type]
         )
 
-    def choices(self) -> dict[str, tuple]:
-        """The values that TRL's own fields may have, where their annotation does not name them."""
-        return {"include_num_input_tokens_seen": ("all", "non_padding", "no", True, False)}
+    def choices(self) -> Choices:
+        """The values that fields may have whose annotation does not name them; a mapping resolves other spellings."""
+        return {
+            **CHOICES,
+            "kl_importance_sampling": (),  # a rule has more to say of it
+            "kl_estimator": with_aliases(CHOICES["kl_estimator"]),
+            "kl_signal": with_aliases(CHOICES["kl_signal"]),
+            "include_num_input_tokens_seen": ("all", "non_padding", "no", True, False),
+        }
 
-    def type_rules(self) -> dict[str, Callable[[], None]]:
-        """A rule for the value of each field by itself; they come before the others, which rely on the types."""
-        rules = type_rules(self, self.choices())
-        return {name: rule for name, rule in rules.items() if name not in CHOICES}  # which `check_names` looks at
+    def resolve(self) -> None:
+        """Put aliases and defaults in the place of what was given, whose types are right by then."""
+        if isinstance(self.kl_monitor, list):
+            self.kl_monitor = [ESTIMATOR_ALIASES.get(name, name) for name in self.kl_monitor]
+        if self.kl_importance_sampling is None:
+            self.kl_importance_sampling = "none" if self.kl_placement in ("none", "reward") else "token"
+        if isinstance(self.kl_group_targets, dict):
+            self.kl_group_targets = {str(group): target for group, target in self.kl_group_targets.items()}
 
     def rules(self) -> list[Callable[[], None]]:
-        """Every rule of this package about fields together, in order; the first resolve aliases and defaults."""
-        return [partial(rule, self) for rule in RULES]
-
-    def check_kl(self) -> None:
-        """Resolve aliases and defaults, then apply every rule. Raises ValueError with one sentence."""
-        for rule in self.type_rules().values():
-            rule()
-        for rule in self.rules():
-            rule()
+        """Every rule about fields together, the first to be reported first: `kl_rules`, and those of one trainer."""
+        raise TypeError(f"{type(self).__name__} must say which rules it has.")

@@ -1,66 +1,25 @@
-"""Every rule about the KL arguments: which values exist, and which combinations have the gradient that they promise.
+"""Which KL arguments may stand together, and which combinations have the gradient that they promise.
 
-`RULES` are applied in the config's `__post_init__`, before any model is loaded: `TrlParser` does not enforce types on
-YAML values, so nothing else would.
+Rules judge and write nothing. They rely on what `check.py` does before them: types are right, names exist, defaults are
+resolved.
 """
 
-from __future__ import annotations
-
-import difflib
-import json
 import math
 import warnings
-from typing import TYPE_CHECKING, get_type_hints
+from collections.abc import Callable
+from functools import partial
 
 from ..kl.gradients import EXPLANATION, SOUND, expected_gradient
+from .choices import CHOICES, CONTROLLER_SETTINGS, ESTIMATOR_ALIASES, ESTIMATORS, check_number, unknown
+from .options import KLArguments
 
-if TYPE_CHECKING:
-    from .options import KLArguments
-
-ESTIMATORS = ("k1", "k2", "k3", "exact")
-ESTIMATOR_ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "full": "exact"}
-CHOICES: dict[str, tuple[str, ...]] = {
-    "kl_estimator": ESTIMATORS,
-    "kl_placement": ("none", "loss", "reward", "both"),
-    "kl_credit": ("return_to_go", "immediate", "sequence"),
-    "kl_importance_sampling": ("none", "token", "prefix", "sequence"),
-    "kl_is_mode": ("truncate", "mask"),
-    "kl_aggregation": ("loss_type", "token"),
-    "kl_direction": ("reverse", "forward"),
-    "kl_controller": ("fixed", "adaptive", "pid", "linear", "cosine"),
-    "kl_target_unit": ("token", "sequence"),
-    "kl_signal": ("k1", "k3", "exact"),
-    "kl_budget_action": ("stop", "warn"),
-}
-# Which controllers read which setting; a setting given to any other controller would be silently dead.
-CONTROLLER_SETTINGS: dict[str, tuple[str, ...]] = {
-    "kl_target": ("adaptive", "pid"),
-    "kl_horizon": ("adaptive",),
-    "kl_kp": ("pid",),
-    "kl_ki": ("pid",),
-    "kl_kd": ("pid",),
-    "kl_gain_min": ("pid",),
-    "kl_coef_min": ("adaptive", "pid"),
-    "kl_coef_max": ("adaptive", "pid"),
-    "kl_coef_end": ("linear", "cosine"),
-}
-# Choices that may be left open; check_kl or the trainer settles them.
-_OPTIONAL = ("kl_importance_sampling", "kl_signal")
-# Options that mean nothing without a KL.
+# Fields that mean nothing without a KL.
 _NEED_KL = ("kl_estimator", "kl_placement", "kl_credit", "kl_direction", "kl_is_cap", "kl_value_cap")
 _POSITIVE = (
-    "kl_target",
-    "kl_horizon",
-    "kl_gain_min",
-    "kl_coef_min",
-    "kl_coef_max",
-    "kl_coef_end",
-    "kl_is_cap",
-    "kl_value_cap",
+    *("kl_target", "kl_horizon", "kl_gain_min", "kl_coef_min", "kl_coef_max", "kl_coef_end", "kl_is_cap"),
+    *("kl_value_cap", "kl_budget"),
 )
 _NOT_NEGATIVE = ("kl_kp", "kl_ki", "kl_kd")
-# Options that transformers also reads from a file.
-_MAPPINGS_OR_PATHS = ("accelerator_config", "fsdp_config", "deepspeed")
 # What to use instead of a refused combination, by estimator and placement.
 _REMEDY = {
     ("k1", "loss"): "kl_estimator='k2' (same value, right gradient), or kl_importance_sampling='token'",
@@ -71,50 +30,43 @@ _REMEDY = {
 }
 
 
-def check_names(args: KLArguments) -> None:
-    args.kl_estimator = _estimator_name("kl_estimator", args.kl_estimator)
-    if args.kl_signal is not None:
-        args.kl_signal = _estimator_name("kl_signal", args.kl_signal)
-    if args.kl_monitor is not None:
-        if not isinstance(args.kl_monitor, list):
-            raise ValueError(f"kl_monitor={args.kl_monitor!r} must be a list: write [{args.kl_monitor}].")
-        args.kl_monitor = [_estimator_name("kl_monitor", name) for name in args.kl_monitor]
-    if args.kl_importance_sampling in ("geometric", "gspo", "sequence_mean"):
+def _check_names(args: KLArguments) -> None:
+    for name in (args.kl_monitor or []) if isinstance(args.kl_monitor, list) else []:
+        if name not in ESTIMATORS:
+            raise ValueError(unknown("kl_monitor", name, (*ESTIMATORS, *ESTIMATOR_ALIASES)))
+    if isinstance(args.kl_monitor, str):
+        raise ValueError(f"kl_monitor={args.kl_monitor!r} must be a list: write [{args.kl_monitor}].")
+    level = args.kl_importance_sampling
+    if level in ("geometric", "gspo", "sequence_mean"):
         raise ValueError(
-            f"kl_importance_sampling={args.kl_importance_sampling!r} is refused: the geometric mean of a "
+            f"kl_importance_sampling={level!r} is refused: the geometric mean of a "
             "sequence's ratios is never the right weight on a KL; use 'token', 'prefix' or 'sequence'."
         )
-    for name, choices in CHOICES.items():
-        value = getattr(args, name)
-        if value not in choices and not (value is None and name in _OPTIONAL):
-            raise ValueError(unknown(name, value, choices))
+    if level not in CHOICES["kl_importance_sampling"]:
+        raise ValueError(unknown("kl_importance_sampling", level, CHOICES["kl_importance_sampling"]))
 
 
 def _check_numbers(args: KLArguments) -> None:
     if isinstance(args.kl_budget, str) and args.kl_budget != "auto":
-        args.kl_budget = _budget(args.kl_budget)
-    for name in (*_POSITIVE, *_NOT_NEGATIVE, "kl_budget"):
+        raise ValueError(f"kl_budget={args.kl_budget!r} must be a number of nats per sequence, or auto.")
+    for name in (*_POSITIVE, *_NOT_NEGATIVE):
         value = getattr(args, name)
-        if value is None or (name == "kl_budget" and value == "auto"):
+        if value in (None, "auto"):
             continue
-        check_number(name, value)
         if value < 0 or (value == 0 and name not in _NOT_NEGATIVE):
             wanted = "zero or more" if name in _NOT_NEGATIVE else "more than zero"
             raise ValueError(f"{name}={value} must be {wanted}.")
-    if type(args.max_skipped_steps) is not int or args.max_skipped_steps < 0:
+    if args.max_skipped_steps < 0:
         raise ValueError(
             f"max_skipped_steps={args.max_skipped_steps!r} must be a whole number, zero or more (0: skip none)."
         )
     coef = args.kl_coef_start
-    check_number(args.kl_coef_name, coef)
     if coef < 0:
         raise ValueError(f"{args.kl_coef_name}={coef} must be zero or more: a negative weight rewards divergence.")
 
 
 def _check_dead_options(args: KLArguments) -> None:
-    if args.kl_importance_sampling is None:
-        args.kl_importance_sampling = "none" if args.kl_placement in ("none", "reward") else "token"
-    elif args.kl_placement in ("none", "reward") and args.kl_importance_sampling != "none":
+    if args.kl_placement in ("none", "reward") and args.kl_importance_sampling != "none":
         raise ValueError(
             f"kl_importance_sampling={args.kl_importance_sampling!r} weights the KL loss and kl_placement="
             f"{args.kl_placement!r} has none: remove it (the policy gradient's own correction weights a KL in the "
@@ -165,28 +117,6 @@ def _check_exact_only_options(args: KLArguments) -> None:
         )
 
 
-def fields_of_mappings(config: type) -> tuple[str, ...]:
-    """The fields of a dataclass that take a mapping. (The parser changes the types that the fields themselves name.)"""
-    return tuple(name for name, kind in get_type_hints(config).items() if "dict" in str(kind) and name[0] != "_")
-
-
-def _check_mappings(args: KLArguments) -> None:
-    """What a command line gives for a field that holds a mapping is JSON."""
-    for name in fields_of_mappings(type(args)):
-        given = value = getattr(args, name)
-        if value is None or name in _MAPPINGS_OR_PATHS:
-            continue
-        if isinstance(given, str):
-            try:
-                value = json.loads(given)
-            except ValueError as error:
-                raise ValueError(f'{name}={given!r} is no JSON: write {{"key": value}}.') from error
-        if not isinstance(value, dict) and name != "kl_group_targets":  # which has a sentence of its own
-            raise ValueError(f"{name}={given!r} must be a mapping: write one in YAML, or as JSON on a command line.")
-        # TRL reads its own, and only where the text begins with the brace.
-        setattr(args, name, given.strip() if isinstance(given, str) and name != "kl_group_targets" else value)
-
-
 def _check_groups(args: KLArguments) -> None:
     column, targets = args.kl_group_column, args.kl_group_targets
     if column is not None and not args.kl_is_measured:
@@ -211,7 +141,6 @@ def _check_groups(args: KLArguments) -> None:
         check_number(f"kl_group_targets[{group!r}]", target)
         if target <= 0:
             raise ValueError(f"kl_group_targets[{group!r}]={target} must be more than zero.")
-    args.kl_group_targets = {str(group): float(target) for group, target in targets.items()}
 
 
 def _check_controller(args: KLArguments) -> None:
@@ -272,39 +201,11 @@ def _check_gradient(args: KLArguments) -> None:
     )
     if not args.allow_biased_kl:
         raise ValueError(f"{verdict}; use {remedy}, or set allow_biased_kl=true to run it all the same.")
-    warnings.warn(f"{verdict} (expected gradient: {gradient.name}).", UserWarning, stacklevel=4)
+    warnings.warn(f"{verdict} (expected gradient: {gradient.name}).", UserWarning, stacklevel=5)
 
 
-def _budget(text: str) -> float:
-    """The number that a command line gives as text."""
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"kl_budget={text!r} must be a number of nats per sequence, or auto.") from error
-
-
-def check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} must be a finite number.")
-
-
-def _estimator_name(option: str, value: str) -> str:
-    name = ESTIMATOR_ALIASES.get(str(value), value)
-    if name not in ESTIMATORS:
-        raise ValueError(unknown(option, value, (*ESTIMATORS, *ESTIMATOR_ALIASES)))
-    return name
-
-
-def unknown(option: str, value: object, choices: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{option}={value!r} does not exist; {hint}choose one of {', '.join(choices)}."
-
-
-# Every rule, in order: a config applies them one after the other, a dry run collects what all of them say.
-RULES = (
-    _check_mappings,
-    check_names,
+_RULES = (
+    _check_names,
     _check_numbers,
     _check_dead_options,
     _check_exact_only_options,
@@ -313,3 +214,8 @@ RULES = (
     _check_gradient,
     _check_kl_is_on,
 )
+
+
+def kl_rules(args: KLArguments) -> list[Callable[[], None]]:
+    """Every rule about the fields that all trainers share. Each raises ValueError with one sentence."""
+    return [partial(rule, args) for rule in _RULES]

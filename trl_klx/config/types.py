@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from enum import Enum
-from functools import partial
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .rules import check_number, unknown
+from .choices import check_number, unknown
+
+Choices = Mapping[str, Collection[Any]]
 
 # What YAML can give; objects that only Python can give are the caller's business.
 _YAML = (bool, int, float, str, list, tuple, dict, datetime.date, NoneType)
@@ -56,53 +58,64 @@ _STEPS_OR_SHARE = ("logging_steps", "save_steps", "eval_steps", "warmup_steps")
 _TEXT_OR_TRUTH = ("resume_from_checkpoint",)
 # Lists for which one text means something of its own.
 _TEXT_OR_LIST = ("lora_target_modules", "kl_monitor")
+# Mappings that transformers also reads from a file.
+_MAPPINGS_OR_PATHS = ("accelerator_config", "fsdp_config", "deepspeed")
 
 
-def type_rules(args: Any, choices: dict[str, tuple] | None = None) -> dict[str, Callable[[], None]]:
-    """A rule for each field of a dataclass, by the field's name.
-
-    Each rule replaces text that spells a number or a truth value, and raises ValueError with one sentence for a value
-    that the field cannot hold.
+def convert(args: Any, choices: Choices | None = None) -> dict[str, str]:
+    """Give every field of a dataclass a value of its type: text that spells a number, a truth value or JSON as such.
 
     Args:
-        args: the dataclass; fields that may hold a mapping are left alone.
-        choices: the values of fields whose annotation does not name them.
+        args: the dataclass.
+        choices: the values of fields whose annotation does not name them; a mapping resolves other spellings.
+
+    Returns:
+        A sentence for each field with a value that it cannot hold, which falls back to its default.
     """
-    hints = get_type_hints(type(args))
-    return {
-        field.name: partial(_check_field, args, field, hints[field.name], (choices or {}).get(field.name))
-        for field in dataclasses.fields(args)
-        if field.init and dict not in _kinds(hints[field.name])
-    }
-
-
-def type_problems(args: Any, rules: dict[str, Callable[[], None]]) -> list[str]:
-    """What the rules say, one by one; a field that they refuse falls back to its default, so that others can go on."""
-    problems = []
-    for name, rule in rules.items():
+    kinds_of = field_kinds(type(args))
+    refused = {}
+    for field in dataclasses.fields(args):
+        given = getattr(args, field.name)
+        if not field.init or not isinstance(given, _YAML) or isinstance(given, Enum):
+            continue
         try:
-            rule()
+            value = _converted(field, kinds_of[field.name], given, (choices or {}).get(field.name))
         except ValueError as error:
-            problems.append(str(error))
-            setattr(args, name, type(args).__dataclass_fields__[name].default)
-    return problems
+            refused[field.name] = str(error)
+            value = default_of(field)
+        if value is not given:
+            setattr(args, field.name, value)
+    return refused
 
 
-def _check_field(args: Any, field: dataclasses.Field, hint: Any, choices: tuple | None) -> None:
-    name, given = field.name, getattr(args, field.name)
-    if not isinstance(given, _YAML) or isinstance(given, Enum):
-        return
-    kinds = _kinds(hint)
+def field_kinds(dataclass: type) -> dict[str, tuple]:
+    """The types that each field takes. (TRL's parser changes those that the fields themselves name.)"""
+    return {name: _kinds(hint) for name, hint in get_type_hints(dataclass).items()}
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of a field, made where it has a factory; None where it has none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _converted(field: dataclasses.Field, kinds: tuple, given: Any, choices: Collection[Any] | None) -> Any:
+    """A value as its field holds it. Raises ValueError where the field cannot."""
+    name = field.name
     allowed = choices or _choices(field, kinds)
     # TRL's parser forgets the default of a list that is not made by a factory.
-    forgotten = field.default is not dataclasses.MISSING and any(map(_is_list, kinds))
+    forgotten = field.default is not dataclasses.MISSING and any(map(is_list, kinds))
     if given is None and (NoneType in kinds or field.default is None or forgotten):
-        return
+        return None
+    if dict in kinds:
+        return given if name in _MAPPINGS_OR_PATHS else _mapping(name, given)
     if allowed and not isinstance(given, list):
-        if not any(given is choice or given == choice for choice in allowed):
+        chosen = next((choice for choice in allowed if given is choice or given == choice), allowed)
+        if chosen is allowed:
             quotes = f" Put it in quotes{_YAML_READS}." if isinstance(given, bool) else ""
-            raise ValueError(unknown(name, given, tuple(map(str, allowed))) + quotes)
-        return
+            raise ValueError(unknown(name, given, allowed) + quotes)
+        return allowed[chosen] if isinstance(allowed, Mapping) else given
     value = _taken_as(name, given, kinds)
     if isinstance(value, list) and allowed:
         for item in value or [None]:
@@ -112,8 +125,20 @@ def _check_field(args: Any, field: dataclasses.Field, hint: Any, choices: tuple 
         raise ValueError(_misfit(name, given, kinds))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         _check_range(name, value)
-    if value is not given:
-        setattr(args, name, value)
+    return value
+
+
+def _mapping(name: str, given: Any) -> Any:
+    """A mapping; on a command line it is JSON."""
+    value = given
+    if isinstance(given, str):
+        try:
+            value = json.loads(given)
+        except ValueError as error:
+            raise ValueError(f'{name}={given!r} is no JSON: write {{"key": value}}.') from error
+    if not isinstance(value, dict) and name != "kl_group_targets":  # of which a rule has more to say
+        raise ValueError(f"{name}={given!r} must be a mapping: write one in YAML, or as JSON on a command line.")
+    return value
 
 
 def _kinds(hint: Any) -> tuple:
@@ -172,7 +197,7 @@ def _number(given: Any, kind: type) -> int | float | None:
 def _misfit(name: str, given: Any, kinds: tuple) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
     plurals = {float: "finite numbers", str: "texts"}
-    lists = [f"a list of {plurals.get((get_args(kind) or (str,))[0], 'values')}" for kind in kinds if _is_list(kind)]
+    lists = [f"a list of {plurals.get((get_args(kind) or (str,))[0], 'values')}" for kind in kinds if is_list(kind)]
     wanted = " or ".join([*(names[kind] for kind in kinds if kind in names), *lists]) or "a value that it can hold"
     remedy = ": give it a value, or remove the field" if given is None else ""
     if str in kinds and isinstance(given, (bool, int, float, datetime.date)):
@@ -180,7 +205,8 @@ def _misfit(name: str, given: Any, kinds: tuple) -> str:
     return f"{name}={given!r} must be {wanted}{remedy}."
 
 
-def _is_list(kind: Any) -> bool:
+def is_list(kind: Any) -> bool:
+    """Whether a type among a field's kinds is a list."""
     return kind is list or get_origin(kind) is list
 
 

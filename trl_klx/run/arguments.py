@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from trl import ModelConfig, ScriptArguments, TrlParser
 
-from ..config.rules import fields_of_mappings
-from ..config.types import type_rules
+from ..config.types import convert, field_kinds
 from ..recipe_files import read_recipe, shipped_recipe
 from ..trainers.checks.loading import loading_arguments
 
@@ -115,8 +114,8 @@ def parse_recipe(program: str, config: type, argv: list[str]) -> Recipe:
     try:
         *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
         for given in (parsed[0], parsed[2]):
-            for rule in type_rules(given).values():
-                rule()
+            for problem in convert(given).values():
+                raise ValueError(problem)
         _take_loading_arguments(parsed[1], parsed[2])
     except (ValueError, OSError, TypeError) as error:  # the latter two of files and mappings that TRL takes apart
         what = "" if isinstance(error, ValueError) else "a field that holds a file or a mapping cannot be read: "
@@ -158,7 +157,7 @@ def known_fields(config: type) -> set[str]:
 
 def mapping_fields(config: type) -> set[str]:
     """Those of them that take a mapping; on a command line, as JSON."""
-    return {*fields_of_mappings(config), "env"}
+    return {name for name, kinds in field_kinds(config).items() if dict in kinds} | {"env"}
 
 
 def _check_config_file(argv: list[str], config: type) -> None:

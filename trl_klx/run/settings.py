@@ -11,7 +11,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import get_peft_config
 
-from ..config.rules import unknown
+from ..config.choices import unknown
 from ..config.types import number_problem
 from .arguments import Recipe
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from ...cli.parser import UsageError
-from ...config.types import type_problems
+from ...config.check import settle
 from ...recipe_files import read_recipe
 from ..arguments import BadInput, Recipe, known_fields, parse_recipe, stray_word, unknown_field
 from ..early import early_flag
@@ -114,12 +114,4 @@ def _broken_rules(
         args = _parse(program, dataclasses.dataclass(unchecked), given, overrides, source).args
     except BadInput:
         return []  # a value of the wrong type, which the next attempt names
-    sentences = type_problems(args, args.type_rules())
-    for rule in args.rules():
-        try:
-            rule()
-        except ValueError as error:
-            sentences.append(str(error))
-        except (TypeError, KeyError):
-            break  # it relies on a rule that was broken before
-    return list(dict.fromkeys(sentences))
+    return list(settle(args).values())

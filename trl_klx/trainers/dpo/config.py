@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 from trl import DPOConfig
 
+from ...config.check import check
 from ...config.options import KLArguments
-from ...config.rules import check_names, check_number, unknown
+from ...config.rules import kl_rules
+from ...config.types import Choices
 from ..checks.noise import check_neftune
 from ..seams import LIGER_COMPUTES_THE_LOSS
 
@@ -128,16 +129,21 @@ class KLXDPOConfig(KLArguments, DPOConfig):
         reverse = self.kl_direction == "reverse"  # target, budget and kl/sequence are of the reverse KL
         return "exact" if reverse and "exact" in self._probe_estimators else "k3"
 
-    def choices(self) -> dict[str, tuple]:
-        return {**super().choices(), "loss_type": _LOSSES, "f_divergence_type": _DIVERGENCES}
+    def choices(self) -> Choices:
+        return {**super().choices(), "loss_type": _LOSSES, "kl_controls": CONTROLS, "f_divergence_type": _DIVERGENCES}
+
+    def resolve(self) -> None:
+        if self.kl_importance_sampling is None:
+            self.kl_importance_sampling = "none"
+        super().resolve()
 
     def rules(self) -> list[Callable[[], None]]:
-        first: list[Callable[[], None]] = [self._check_budget, partial(check_names, self), self._check_what_dpo_has]
         return [
-            *first,
+            self._check_budget,
+            self._check_what_dpo_has,
             self._check_coefficients,
             self._check_probe,
-            *super().rules(),
+            *kl_rules(self),
             self._check_forward,
             self._check_trl_options,
         ]
@@ -174,18 +180,13 @@ class KLXDPOConfig(KLArguments, DPOConfig):
             resolved = name == "kl_importance_sampling" and value == "none"
             if value != defaults[name].default and not resolved:
                 raise ValueError(f"{name}={value!r} has no meaning for DPO ({reason}): remove it.")
-        self.kl_importance_sampling = "none"
 
     def _check_coefficients(self) -> None:
-        if self.kl_controls not in CONTROLS:
-            raise ValueError(unknown("kl_controls", self.kl_controls, CONTROLS))
         if self.kl_controls == "beta" and self.kl_controller == "fixed":
             raise ValueError(
                 "kl_controls='beta' says what the controller sets and kl_controller='fixed' sets nothing: remove it, "
                 "or choose a kl_controller."
             )
-        for name in CONTROLS:
-            check_number(name, getattr(self, name))
         if self.beta <= 0:
             raise ValueError(
                 f"beta={self.beta} must be more than zero: at 0 DPO's losses divide by zero or train nothing."
@@ -239,5 +240,5 @@ class KLXDPOConfig(KLArguments, DPOConfig):
             )
 
     def __post_init__(self) -> None:
-        self.check_kl()
+        check(self)
         super().__post_init__()

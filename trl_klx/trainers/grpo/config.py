@@ -6,7 +6,10 @@ from functools import partial
 
 from trl import GRPOConfig
 
+from ...config.check import check
 from ...config.options import KLArguments
+from ...config.rules import kl_rules
+from ...config.types import Choices
 from ..checks.noise import check_neftune
 from ..rewarding.calls import check_weights
 from ..rewarding.gold import GoldArguments
@@ -48,8 +51,13 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
     def kl_coef_name(self) -> str:
         return "beta"
 
-    def choices(self) -> dict[str, tuple]:
+    def choices(self) -> Choices:
         return {**super().choices(), **_CHOICES}
+
+    def resolve(self) -> None:
+        if self.kl_importance_sampling is None and self.use_bias_correction_kl is False:
+            self.kl_importance_sampling = "none"
+        super().resolve()
 
     def rules(self) -> list[Callable[[], None]]:
         own: list[Callable[[], None]] = [
@@ -59,10 +67,10 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
             partial(check_sampling, self),
             self._check_reward_reaches_every_token,
         ]
-        return [self._follow_trl_switch, *super().rules(), *own]
+        return [self._check_trl_switch, *kl_rules(self), *own]
 
     def __post_init__(self) -> None:
-        self.check_kl()
+        check(self)
         self.use_bias_correction_kl = self.kl_importance_sampling != "none"
         super().__post_init__()
 
@@ -106,7 +114,7 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
                 "halves of the KL different scales: use loss_type='dapo', or kl_aggregation='loss_type'."
             )
 
-    def _follow_trl_switch(self) -> None:
+    def _check_trl_switch(self) -> None:
         corrected = self.use_bias_correction_kl
         if corrected is None:
             return
@@ -116,9 +124,7 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
                 f"use_bias_correction_kl=True weights the KL loss and kl_placement={self.kl_placement!r} has none: "
                 "remove it."
             )
-        if self.kl_importance_sampling is None:
-            self.kl_importance_sampling = meaning
-        elif (self.kl_importance_sampling != "none") != corrected:
+        if (self.kl_importance_sampling != "none") != corrected:
             raise ValueError(
                 f"use_bias_correction_kl={corrected} means kl_importance_sampling={meaning!r} and "
                 f"kl_importance_sampling is {self.kl_importance_sampling!r}: set one of the two."

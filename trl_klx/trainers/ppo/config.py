@@ -11,7 +11,9 @@ check_trl_has_ppo()
 
 from trl.experimental.ppo import PPOConfig  # noqa: E402  (the check says why it cannot be imported)
 
+from ...config.check import check  # noqa: E402
 from ...config.options import KLArguments  # noqa: E402
+from ...config.rules import kl_rules  # noqa: E402
 from ..checks.noise import check_neftune  # noqa: E402
 from ..rewarding.calls import check_weights  # noqa: E402
 from ..rewarding.gold import GoldArguments  # noqa: E402
@@ -95,6 +97,11 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOConfig):
         """Prompts that one process answers per rollout."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    def resolve(self) -> None:
+        if self.stop_token_id is not None:
+            self.stop_token = None  # the more specific of the two; "eos" is only the default
+        super().resolve()
+
     def rules(self) -> list[Callable[[], None]]:
         own: list[Callable[[], None]] = [
             self.check_gold,
@@ -103,10 +110,10 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOConfig):
             self._check_ppo_choices,
             self._check_length,
         ]
-        return [*super().rules(), *own]
+        return [*kl_rules(self), *own]
 
     def __post_init__(self) -> None:
-        self.check_kl()
+        check(self)
         super().__post_init__()
 
     def _check_minibatches(self) -> None:
@@ -118,8 +125,6 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOConfig):
 
     def _check_ppo_choices(self) -> None:
         check_neftune(self.neftune_noise_alpha)
-        if self.stop_token_id is not None:
-            self.stop_token = None  # the more specific of the two; "eos" is only the default
         if self.stop_token not in (None, "eos"):
             raise ValueError(f"stop_token={self.stop_token!r} does not exist: use 'eos', or stop_token_id.")
         if self.missing_eos_penalty is not None and self.stop_token is None and self.stop_token_id is None:

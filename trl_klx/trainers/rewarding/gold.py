@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ...config.rules import unknown
+from ...config.choices import unknown
 from ...monitor.overoptimisation.monitor import OveroptimisationMonitor
 from ..checkpoints.resumed_run import ResumedRun
 from ..errors import RunError

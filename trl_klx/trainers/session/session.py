@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor
 
+from ...config.choices import CONTROLLER_SETTINGS
 from ...config.options import KLArguments
-from ...config.rules import CONTROLLER_SETTINGS
 from ...control.controllers import KINDS, Controller, make_controller
 from ...kl import effective_sample_size
 from ...monitor.metrics import finite

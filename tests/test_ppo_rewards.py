@@ -53,10 +53,10 @@ def test_several_rewards_are_weighted_and_none_does_not_apply(tmp_path: Path) ->
     rollout = first_rollout(made)
     expected = [1.5 * len(text) + (10.0 if row % 2 == 0 else 0.0) for row, text in enumerate(TEXTS)]
     assert rollout.scores.tolist() == pytest.approx(expected)
-    pooled = made._pooled[made._mode]
+    pooled = made.metrics.ratios[made.mode]
     assert pooled["rewards/only_even/mean"] == (4.0, 4.0)  # over the answers that it applies to
     assert pooled["rewards/slow_length/mean"] == pytest.approx((sum(map(len, TEXTS)), 8))
-    assert made._metrics[made._mode]["reward_std"] == pytest.approx([float(torch.tensor(expected).std())])
+    assert made.metrics.means[made.mode]["reward_std"] == pytest.approx([float(torch.tensor(expected).std())])
 
 
 def test_reward_functions_get_columns_state_and_logging(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_lists_of_a_rollout_function_have_to_fit(tmp_path: Path, changes: dict, 
 
 
 def test_one_function_without_a_list(tmp_path: Path) -> None:
-    assert trainer(tmp_path, reward_funcs=digit_reward)._rewards.names == ["digit_reward"]
+    assert trainer(tmp_path, reward_funcs=digit_reward).sampler.rewards.names == ["digit_reward"]
 
 
 def test_samples_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

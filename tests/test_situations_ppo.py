@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from trl_klx.trainers.errors import RunError
 from trl_klx.trainers.ppo.model import value_model_like
-from trl_klx.trainers.ppo.rollout import read_prompts
+from trl_klx.trainers.ppo.prompts import PromptReader
 from trl_klx.trainers.rewarding.models import model_rewards
 from trl_klx.trainers.shared.generation import end_tokens
 
@@ -49,7 +49,7 @@ def test_an_answer_ends_at_any_of_the_models_end_tokens(tmp_path: Path) -> None:
     assert all(not {END, TURN} & set(ids[:-1]) for ids in answers)
     assert {ids[-1] for ids in answers} >= {END, TURN}
     cut = sum(ids[-1] not in (END, TURN) for ids in answers)
-    assert made._pooled["train"]["completions/clipped_ratio"] == (cut, 16)
+    assert made.metrics.ratios["train"]["completions/clipped_ratio"] == (cut, 16)
 
 
 def test_a_stop_token_of_the_users_own_is_the_only_end(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_padding_tokens_at_the_ends_are_padding(tmp_path: Path, side: str, added
 
 def test_a_padding_token_within_a_prompt_stays(tmp_path: Path) -> None:
     """Where padding and end are one token, the ends of the turns of a conversation are no padding."""
-    assert read_prompts([{"input_ids": [0, 0, 5, 0, 6, 0]}], tiny_tokenizer(), None, 0)[1] == [[5, 0, 6]]
+    assert PromptReader(tiny_tokenizer(), {}, 0, 23).read([{"input_ids": [0, 0, 5, 0, 6, 0]}])[1] == [[5, 0, 6]]
 
 
 @pytest.mark.situation("PPO: [PAD] added to the tokenizer, the model not resized (as in TRL's examples)", "right")
@@ -280,7 +280,7 @@ def test_tokens_that_the_model_does_not_know(tmp_path: Path, monkeypatch: pytest
     data = Dataset.from_dict({"input_ids": [[3, 4]] * 15 + [[3, 40]]})
     with pytest.raises(ValueError, match="a prompt holds the token 40 and the model's vocabulary has 23 entries"):
         trainer(tmp_path, given=False, train_dataset=data)
-    monkeypatch.setattr("trl_klx.trainers.ppo.rollout._LOOKED_AT", 10)
+    monkeypatch.setattr("trl_klx.trainers.ppo.prompts._LOOKED_AT", 10)
     with pytest.raises(RunError, match="a prompt holds the token 40"):  # beyond the prompts that are looked at before
         trainer(tmp_path, given=False, train_dataset=data, max_steps=2).train()
 

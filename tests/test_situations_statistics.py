@@ -313,11 +313,13 @@ def test_a_patch_beneath_the_kl_leaves_it(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("method", ["_loss", "_shape_rewards", "training_step"])
 def test_a_ppo_subclass_without_the_kl(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trl_klx import KLXPPOTrainer
+    from trl_klx.trainers.ppo.rollout import LossOutputs
 
     def foreign_method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if method == "_shape_rewards":
             return torch.zeros_like(args[0].sampler_logps), torch.zeros_like(args[0].sampler_logps)
-        return sum(parameter.square().sum() for parameter in self.model.parameters())
+        loss = sum(parameter.square().sum() for parameter in self.model.parameters())
+        return LossOutputs(loss, torch.ones(()), {}) if method == "_loss" else loss
 
     monkeypatch.setattr(KLXPPOTrainer, method, foreign_method)
     trainer = make("ppo", tmp_path, max_steps=2, **FIXED, kl_placement="both")

@@ -152,3 +152,8 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOConfig):
                 f"total_episodes={self.total_episodes} and max_steps={self.max_steps} both give the length of the run: "
                 "set one of them (a step is a rollout)."
             )
+
+
+def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """Of a field that may be written as JSON on a command line; the config has parsed it."""
+    return value if isinstance(value, dict) else None

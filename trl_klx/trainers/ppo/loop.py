@@ -8,7 +8,8 @@ yields the prompts of a rollout, and all that the loop does around a step works 
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,37 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl.distributed import DistributedBackend
 from trl.experimental.ppo import PPOTrainer
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.models.utils import (
+    disable_gradient_checkpointing,
+    prepare_deepspeed,
+    prepare_fsdp,
+    unwrap_model_for_generation,
+)
 from trl.trainer.utils import identity, use_adapter
 
 from ..checks.noise import without_noise
 from ..errors import CheckpointError
 from ..reference.adapters import REF_ADAPTER, trainable_as_before
-from .config import KLXPPOConfig
+from ..seams import swapped
+from ..shared.generation import end_tokens, generating_with
+from .config import KLXPPOConfig, as_dict
 from .model import VALUE_FOLDER, PolicyAndValue
+from .rollout import padded
 
 
 class PPOLoop(PPOTrainer):
-    """Sets up policy, value model and reference, and saves and loads them; what a step does is the subclass's.
+    """Sets up policy, value model and reference, samples from the policy, saves and loads; a step is the subclass's.
 
     Args:
         args: the config; it is copied, with what transformers' loop has to see.
         model: policy and value model.
         ref_model: the frozen reference; None: the policy without its adapter, or none needed.
+
+    Attributes:
+        stop_tokens: ids that end an answer; none where answers have full length.
     """
 
     args: KLXPPOConfig
@@ -48,7 +61,6 @@ class PPOLoop(PPOTrainer):
     train = Trainer.train
     save_model = Trainer.save_model
     get_eval_dataloader = Trainer.get_eval_dataloader
-    _saves_value_model = False
 
     def __init__(
         self,
@@ -77,12 +89,14 @@ class PPOLoop(PPOTrainer):
             **kwargs,
         )
         self._train_batch_size = args.local_batch_size or 0  # the dataloader's: prompts of a rollout on this process
-        self.ref_model = None if ref_model is None else self._frozen(ref_model)
+        self.ref_model = None if ref_model is None else self.frozen(ref_model)
+        self.stop_tokens = _stop_tokens(args, model.policy, processing_class)
+        self._backend = DistributedBackend(self.accelerator)
         # Every process samples answers of its own.
         set_seed(args.seed, device_specific=True)
         model.policy.add_model_tags(self._tag_names)
 
-    def _frozen(self, model: nn.Module) -> Any:
+    def frozen(self, model: nn.Module) -> Any:
         """Prepare a model that is only run: placed, in the run's precision, sharded where the policy is."""
         without_noise(model)
         model.eval()
@@ -96,6 +110,16 @@ class PPOLoop(PPOTrainer):
     def _policy(self) -> Any:
         return self.accelerator.unwrap_model(self.model).policy
 
+    @property
+    def mode(self) -> str:
+        """Whether this is "train" or "eval"."""
+        return "train" if self.model.training else "eval"
+
+    def without_checkpointing(self) -> AbstractContextManager[None]:
+        """While active, forwards keep no activations and recompute none."""
+        model: Any = self.model
+        return disable_gradient_checkpointing(model, as_dict(self.args.gradient_checkpointing_kwargs))
+
     @contextmanager
     def null_ref_context(self) -> Iterator[None]:
         """While active, a PEFT policy is its reference: the adapter of that name, or no adapter."""
@@ -105,28 +129,52 @@ class PPOLoop(PPOTrainer):
         with trainable_as_before(self._policy), use_adapter(self._policy, name):
             yield
 
+    @torch.no_grad()
+    def generate(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Sample one answer to each prompt from the policy as it is now; what follows a stop token is in them still."""
+        args, tokenizer, gather = self.args, self.processing_class, self.args.ds3_gather_for_generation
+        config = GenerationConfig(
+            max_new_tokens=args.response_length,
+            do_sample=True,
+            temperature=args.temperature,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=self.stop_tokens or None,
+        )
+        completions: list[list[int]] = []
+        size, device = args.local_rollout_forward_batch_size, self.accelerator.device
+        with (
+            self.accelerator.autocast(),
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator, gather) as unwrapped,
+            self._backend.summon_full_params(self.model_wrapped, recurse=False),
+            generating_with(unwrapped.policy, config),
+        ):
+            for start in range(0, len(prompt_ids), size):
+                tokens, mask = padded(prompt_ids[start : start + size], tokenizer.pad_token_id, "left", device)
+                output = unwrapped.generate(input_ids=tokens, attention_mask=mask, generation_config=config)
+                completions += output[:, tokens.size(1) :].tolist()
+        return completions
+
     def get_train_dataloader(self) -> Any:
         """Rollouts of full size only: advantages are whitened over them."""
-        kept, self.args.dataloader_drop_last = self.args.dataloader_drop_last, True
-        try:
+        with swapped(self.args, dataloader_drop_last=True):
             return Trainer.get_train_dataloader(self)
-        finally:
-            self.args.dataloader_drop_last = kept
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._saves_value_model = True
-        try:
+        with swapped(self, _save=partial(self._save, with_value_model=True)):
             super()._save_checkpoint(model, trial)
-        finally:
-            self._saves_value_model = False
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict | None = None, with_value_model: bool = False
+    ) -> None:
         """Save the policy, where `from_pretrained` finds it; a checkpoint also holds the value model."""
         folder = Path(output_dir or self.args.output_dir or ".")
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model)
-        model.save(folder, state_dict, with_value_model=self._saves_value_model)
+        model.save(folder, state_dict, with_value_model=with_value_model)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
 
@@ -141,23 +189,14 @@ class PPOLoop(PPOTrainer):
                 "checkpoint that PPO wrote, or start from it as model_name_or_path."
             )
         for part, folder in ((self.model.policy, resume_from_checkpoint), (self.model.value_model, str(value_folder))):
-            with self._seen_as_model(part):
+            with swapped(self, model=part):  # which is asked what weights are tied
                 super()._load_from_checkpoint(folder, part)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)  # type: ignore[arg-type]
-
-    @contextmanager
-    def _seen_as_model(self, part: nn.Module) -> Iterator[None]:
-        """Trainer's loading asks `self.model` which weights are tied."""
-        kept, self.model = self.model, part  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            self.model = kept
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
 def _as_the_loop_sees_it(args: KLXPPOConfig) -> KLXPPOConfig:
@@ -173,8 +212,9 @@ def _as_the_loop_sees_it(args: KLXPPOConfig) -> KLXPPOConfig:
         seen.max_steps = math.ceil(seen.total_episodes / seen.batch_size)
     seen.gradient_accumulation_steps = 1
     seen.remove_unused_columns = False
-    seen.accelerator_config = copy.copy(args.accelerator_config)
-    seen.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]  # prompts of a stream are text, which accelerate cannot scatter
+    accelerator: Any = copy.copy(args.accelerator_config)
+    accelerator.dispatch_batches = False  # prompts of a stream are text, which accelerate cannot scatter
+    seen.accelerator_config = accelerator
     if seen.data_seed is None:
         seen.data_seed = seen.seed  # processes sample with seeds of their own, and shuffle with one
     if seen.ddp_find_unused_parameters is None:
@@ -194,19 +234,7 @@ def _check_size(args: KLXPPOConfig, dataset: Any) -> None:
         )
 
 
-def check_arguments(
-    args: Any, model: Any, ref_model: Any, train_dataset: Any, reward_model: Any, value_model: Any, data_collator: Any
-) -> None:
-    """Refuse arguments of the trainer that cannot be meant, before a model is loaded."""
-    if not isinstance(args, KLXPPOConfig):
-        raise TypeError(f"args is a {type(args).__name__}: KLXPPOTrainer takes a KLXPPOConfig.")
-    if model is None:
-        raise ValueError("model is missing: pass the policy, or its path.")
-    if train_dataset is None:
-        raise ValueError("train_dataset is missing: pass a dataset with a column 'prompt'.")
-    if isinstance(model, nn.Module) and ref_model is model:
-        raise ValueError("ref_model is the policy itself: leave it out, and a copy of the policy is made.")
-    if isinstance(value_model, nn.Module) and value_model is reward_model:
-        raise ValueError("value_model is the reward model itself, which training would change: pass a copy of it.")
-    if data_collator is not None:
-        raise ValueError("data_collator has no effect: prompts are tokenised and padded by the trainer; remove it.")
+def _stop_tokens(args: KLXPPOConfig, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if args.stop_token == "eos":
+        return end_tokens(policy, tokenizer)
+    return [] if args.stop_token_id is None else [args.stop_token_id]

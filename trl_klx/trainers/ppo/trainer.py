@@ -1,44 +1,48 @@
-"""PPO with a chosen KL: `KLXPPOTrainer`.
+"""PPO with a chosen KL: `KLXPPOTrainer`. One step of transformers' loop is one rollout and its updates:
 
-One step: sample answers to a batch of prompts, reward and score them (`PPOSampler`), turn rewards and KL into
-advantages (`_shape`), and update policy and value model (`_update`). Shape legend: B answers, T answer tokens.
+    rows -> Answers -> Rewarded -> Rollout     sampled, rewarded, scored            sampler.py, scorer.py
+    Rollout -> Experience                      rewards and KL to advantages         here, by loss.py
+    Experience -> LossOutputs                  of each micro-batch of each update   here, by loss.py
+
+Shape legend of this folder: B answers, P prompt tokens, T answer tokens, L = P + T, H hidden size, V vocabulary,
+F rewards.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import entropy_from_logits
 
-from ...kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
-from ..checks.inputs import check_inputs, check_lengths
-from ..checks.loading import loading_arguments
-from ..checks.rows import PROMPTS_OR_TOKENS
-from ..checks.start import check_start
-from ..checks.vocabulary import check_vocabularies, vocabulary_size, with_known_padding
+from ...kl import importance_weights, kl_credit, kl_estimate, last_token_index, leave_one_out_baseline, masked_sum
+from ...kl.estimators import SAMPLED_ESTIMATORS
+from ..exact.forward import exact_kl_between
 from ..rewarding.functions import RewardFunctions
-from ..rewarding.gold import check_gold_reward
-from ..rewarding.models import loaded_rewards
+from ..rewarding.gold import GoldWatch
 from ..session.applied import KL_IN_LOSS, KL_IN_REWARD
-from ..session.groups import group_names
+from ..session.coefficient import KLCoefficient
+from ..session.metrics import Metrics
+from ..session.session import KLControl
 from ..shared.lifecycle import KLControlledTrainer
-from ..shared.step_guard import ADVICE, KL, LOSS
+from ..shared.step_guard import ADVICE, KL, LOSS, POLICY, REFERENCE, VALUES, StepGuard
 from .config import KLXPPOConfig
-from .loop import check_arguments
+from .loop import PPOLoop
 from .loss import Clipping, generalized_advantages, mean_and_std, next_token_values, policy_loss, value_loss
-from .model import PolicyAndValue, load_policy, reference_of, value_model_of, with_adapter
-from .rollout import Experience, Rollout, RolloutFunction, Rows, check_first_prompts
+from .prepare import Given, Model, prepare
+from .prompts import RolloutFunction, Rows
+from .rollout import Experience, LossOutputs, Rollout
 from .sampler import PPOSampler
+from .scorer import Scorer
 
 
-class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
+class KLXPPOTrainer(KLControlledTrainer, GoldWatch, PPOLoop):
     r"""`PPOTrainer` whose KL to the reference you choose: see `KLXPPOConfig` and the table in the README.
 
     Maximises E[reward] - kl_coef * KL(policy || reference). With the KL in the reward each token is charged, through
@@ -56,15 +60,15 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         train_dataset: a column `prompt`, of strings or messages, or `input_ids`; others go to the reward functions.
         value_model: sequence classifier with one output and a head named `score`, or the path of a model to make it
             from. None: a copy of the policy's backbone under a head of zeros.
-        data_collator: in TRL's place; prompts need none, so it has to be None.
+        data_collator: TRL's argument; it has to be None.
         eval_dataset: the same, for `evaluate`, which samples an answer to each prompt.
         optimizers, callbacks, peft_config, quantization_config: as in TRL's trainers; the adapter is the policy's.
         reward_funcs: as GRPO's: functions (sync or async), reward models or their paths, one or several.
         reward_processing_classes: tokenizers of the reward models among `reward_funcs`, None for each other.
         rollout_func: as GRPO's: samples the answers itself; `env_mask` marks what the policy produced (1) and what
             tools did (0), which counts nowhere.
-        gold_reward_func: a function like those of `reward_funcs`, which the reward stands for. It scores the answers of
-            every evaluation and is never trained on; `overoptimisation` follows it: see docs/overoptimisation.md.
+        gold_reward_func: a function like those of `reward_funcs`, which they stand for. It scores evaluations and is
+            never trained on; `overoptimisation` follows it: see docs/overoptimisation.md.
 
     Raises:
         TypeError: `args` is no `KLXPPOConfig`.
@@ -74,16 +78,17 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
     _tag_names = ["trl", "ppo", "trl_klx"]
     _name = "KLX-PPO"
     _takes_ref_model = True
+    kl_coef = KLCoefficient()
 
     def __init__(
         self,
         args: KLXPPOConfig,
         processing_class: PreTrainedTokenizerBase | None = None,
-        model: PreTrainedModel | str | None = None,
-        ref_model: PreTrainedModel | str | None = None,
-        reward_model: PreTrainedModel | str | None = None,
+        model: Model | None = None,
+        ref_model: Model | None = None,
+        reward_model: Model | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        value_model: PreTrainedModel | str | None = None,
+        value_model: Model | None = None,
         data_collator: None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         optimizers: tuple = (None, None),
@@ -96,54 +101,27 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         gold_reward_func: Any = None,
         quantization_config: Any = None,
     ) -> None:
-        check_arguments(args, model, ref_model, train_dataset, reward_model, value_model, data_collator)
-        given = [*_as_list(reward_funcs), *_as_list(reward_model)]
-        check_inputs(PROMPTS_OR_TOKENS, args, train_dataset, eval_dataset, given, more=rollout_func is not None)
-        kl_groups = group_names(args, train_dataset, eval_dataset)
-        check_gold_reward(args, gold_reward_func)
-        others = {"ref_model": ref_model, "reward_model": reward_model, "value_model": value_model}
-        tokenizer = check_start(args, model, processing_class, quantization_config=quantization_config, **others)
+        if data_collator is not None:
+            raise ValueError("data_collator has no effect: prompts are tokenised and padded by the trainer; remove it.")
+        models = (processing_class, model, ref_model, value_model, reward_model, peft_config, quantization_config)
+        given = Given(*models, reward_funcs, reward_processing_classes, gold_reward_func)
+        made = prepare(args, given, (train_dataset, eval_dataset), more_columns=rollout_func is not None)
         self.given_args = args
-        loading = loading_arguments(args.model_init_kwargs)  # type: ignore[arg-type]
-        quantized = {**loading, **({} if quantization_config is None else {"quantization_config": quantization_config})}
-        base = load_policy(model, quantized)  # type: ignore[arg-type]
-        for name in ("revision", "quantization_config"):  # the policy's own
-            loading.pop(name, None)
-        self._prompt_padding, vocabulary = tokenizer.pad_token_id, vocabulary_size(base)
-        tokenizer = with_known_padding(tokenizer, vocabulary, "the policy")
-        template = args.chat_template_kwargs
-        check_first_prompts((train_dataset, eval_dataset), tokenizer, template, self._prompt_padding, vocabulary)  # type: ignore[arg-type]
-        check_lengths(PROMPTS_OR_TOKENS, args, train_dataset, eval_dataset, tokenizer, base.config)
-        given = loaded_rewards(given, loading)
-        tokenizers = [*_as_list(reward_processing_classes), *[None] * len(_as_list(reward_model))]
-        read_by = None if reward_processing_classes is None else tokenizers
-        rewards = RewardFunctions(given, args.reward_weights, read_by, tokenizer, template)  # type: ignore[arg-type]
-        path = model if isinstance(model, str) else None
-        value = value_model_of(base, value_model, path, loading, tokenizer)  # before an adapter is put on
-        names, copied = (args.model_adapter_name, args.ref_adapter_name), args.kl_is_measured and ref_model is None
-        policy = with_adapter(base, peft_config, *names, copied=copied)
-        reference = None
-        if args.kl_is_measured:
-            reference = reference_of(policy, path, quantized) if ref_model is None else load_policy(ref_model, loading)
-        if reference is not None:
-            check_vocabularies(base, reference, "reference")
-        super().__init__(
-            rewards,
-            rollout_func,
-            kl_groups,
-            args,
-            PolicyAndValue(policy, value),
-            reference,
-            tokenizer,
-            train_dataset,
-            eval_dataset,
-            optimizers=optimizers,
-            callbacks=callbacks,
-        )
+        own = {"optimizers": optimizers, "callbacks": callbacks}
+        super().__init__(args, made.model, made.reference, made.tokenizer, train_dataset, eval_dataset, **own)
+        rewards, self.reward_func_names = made.rewards, made.rewards.names
+        rewards.rewards = [self.frozen(r) if isinstance(r, nn.Module) else r for r in rewards.rewards]
+        self.metrics = Metrics(self.accelerator)
+        self._metrics = self.metrics.means
+        self.kl = KLControl(self.args, self.accelerator, made.kl_groups)
+        self.guard = StepGuard(self.accelerator)
+        self.kl_term = self.args.kl_term()
+        like: dict[str, Any] = {"temperature": self.args.temperature, "direction": self.kl_term.direction}
+        exact = exact_kl_between(self, self.model.policy, **like) if self.args.kl_needs_exact else None
+        self.scorer = Scorer(self.args, self.accelerator, self.ref_model, self.null_ref_context, exact)
+        self.sampler = PPOSampler(self, made.prompts, rewards, rollout_func, self.metrics, self.guard)
         self._clipping = Clipping(args.cliprange, args.cliprange_value)
-        self._token_sums: dict[str, list[Tensor]] = defaultdict(list)
-        self._watch_health(self.model.policy, gain="reward", entropy="policy/entropy_avg", tokenizer=tokenizer)
-        self._weights: list[Tensor] = []  # importance weights on the KL loss, of the step's updates
+        self._watch_health(made.model.policy, gain="reward", entropy="policy/entropy_avg", tokenizer=made.tokenizer)
         self._watch_gold(gold_reward_func)
 
     @property
@@ -154,7 +132,7 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
     def _reference_adapter(self) -> str | None:
         return self.args.ref_adapter_name or super()._reference_adapter
 
-    def training_step(self, model: Any, inputs: Rows, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One rollout and all its optimizer steps but the last, which transformers' loop clips, takes and logs."""
         self.kl.start(self.state.max_steps)
         model.train()
@@ -162,42 +140,69 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         rollout = self._make_rollout(inputs)
         self._watch(rollout)
         if self._step_is_finite(model, decisive=ADVICE):
-            loss = self._update(model, self._shape(rollout))
+            loss, outputs = self._update(model, self._shape(rollout))
+            self._record_update(outputs)
         else:
             self._judged, loss = True, torch.zeros((), device=self.accelerator.device)
-        self._metrics["train"]["episode"] = [(self.state.global_step + 1) * self.args.batch_size]
+        self.metrics.set("train", "episode", (self.state.global_step + 1) * (self.args.batch_size or 0))
         self._end_kl_step()
         return loss
 
-    def prediction_step(self, model: Any, inputs: Rows, *args: Any, **kwargs: Any) -> tuple[None, None, None]:  # type: ignore[override]
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
         """Sample, reward and score an answer to each prompt; there is no loss to report."""
         self._make_rollout(inputs)
         return None, None, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        mode = self._mode
-        prefix = "" if mode == "train" else f"{self._eval_prefix}_"
-        logs.update({f"{prefix}{name}": sum(v) / len(v) for name, v in self._metrics[mode].items()})
-        logs.update({f"{prefix}{name}": total / count for name, (total, count) in self._pooled[mode].items()})
-        self._metrics[mode].clear()
-        self._pooled[mode].clear()
+        prefix = "" if self.mode == "train" else f"{self._eval_prefix}_"
+        logs.update({f"{prefix}{name}": value for name, value in self.metrics.take(self.mode).items()})
         super().log(logs, *args, **kwargs)
 
-    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        with self._sampling():
-            return super()._sample(prompt_ids)
+    @torch.no_grad()
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Print answers to the prompts of eval_dataset with their rewards; with `sampling`, of its first batch only."""
+        with self.without_checkpointing():
+            for rows in [] if self.eval_dataset is None else self.get_eval_dataloader():
+                answers = self.sampler.answers(rows)
+                self.sampler.print(answers, *self.sampler.rewards_of(answers, self.sampler.rewards))
+                if sampling:
+                    break
 
-    # Rewards and KL to advantages
+    def generate(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        with self._sampling():
+            return super().generate(prompt_ids)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    @torch.no_grad()
+    def _make_rollout(self, rows: Rows) -> Rollout:
+        """An answer to each prompt: sampled, rewarded and scored, its rewards and KL recorded.
+
+        The KL is that of every answer; what is returned counts only where a reward applies.
+        """
+        size = self.args.local_rollout_forward_batch_size
+        with self.without_checkpointing():
+            answers = self.sampler.answers(rows)
+            rewarded = self.sampler.rewarded(answers, self.kl.group_numbers(rows))
+            if self.gold_reward_func is not None and self.mode == "eval":
+                gold = RewardFunctions([self.gold_reward_func], None, None, self.processing_class)
+                gold_rewards, _ = self.sampler.rewards_of(answers, gold)
+                self._measure_gold(answers.prompts, *self.accelerator.gather((rewarded.scores, gold_rewards[:, 0])))
+            parts = [rewarded.rows(slice(i, i + size)) for i in range(0, len(rows), size)]
+            rollout = Rollout.joined([self.scorer.rollout(self.model, part) for part in parts])
+        self._record_kl(rollout)
+        return rollout.without_unscored()
 
     @torch.no_grad()
     def _shape(self, rollout: Rollout) -> Experience:
-        mask = rollout.mask
+        """Rewards and KL to advantages, and to returns for the value model to learn."""
+        mask, gamma, lam = rollout.mask, self.args.gamma, self.args.lam
         rewards, direct = self._shape_rewards(rollout)
         scale = torch.ones_like(rewards[0, 0])
         if self.args.whiten_rewards:
             scale = scale / mean_and_std(rewards, mask, self._sum)[1]
-        gamma, lam = self.args.gamma, self.args.lam
-        advantages, returns = generalized_advantages(scale * rewards, rollout.values, mask, gamma=gamma, lam=lam)  # type: ignore[arg-type]
+        advantages, returns = generalized_advantages(scale * rewards, rollout.values, mask, gamma=gamma, lam=lam)
         advantages = advantages + scale * direct
         if self.args.whiten_advantages:
             mean, std = mean_and_std(advantages, mask, self._sum)
@@ -214,43 +219,35 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         mask, term = rollout.mask, self.kl_term
         last = last_token_index(mask)
         answered = (last >= 0).nonzero().squeeze(1)
-        rewards = torch.zeros_like(rollout.sampler_logps)  # type: ignore[arg-type]
+        rewards = torch.zeros_like(rollout.sampler_logps)
         rewards[answered, last[answered]] = rollout.scores[answered]
         charged, direct = torch.zeros_like(rewards), torch.zeros_like(rewards)
-        if term.in_reward and self.args.kl_is_penalised:
+        if rollout.ref_logps is not None and term.in_reward and self.args.kl_is_penalised:
             self.kl.reached.add(KL_IN_REWARD)
-            coef = self._coef_of(rollout)
-            penalty = term.penalty(rollout.sampler_logps, rollout.ref_logps, mask, exact=rollout.exact)  # type: ignore[arg-type]
-            if term.credit_kind == "return_to_go":
+            coef, credit_kind = self.kl.coef_of(rollout.groups), term.credit_kind
+            penalty = term.penalty(rollout.sampler_logps, rollout.ref_logps, mask, exact=rollout.exact)
+            if credit_kind == "return_to_go":
                 charged = -coef * penalty
-            elif term.credit_kind == "future":
+            elif credit_kind == "future":
                 # Paid a token early, so discounted here: the KL of token s weighs gamma^(s-t) in every credit.
                 charged = -coef * self.args.gamma * next_token_values(penalty, mask)
             else:
-                credit = kl_credit(penalty, mask, credit=term.credit_kind)  # type: ignore[arg-type]
+                credit = kl_credit(penalty, mask, credit=credit_kind)
                 direct = -coef * (credit - leave_one_out_baseline(credit, mask, len(credit)))
         return rewards + charged, direct
 
-    def _coef_of(self, rollout: Rollout) -> Tensor | float:
-        """`kl_coef`, (B, 1) where it differs by group."""
-        return self.kl_coef if rollout.groups is None else self.kl.coef_of(rollout.groups)
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, reduction="sum")
-
-    # Updates
-
-    def _update(self, model: Any, experience: Experience) -> Tensor:
-        """All optimizer steps of a rollout but the last; returns their mean loss."""
-        total = torch.zeros((), device=self.accelerator.device)
+    def _update(self, model: Any, experience: Experience) -> tuple[Tensor, list[LossOutputs]]:
+        """All optimizer steps of a rollout but the last; their mean loss, and the outputs of all micro-batches."""
         minibatches = list(self._minibatches(len(experience.rollout.scores)))
+        total = torch.zeros((), device=self.accelerator.device)
+        outputs: list[LossOutputs] = []
         for number, rows in enumerate(minibatches):
             if number > 0:
                 self._optimizer_step(model)
-            self._is_first_use = number < self.args.num_mini_batches
-            total += self._accumulate(model, experience, rows)
-        self._record_update()
-        return total / len(minibatches)
+            loss, parts = self._accumulate(model, experience, rows, is_first_use=number < self.args.num_mini_batches)
+            total += loss
+            outputs += parts
+        return total / len(minibatches), outputs
 
     def _minibatches(self, answers: int) -> Iterator[Tensor]:
         """Rows of each optimizer step: every epoch a new permutation of the rollout, cut into num_mini_batches."""
@@ -264,80 +261,98 @@ class KLXPPOTrainer(KLControlledTrainer, PPOSampler):
         self.optimizer.step()
         model.zero_grad()
 
-    def _accumulate(self, model: Any, experience: Experience, rows: Tensor) -> Tensor:
+    def _accumulate(
+        self, model: Any, experience: Experience, rows: Tensor, *, is_first_use: bool
+    ) -> tuple[Tensor, list[LossOutputs]]:
         """Add up the gradients of a minibatch, by micro-batches: of the mean over its tokens on all processes."""
         count = self._sum(experience.rollout.mask[rows].sum())
         tokens = count.clamp(min=1) / self.accelerator.num_processes
         micro_batches = rows.split(self.args.per_device_train_batch_size)
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        total = torch.zeros((), device=tokens.device)
+        total, outputs = torch.zeros((), device=tokens.device), []
         for number, part in enumerate(micro_batches):
             is_last = number == len(micro_batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(is_last)
             with nullcontext() if is_last or is_deepspeed else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    loss = self._loss_for_deepspeed(self._loss(model, experience, part) / tokens)
+                    output = self._loss(model, experience, part, is_first_use=is_first_use)
+                    loss = self._loss_for_deepspeed(output.loss / tokens)
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
             total += loss.detach()
+            outputs.append(replace(output, loss=loss.detach()))
         if not count:  # nothing was scored, and without a gradient nothing moves, not by momentum either
             model.zero_grad()
         self.guard.watch(LOSS, total)
-        return total
+        return total, outputs
 
-    def _loss(self, model: Any, experience: Experience, rows: Tensor) -> Tensor:
-        """Sum of the loss over the tokens of some answers."""
+    def _loss(self, model: Any, experience: Experience, rows: Tensor, *, is_first_use: bool = False) -> LossOutputs:
+        """The loss of some answers; `is_first_use`: of which the policy has learnt nothing yet."""
         part, batch = experience.rollout.rows(rows), experience.batch(rows)
-        with self._exact_kl(model, part, with_grad=True) as exact:
-            output = model(part.input_ids, part.attention_mask, part.length)
-        policy_logps = self._logps(output.logits, part)
-        per_token, policy_metrics = policy_loss(policy_logps, batch, self._clipping)
-        value_error, value_metrics = value_loss(output.state_values.float(), batch, self._clipping)
+        scores = self.scorer.policy(model, part, part.ref_hidden, with_grad=True)
+        per_token, policy_metrics = policy_loss(scores.logps, batch, self._clipping)
+        value_error, value_metrics = value_loss(scores.values, batch, self._clipping)
         with torch.set_grad_enabled(self.args.entropy_coef != 0):
-            entropy = entropy_from_logits(output.logits.float() / self.args.temperature)
+            entropy = entropy_from_logits(scores.logits.float() / self.args.temperature)
         per_token = per_token + self.args.vf_coef * value_error - self.args.entropy_coef * entropy
-        metrics = policy_metrics | value_metrics | {"policy/entropy_avg": entropy.detach()}
-        if self.kl_term.in_loss and self.args.kl_is_penalised:
-            kl_loss = experience.scale * self._kl_loss(policy_logps, part, exact[0] if exact else None)
-            kl_loss = self._coef_of(part) * kl_loss
-            per_token = per_token + kl_loss
-            metrics["kl/loss"] = kl_loss.detach()
-        for name, values in metrics.items():
-            self._token_sums[name].append(masked_sum(values, part.mask))
-        self._token_sums["tokens"].append(part.mask.sum())
-        return masked_sum(per_token, part.mask)
-
-    def _kl_loss(self, policy_logps: Tensor, part: Rollout, exact: Tensor | None) -> Tensor:
-        """(B, T) KL loss in nats, weighted by the policy's ratio to what it was when it sampled."""
-        self.kl.reached.add(KL_IN_LOSS)
-        logps, sampler_logps, ref_logps = policy_logps, part.sampler_logps, part.ref_logps
+        metrics = policy_metrics | value_metrics | {"policy/entropy_avg": entropy}
         weights = None
-        if self.kl_term.takes_weights:
-            level = self.kl_term.weight_level
-            weights = importance_weights(logps, sampler_logps, part.mask, level=level)  # type: ignore[arg-type]
-            self._weights.append(weights[part.mask])
-            if self._is_first_use:
-                of_tokens = importance_weights(logps, sampler_logps, part.mask, level="token")  # type: ignore[arg-type]
-                self.kl.weight_mean.add("train", of_tokens, part.mask, part.prompts)
-        kl_loss = self.kl_term.loss(logps, ref_logps, part.mask, weights=weights, exact=exact)  # type: ignore[arg-type]
-        self.guard.watch(KL, kl_loss, part.mask)
-        return kl_loss
+        if part.ref_logps is not None and self.kl_term.in_loss and self.args.kl_is_penalised:
+            self.kl.reached.add(KL_IN_LOSS)
+            weights = self._kl_weights(scores.logps, part, is_first_use=is_first_use)
+            kl = self.kl_term.loss(scores.logps, part.ref_logps, part.mask, weights=weights, exact=scores.exact)
+            self.guard.watch(KL, kl, part.mask)
+            kl_loss = self.kl.coef_of(part.groups) * (experience.scale * kl)
+            per_token = per_token + kl_loss
+            metrics["kl/loss"] = kl_loss
+        sums = {name: masked_sum(values.detach(), part.mask) for name, values in metrics.items()}
+        used = None if weights is None else weights[part.mask]
+        return LossOutputs(masked_sum(per_token, part.mask), part.mask.sum(), sums, used)
 
-    def _record_update(self) -> None:
+    def _kl_weights(self, policy_logps: Tensor, part: Rollout, *, is_first_use: bool) -> Tensor | None:
+        """(B, T) ratio of the policy to what it was when it sampled; None where the KL loss takes none."""
+        level = self.kl_term.weight_level
+        if level == "none" or not self.kl_term.takes_weights:
+            return None
+        if is_first_use:
+            of_tokens = importance_weights(policy_logps, part.sampler_logps, part.mask, level="token")
+            self.kl.weight_mean.add("train", of_tokens, part.mask, part.prompts)
+        return importance_weights(policy_logps, part.sampler_logps, part.mask, level=level)
+
+    def _watch(self, rollout: Rollout) -> None:
+        """All that advantages and their whitening are made of."""
+        watched: dict[str, Tensor | None] = {POLICY: rollout.sampler_logps, VALUES: rollout.values}
+        if self.kl_term.in_reward and self.args.kl_is_penalised:
+            watched |= {REFERENCE: rollout.ref_logps, KL: rollout.exact}
+        for what, values in watched.items():
+            if values is not None:
+                self.guard.watch(what, values, rollout.mask)
+
+    def _record_kl(self, rollout: Rollout) -> None:
+        """The KL is measured where it is unbiased: on fresh answers, before any of the step's updates."""
+        logps, mask, rows = rollout.sampler_logps, rollout.mask, torch.ones_like(rollout.scores).sum()
+        sums = {"objective/entropy": (-masked_sum(logps, mask), rows)}
+        if rollout.ref_logps is not None:
+            names = [name for name in SAMPLED_ESTIMATORS if name in self.kl.names]
+            values: dict[str, Tensor] = {name: kl_estimate(logps, rollout.ref_logps, name) for name in names}
+            if rollout.exact is not None:
+                values["exact"] = rollout.exact
+            self.kl.measure(self.mode, values, mask, rollout.prompts, rollout.groups)
+            kl = values[self.kl_term.estimator]
+            sums["objective/kl"] = (masked_sum(kl, mask), rows)
+            if self.args.kl_is_penalised:  # what every placement maximises
+                charged = masked_sum(self.kl.coef_of(rollout.groups) * kl, mask, dim=1)
+                scored = ~rollout.scores.isnan()
+                sums["objective/non_score_reward"] = (-charged[scored].sum(), scored.sum())
+                sums["objective/rlhf_reward"] = ((rollout.scores - charged)[scored].sum(), scored.sum())
+        self.metrics.pool(self.mode, sums)
+
+    def _record_update(self, outputs: list[LossOutputs]) -> None:
         """Means over the real tokens of all updates of the rollout, on all processes."""
-        sums = {name: torch.stack(values).sum() for name, values in self._token_sums.items()}
-        self._token_sums.clear()
-        if not sums:  # the loss is not ours: `AppliedKLCheck` says so where a KL was wanted
-            return
-        tokens = sums.pop("tokens")
-        self._record_means({name: (total, tokens) for name, total in sums.items()})
-        if self._weights:
-            weights = torch.cat(self._weights)
-            self._weights.clear()
-            for name, value in self.kl.weight_metrics(weights, torch.ones_like(weights)).items():
-                self._metrics["train"][name].append(value)
-
-
-def _as_list(value: Any) -> list:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+        names = outputs[0].sums  # none of a loss that is not ours: `AppliedKLCheck` says so where a KL was wanted
+        if names:
+            tokens = torch.stack([output.tokens for output in outputs]).sum()
+            self.metrics.pool("train", {n: (torch.stack([o.sums[n] for o in outputs]).sum(), tokens) for n in names})
+        weights = [output.weights for output in outputs if output.weights is not None]
+        if weights:
+            for name, value in self.kl.weight_metrics(torch.cat(weights), torch.ones_like(torch.cat(weights))).items():
+                self.metrics.add("train", name, value)

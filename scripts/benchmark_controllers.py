@@ -11,13 +11,14 @@ import argparse
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from trl_klx.cli.controllers_command import add_plant_options, figures_table, plants_of
 from trl_klx.control import Controller, PIDController, make_controller
-from trl_klx.control.plants import WINDOW, Figures, measure
+from trl_klx.control.plants import WINDOW, Figures, phase_figures, run_courses
 
 
 class PlainPID(PIDController):
@@ -66,15 +67,10 @@ def make(name: str, beta: float, target: float) -> Controller:
 def main(arguments: list[str] | None = None) -> dict[str, Figures]:
     args = parse(arguments)
     plants = plants_of(args)
-    results = {
-        name: measure(
-            plants,
-            lambda beta, target, name=name: make(name, beta, target),  # type: ignore[misc]
-            seed=args.seed + 1,
-            window=args.window,
-        )
-        for name in args.controllers
-    }
+    results = {}
+    for name in args.controllers:
+        courses = run_courses(plants, partial(make, name), seed=args.seed + 1)
+        results[name] = phase_figures(courses, args.window)
     title = f"{args.plants} plants, seed {args.seed}"
     Console(width=None if sys.stdout.isatty() else 140).print(figures_table(results, title=title, window=args.window))
     if args.output:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from best_of_n import best_of_n
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_klx.monitor.overoptimisation.law import best_of_n, fit_law
+from trl_klx.monitor.overoptimisation.law import fit_law
 
 sys.path.append(str(Path(__file__).parent.parent / "recipes" / "tinystories-15m"))
 from rewards import cheerful_story, story_judge, vader_sentiment

@@ -8,9 +8,8 @@ import pytest
 import yaml
 
 from trl_klx.cli import commands as cli
-from trl_klx.cli import controllers_command as controllers
 from trl_klx.control import KINDS, FixedController, make_controller
-from trl_klx.control.plants import PHASES, figures, make_plants, measure, simulate
+from trl_klx.control.plants import PHASES, by_plant, make_plants, phase_figures, run_courses, simulate
 
 
 def test_plants_end_at_the_analytic_kl() -> None:
@@ -77,7 +76,7 @@ def test_readings_of_plants_are_those_of_k1_and_k3() -> None:
 def test_figures_of_a_course_by_hand() -> None:
     course = np.array([0.1, 0.9, 1.5, 1.1, 1.0, 0.9, 1.2, 1.1, 2.0, 1.0])
     low = np.full(10, 0.5)
-    found = figures(np.stack([course, low], axis=1), window=4)
+    found = by_plant(np.stack([course, low], axis=1), window=4)
     assert found["settling"].tolist() == [3, 10]
     assert found["never"].tolist() == [0, 1]
     assert found["overshoot"][0] == pytest.approx(1.0)
@@ -85,7 +84,7 @@ def test_figures_of_a_course_by_hand() -> None:
     assert found["within"].tolist() == [pytest.approx(0.7), 0]
     # What comes before the first crossing is no overshoot, and from above there may be none at all.
     from_above = np.array([[3.0, 2.0, 0.8, 1.1, 1.0], [3.0, 2.0, 1.8, 1.1, 1.2]]).T
-    found = figures(from_above, window=4)
+    found = by_plant(from_above, window=4)
     assert found["overshoot"][0] == pytest.approx(0.1)
     assert math.isnan(found["overshoot"][1])
 
@@ -115,13 +114,13 @@ def test_the_figures_are_those_of_the_settings(capsys: pytest.CaptureFixture[str
     """Recomputed, with the bound relative to each plant's own start."""
     assert run("--kl_controller", "adaptive", "--kl_horizon", "500", "--beta", "2", "--kl_coef_max", "6") == 0
     plants = make_plants(3, seed=0)
-    expected = measure(
+    courses = run_courses(
         plants,
         lambda beta, target: make_controller("adaptive", beta, target=target, horizon=500, coef_max=3 * beta),
         seed=1,
     )
     shown = " ".join(capsys.readouterr().out.split())
-    for phase, found in expected.items():
+    for phase, found in phase_figures(courses).items():
         row = shown.split(f"adaptive, horizon 500, coef_max 3, {phase}")[1].split("│")
         assert row[3].strip() == f"{found['within']:.0%}"
         assert row[1].split("/")[0].strip() == f"{found['settling, median']:.0f}"
@@ -149,7 +148,7 @@ def test_dpos_beta_is_no_weight_of_the_kl(tmp_path: Path, capsys: pytest.Capture
 def test_bad_input_is_one_sentence(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(controllers, "measure", None)  # nothing is simulated before the input is checked
+    monkeypatch.setattr("trl_klx.control.plants.simulate", None)  # nothing is simulated before the input is checked
     assert run(*arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1

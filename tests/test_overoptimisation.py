@@ -9,9 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from support.loading import load
 
-from trl_klx.monitor.overoptimisation.law import best_of_n, fit_law, law_gain, law_peak, mean_and_covariance
+from trl_klx.monitor.overoptimisation.law import fit_law, law_gain, law_peak, mean_and_covariance
 from trl_klx.monitor.overoptimisation.turn import find_turn
 
+best_of_n = load("scripts/best_of_n.py").best_of_n
 simulate = load("scripts/simulate_overoptimisation.py")
 KL = np.linspace(0.0, 8.0, 9) ** 2
 

@@ -440,11 +440,11 @@ END = {"step": 30, "train_runtime": 7.0}
     ],
 )
 def test_first_and_last_say_of_which_steps_they_are(history: list[dict], first: str, last: str) -> None:
-    from trl_klx.hub.facts import rewards
+    from trl_klx.hub.facts import results as results_of
 
     columns = table_of([*history, END])
     assert [column[0] for column in columns] == ["", first, last, "target"]
-    results = rewards([*history, END])
+    results = results_of([*history, END])
     assert (results.first, results.last) == (first, last)
     assert [row[1:] for row in results.rows] == [(columns[1][1], columns[2][1])]
 

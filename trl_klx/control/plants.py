@@ -29,7 +29,7 @@ of the updates of a phase, *error* the mean |KL/target - 1| of its last 100 upda
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,24 +135,19 @@ def make_plants(
     )
 
 
-def measure(
-    plants: Plants, make: MakeController, *, seed: int, window: int = WINDOW, episodes: float = EPISODES
-) -> Figures:
-    """How a controller does on the plants: medians, 90 % quantiles and shares by phase.
+def run_courses(plants: Plants, make: MakeController, *, seed: int, episodes: float = EPISODES) -> dict[str, Array]:
+    """The true KL over its target, (updates, plants), in each course.
 
     Args:
         plants: see `make_plants`.
         make: makes the controller of one plant. Its bounds and ends should be relative to beta.
         seed: of the noise, which is the same for every controller.
-        window: updates within the band that count as settled.
         episodes: sequences per update, which only `adaptive` looks at.
     """
     out = {}
-    for course, phases in COURSES.items():
+    for course in COURSES:
         controllers = [make(beta, target) for beta, target in zip(plants.beta, plants.target, strict=True)]
-        relative = simulate(plants, controllers, course, seed, episodes)
-        for phase, part in zip(phases, np.split(relative, len(phases)), strict=True):
-            out[phase] = summarise(part, window)
+        out[course] = simulate(plants, controllers, course, seed, episodes)
     return out
 
 
@@ -178,7 +173,13 @@ def simulate(
     return relative
 
 
-def figures(relative: Array, window: int) -> dict[str, Array]:
+def phase_figures(courses: Mapping[str, Array], window: int = WINDOW) -> Figures:
+    """Medians, 90 % quantiles and shares by phase, of what `run_courses` gives; `window` as in the module's text."""
+    parts = [part for course, phases in COURSES.items() for part in np.split(courses[course], len(phases))]
+    return {phase: _over_plants(by_plant(part, window)) for phase, part in zip(PHASES, parts, strict=True)}
+
+
+def by_plant(relative: Array, window: int) -> dict[str, Array]:
     """What one phase was like, one number per plant: `relative` is (updates, plants), the true KL over its target."""
     inside = np.abs(relative - 1) <= BAND
     counts = np.concatenate([np.zeros((1, inside.shape[1])), inside.cumsum(axis=0)])
@@ -197,9 +198,7 @@ def figures(relative: Array, window: int) -> dict[str, Array]:
     }
 
 
-def summarise(relative: Array, window: int) -> dict[str, float | None]:
-    """Medians, 90 % quantiles and shares of one phase."""
-    found = figures(relative, window)
+def _over_plants(found: Mapping[str, Array]) -> dict[str, float | None]:
     numbers = {"never settled": found["never"].mean(), "within": found["within"].mean()}
     for name in ("settling", "overshoot", "error"):
         known = found[name][~np.isnan(found[name])]

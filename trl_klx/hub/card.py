@@ -14,17 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..monitor.health.alarms import HEALTH_FILE
 from ..monitor.history import HISTORY_FILE, read_history
-from .facts import (
-    RecordedKL,
-    alarms,
-    algorithm_of,
-    gradient_of,
-    kl_rows,
-    measured_kl,
-    read_versions,
-    recorded_kl,
-    rewards,
-)
+from .facts import RecordedKL, alarm_lines, gradient_text, kl_rows, measured_kl, read_versions, recorded_kl, results
 from .papers import PAPERS
 from .settings import VERSIONS_FILE, Settings, as_yaml, public_settings, without_path
 
@@ -48,7 +38,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 @dataclass(frozen=True)
 class Known:
-    """What a card that stands already says and no file of the run does: what is on the Hub, tags, trackers' badges."""
+    """What a card that stands already knows and no file of the run does: what is on the Hub, tags, trackers' badges."""
 
     base_model: str | None = None
     datasets: tuple[str, ...] = ()
@@ -58,19 +48,18 @@ class Known:
 
 
 def known_from(folder: Path) -> Known:
-    """Read the card in a folder. TRL's, when a trainer has just written it, or an earlier one of ours."""
+    """Read the card in a folder: TRL's, when a trainer has just written it, or an earlier one of ours."""
     path = folder / CARD_FILE
     if not path.is_file():
         return Known()
     card = ModelCard.load(path, ignore_metadata_errors=True)
     data = card.data.to_dict()
-    datasets, base = data.get("datasets") or [], data.get("base_model")
-    badges = [line.strip() for line in card.text.splitlines() if line.startswith("[<img ")]
+    base = data.get("base_model")
     return Known(
         base_model=base if isinstance(base, str) and may_be_on_the_hub(base) else None,
-        datasets=tuple(name for name in _as_list(datasets) if may_be_on_the_hub(name)),
+        datasets=tuple(filter(may_be_on_the_hub, _as_list(data.get("datasets")))),
         tags=tuple(tag for tag in data.get("tags") or [] if not tag.startswith("base_model:")),
-        badges=tuple(badges),
+        badges=tuple(line.strip() for line in card.text.splitlines() if line.startswith("[<img ")),
         model_name=data.get("model_name"),
     )
 
@@ -81,7 +70,7 @@ def may_be_on_the_hub(name: str) -> bool:
 
 
 def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def write_card(
@@ -96,67 +85,57 @@ def write_card(
         repo_id: where the model is on the Hub, if anywhere.
         is_adapter: whether the run trained a PEFT adapter.
     """
-    known = known_from(folder)
-    kl, name = recorded_kl(settings), model_name or known.model_name or folder.resolve().name
-    relation = "adapter" if is_adapter else "finetune"
+    known, kl = known_from(folder), recorded_kl(settings)
+    name = model_name or known.model_name or folder.resolve().name
     data = ModelCardData(
         base_model=known.base_model,
-        base_model_relation=relation if known.base_model else None,
+        base_model_relation=("adapter" if is_adapter else "finetune") if known.base_model else None,
         datasets=list(known.datasets) or None,
         library_name="peft" if is_adapter else "transformers",
         model_name=name,
         pipeline_tag="text-generation",
         tags=_tags(kl, known.tags, is_adapter),
     )
-    path = folder / CARD_FILE
-    facts = _facts(folder, settings, kl, known)
-    text = (
-        _environment()
-        .from_string(_TEMPLATE.read_text())
-        .render(
-            card_data=data.to_yaml(),
-            model_name=name,
-            model_id=repo_id or settings.get("hub_model_id") or name,
-            is_adapter=is_adapter,
-            is_chat=_is_chat(folder),
-            **facts,
-        )
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(_TEMPLATE.read_text()).render(
+        card_data=data.to_yaml(),
+        model_name=name,
+        model_id=repo_id or settings.get("hub_model_id") or name,
+        is_adapter=is_adapter,
+        is_chat=_is_chat(folder),
+        **_facts(folder, settings, kl, known),
     )
+    path = folder / CARD_FILE
     ModelCard(text).save(path)
     return path
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def _tags(kl: RecordedKL, known: tuple[str, ...], is_adapter: bool) -> list[str]:
     own = ["generated_from_trainer", "trl", kl.algorithm, "trl_klx", *(["peft"] if is_adapter else [])]
     own += [f"kl-{kl.kl_estimator}"] if kl.kl_is_penalised else []
-    kept = [tag for tag in known if not tag.startswith("kl-")]
-    return list(dict.fromkeys([*own, *kept]))
+    return list(dict.fromkeys([*own, *(tag for tag in known if not tag.startswith("kl-"))]))
 
 
 def _facts(folder: Path, settings: Settings, kl: RecordedKL, known: Known) -> dict[str, Any]:
     history = read_history(folder / HISTORY_FILE)
     base = settings.get("model_name_or_path")
     versions = read_versions(folder / VERSIONS_FILE)
+    rewards = [*_as_list(settings.get("reward_funcs") or None), *_as_list(settings.get("reward_model_path") or None)]
     return {
-        "algorithm": algorithm_of(settings),
-        "paper": PAPERS[algorithm_of(settings)],
+        "algorithm": kl.algorithm,
+        "paper": PAPERS[kl.algorithm],
         "base_model": known.base_model,
         "base_text": _model_text(base, known.base_model),
         "base_folder": Path(base).name if base else "the base model",
-        "datasets": known.datasets,
-        "data_text": _data_text(settings, known),
-        "reward_names": _reward_names(settings),
+        "data_text": _data_text(settings.get("dataset_name"), known.datasets),
+        "reward_names": [f"`{without_path(name)}`" for name in rewards],
         "badges": known.badges,
         "kl": kl,
-        "kl_rows": kl_rows(kl, history, _reference(settings, known)),
-        "gradient": gradient_of(kl),
+        "kl_rows": kl_rows(kl, history, _reference(settings)),
+        "gradient": gradient_text(kl),
         "measured": measured_kl(kl, history),
-        "rewards": rewards(history),
-        "alarms": alarms(read_history(folder / HEALTH_FILE)),
+        "results": results(history),
+        "alarms": alarm_lines(read_history(folder / HEALTH_FILE)),
         "watched": kl.kl_health,
         "pictures": [path.name for path in sorted(folder.glob("*.png"))],
         "recipe": as_yaml(public_settings(settings)).rstrip(),
@@ -171,21 +150,14 @@ def _model_text(name: str | None, on_the_hub: str | None) -> str:
     return f"`{Path(name).name}`, a local model that is not on the Hub" if name else "a model given in memory"
 
 
-def _data_text(settings: Settings, known: Known) -> str:
-    if known.datasets:
-        links = [f"[{name}](https://huggingface.co/datasets/{name})" for name in known.datasets]
+def _data_text(name: str | None, on_the_hub: tuple[str, ...]) -> str:
+    if on_the_hub:
+        links = [f"[{name}](https://huggingface.co/datasets/{name})" for name in on_the_hub]
         return f"the {', '.join(links)} dataset"
-    name = settings.get("dataset_name")
     return f"`{Path(name).name}`, a local dataset" if name else "a dataset given in memory"
 
 
-def _reward_names(settings: Settings) -> list[str]:
-    names = _as_list(settings.get("reward_funcs") or [])
-    model = settings.get("reward_model_path")
-    return [f"`{without_path(name)}`" for name in (*names, *([model] if model else []))]
-
-
-def _reference(settings: Settings, known: Known) -> str:
+def _reference(settings: Settings) -> str:
     """What the KL is measured against."""
     given = settings.get("reference")
     text = f"`{Path(given).name}`" if given else "the model that training started from"

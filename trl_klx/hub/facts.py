@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config.options import KLArguments
 from ..kl.gradients import gradient_sentence
-from ..monitor.metrics import is_number, set_name, when
+from ..monitor.metrics import evaluated_sets, is_number, set_name, when
 from .settings import Settings
 
 # A field that only one algorithm's config has.
@@ -25,7 +25,6 @@ _PLACEMENTS = {
     "reward": "in the reward",
     "both": "in both, loss and reward",
 }
-_SEQUENCE = re.compile(r"(eval_(?:.+_)?)kl/sequence")
 _TOKEN_NAMES = {
     "kl/k1": "k1",
     "kl/k2": "k2",
@@ -36,28 +35,12 @@ _TOKEN_NAMES = {
 }
 
 
-def algorithm_of(settings: Settings) -> str:
-    """grpo, ppo or dpo: whose fields the settings are.
-
-    Raises:
-        ValueError: they are of none of them.
-    """
-    for name, field in _TELLING.items():
-        if field in settings:
-            return name
-    raise ValueError(
-        f"the settings have none of the fields {', '.join(_TELLING.values())}, so no trainer of trl_klx wrote them: "
-        "give the output_dir of a run."
-    )
-
-
 @dataclass
 class RecordedKL(KLArguments):
     """The KL arguments that a run had. They were checked when it began, and are not checked again."""
 
-    coef: float = 0.0
-    coef_name: str = "beta"
     algorithm: str = "grpo"
+    coef: float = 0.0
     dpo_beta: float = 0.0
     steers_beta: bool = False  # whether the controller drives DPO's own beta
 
@@ -67,58 +50,55 @@ class RecordedKL(KLArguments):
 
     @property
     def kl_coef_name(self) -> str:
-        return self.coef_name
+        return "beta" if self.algorithm == "grpo" else "kl_coef"
 
 
 def recorded_kl(settings: Settings) -> RecordedKL:
-    """The KL arguments among the settings of a run."""
-    algorithm = algorithm_of(settings)
-    kl = {field.name: settings[field.name] for field in fields(KLArguments) if field.name in settings}
-    name = "beta" if algorithm == "grpo" else "kl_coef"
-    return RecordedKL(
-        **kl,
-        coef=float(settings.get(name) or 0.0),
-        coef_name=name,
+    """The KL arguments among the settings of a run, and whose they are: grpo, ppo or dpo.
+
+    Raises:
+        ValueError: no trainer of ours wrote the settings.
+    """
+    algorithm = next((name for name, field in _TELLING.items() if field in settings), None)
+    if algorithm is None:
+        raise ValueError(
+            f"the settings have none of the fields {', '.join(_TELLING.values())}, so no trainer of trl_klx wrote "
+            "them: give the output_dir of a run."
+        )
+    found = RecordedKL(
+        **{field.name: settings[field.name] for field in fields(KLArguments) if field.name in settings},
         algorithm=algorithm,
         dpo_beta=float(settings.get("beta") or 0.0),
         steers_beta=settings.get("kl_controls") == "beta",
     )
+    found.coef = float(settings.get(found.kl_coef_name) or 0.0)
+    return found
 
 
-def gradient_of(kl: RecordedKL) -> str:
+def gradient_text(kl: RecordedKL) -> str:
     """One sentence: the gradient that the run's KL had, from the table."""
     if kl.algorithm != "dpo":
         if not kl.kl_is_penalised:
-            return f"At {kl.coef_name} {kl.coef:g} with placement {kl.kl_placement} no KL reached the policy."
-        return gradient_sentence(
-            kl.kl_estimator,
-            kl.kl_placement,
-            kl.kl_credit,
-            kl.kl_importance_sampling or "token",
-            direction=kl.kl_direction,
-        )
+            return f"At {kl.kl_coef_name} {kl.coef:g} with placement {kl.kl_placement} no KL reached the policy."
+        weight = kl.kl_importance_sampling or "token"
+        return gradient_sentence(kl.kl_estimator, kl.kl_placement, kl.kl_credit, weight, direction=kl.kl_direction)
     own = f"DPO's own loss holds the policy by its beta of {kl.dpo_beta:g}"
     if not kl.kl_is_penalised:
         return f"{own}, and no KL was added to it."
-    direction = "reverse KL(policy || reference)"
-    if kl.kl_direction == "forward":
-        direction = "forward KL(reference || policy)"
+    directions = {"reverse": "reverse KL(policy || reference)", "forward": "forward KL(reference || policy)"}
     return (
-        f"The added KL has the gradient of the {direction} at the prefixes of the training data, which the policy did "
-        f"not sample; beside it, {own}."
+        f"The added KL has the gradient of the {directions[kl.kl_direction]} at the prefixes of the training data, "
+        f"which the policy did not sample; beside it, {own}."
     )
 
 
 def kl_rows(kl: RecordedKL, history: list[dict], reference: str) -> list[tuple[str, str]]:
     """(what, value) of every choice about the KL, for a table."""
-    in_reward = kl.kl_placement in ("reward", "both")
-    estimator = _ESTIMATORS[kl.kl_estimator]
-    if kl.kl_estimator == "exact":
-        estimator += f", {kl.kl_direction}"
+    direction = f", {kl.kl_direction}" if kl.kl_estimator == "exact" else ""
     rows = [
-        ("Estimator", estimator),
+        ("Estimator", _ESTIMATORS[kl.kl_estimator] + direction),
         ("Placement", _PLACEMENTS[kl.kl_placement]),
-        ("Credit", kl.kl_credit if in_reward else "none: no KL in the reward"),
+        ("Credit", kl.kl_credit if kl.kl_placement in ("reward", "both") else "none: no KL in the reward"),
         ("Importance weight", _weight(kl)),
         ("Coefficient", _coefficient(kl, history)),
         ("Controller", f"{kl.kl_controller}, of DPO's beta" if kl.steers_beta else kl.kl_controller),
@@ -142,7 +122,7 @@ def _weight(kl: RecordedKL) -> str:
 
 
 def _coefficient(kl: RecordedKL, history: list[dict]) -> str:
-    name, start = ("beta", kl.dpo_beta) if kl.steers_beta else (kl.coef_name, kl.coef)
+    name, start = ("beta", kl.dpo_beta) if kl.steers_beta else (kl.kl_coef_name, kl.coef)
     last = [entry["kl/coef"] for entry in history if "kl/coef" in entry][-1:]
     if not last or (kl.kl_controller == "fixed" and math.isclose(last[0], start, rel_tol=1e-3)):
         return f"{name} {start:g}"
@@ -170,21 +150,23 @@ class Measured:
 def measured_kl(kl: RecordedKL, history: list[dict]) -> Measured | None:
     """The KL of the last evaluation, else of the last log that has one; None where none was measured."""
     entry, prefix = _last(history)
-    rows = []
-    sequences = (entry.get(f"{prefix}kl/sequence"), entry.get(f"{prefix}kl/sequence_se"))
+
+    def number(name: str) -> str:
+        return _with_error(entry.get(f"{prefix}{name}"), entry.get(f"{prefix}{name}_se"))
+
     # The estimator of kl/sequence is the reading; DPO falls back to k3 where its probe leaves the exact KL out.
     reading = kl.kl_reading if f"{prefix}kl/{kl.kl_reading}" in entry else "k3"
-    for name, label in _TOKEN_NAMES.items():
-        value = entry.get(f"{prefix}{name}")
-        if value is not None:
-            in_sequences = _with_error(*sequences) if name == f"kl/{reading}" else ""
-            rows.append((label, _with_error(value, entry.get(f"{prefix}{name}_se")), in_sequences))
+    rows = [
+        (label, number(name), number("kl/sequence") if name == f"kl/{reading}" else "")
+        for name, label in _TOKEN_NAMES.items()
+        if entry.get(f"{prefix}{name}") is not None
+    ]
     for name in entry:
-        group = re.fullmatch(rf"{prefix}kl_groups/(.+)/sequence", name)
-        if group:
-            token = f"{prefix}kl_groups/{group[1]}/token"
-            in_tokens, in_sequences = (_with_error(entry.get(key), entry.get(f"{key}_se")) for key in (token, name))
-            rows.append((f"{reading}, of group {group[1]}", in_tokens, in_sequences))
+        if group := re.fullmatch(rf"{prefix}kl_groups/(.+)/sequence", name):
+            of_group = f"kl_groups/{group[1]}"
+            rows.append(
+                (f"{reading}, of group {group[1]}", number(f"{of_group}/token"), number(f"{of_group}/sequence"))
+            )
     if not rows:
         return None
     steps = max(int(logged.get("step", 0)) for logged in history)
@@ -194,9 +176,8 @@ def measured_kl(kl: RecordedKL, history: list[dict]) -> Measured | None:
 def _last(history: list[dict]) -> tuple[dict, str]:
     """The log entry to read, and the prefix of its names."""
     for entry in reversed(history):
-        found = [match[1] for name in entry if (match := _SEQUENCE.fullmatch(name))]
-        if found:
-            return entry, found[0]
+        if sets := evaluated_sets([entry], "kl/sequence"):
+            return entry, sets[0]
     for wanted in ("kl/sequence", "kl", "kl/data_exact"):
         for entry in reversed(history):
             if wanted in entry:
@@ -209,10 +190,8 @@ def _source(kl: RecordedKL, entry: dict, prefix: str) -> str:
     answers = "answers that the policy sampled" if count is None else f"{count:g} answers that the policy sampled"
     if prefix:
         split = set_name(prefix)
-        prompts = f"to held-out prompts{f' of {split}' if split else ''}"
-    else:
-        prompts = "to held-out prompts (the probe)" if kl.algorithm == "dpo" else "to training prompts"
-    return f"{answers} {prompts}"
+        return f"{answers} to held-out prompts{f' of {split}' if split else ''}"
+    return f"{answers} to {'held-out prompts (the probe)' if kl.algorithm == 'dpo' else 'training prompts'}"
 
 
 @dataclass(frozen=True)
@@ -224,19 +203,18 @@ class Results:
     rows: list[tuple[str, str, str]]
 
 
-def rewards(history: list[dict]) -> Results | None:
+def results(history: list[dict]) -> Results | None:
     """Every reward function's mean, or DPO's accuracy: held out where the run evaluated; None where none was logged."""
-    wanted = re.compile(r"((?:eval_(?:.+_)?)?)rewards/(?:(.+)/mean|(accuracies))")
-    for held_out in (True, False):
-        where = "held-out prompts" if held_out else "training batches"
+    for pattern, where in ((r"(eval_(?:.+_)?)", "held-out prompts"), ("()", "training batches")):
+        wanted = re.compile(rf"{pattern}rewards/(?:(.+)/mean|accuracies)")
         seen: dict[str, list[tuple[float, dict]]] = {}
         for entry in history:
             for name, value in entry.items():
                 match = wanted.fullmatch(name)
-                if match and bool(match[1]) == held_out and isinstance(value, (int, float)):
-                    split = set_name(match[1])
-                    label = (match[2] or "pairs ranked right") + (f" ({split})" if split else "")
-                    seen.setdefault(f"{label}, {where}", []).append((value, entry))
+                if match and isinstance(value, (int, float)):
+                    of_set = f" ({set_name(match[1])})" if set_name(match[1]) else ""
+                    label = f"{match[2] or 'pairs ranked right'}{of_set}, {where}"
+                    seen.setdefault(label, []).append((value, entry))
         if seen:
             values = next(iter(seen.values()))
             rows = [(label, f"{found[0][0]:.3f}", f"{found[-1][0]:.3f}") for label, found in seen.items()]
@@ -250,10 +228,9 @@ def _with_error(value: float | None, error: float | None) -> str:
     return f"{value:.3g} ± {error:.2g}" if is_number(error) else f"{value:.3g}"
 
 
-def alarms(events: list[dict]) -> list[str]:
+def alarm_lines(events: list[dict]) -> list[str]:
     """The health alarms of a run, each once, with the step of its beginning."""
-    begun = [event for event in events if "ends" not in event]
-    return [f"{event['alarm']} at step {event['step']}" for event in begun]
+    return [f"{event['alarm']} at step {event['step']}" for event in events if "ends" not in event]
 
 
 def read_versions(path: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ With the KL in nats per sequence, and R the gold reward counted from the start's
     best_of_n   R(d) = d (alpha - beta d)         peak at d = alpha / (2 beta),      where R = alpha d / 2
 
 Source: Gao, Schulman, Hilton, "Scaling Laws for Reward Model Overoptimization" (2023). With beta <= 0 a curve
-never turns. Shape legend: E evaluations, P prompts, D draws, N answers per prompt.
+never turns. Shape legend: E evaluations, P prompts, D draws.
 """
 
 import math
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.special import gammaln, xlogy
+from scipy.special import xlogy
 
 LAWS = ("rl", "best_of_n")
 LEVEL = 0.95  # of every interval and band
@@ -161,46 +161,6 @@ def mean_and_covariance(gold: NDArray) -> tuple[NDArray, NDArray]:
     centred = np.where(counted, gold - mean[:, None], 0.0) / np.maximum(counts, 1)[:, None]
     prompts = gold.shape[1]
     return mean, centred @ centred.T * (prompts / max(prompts - 1, 1))
-
-
-def best_of_n(proxy: ArrayLike, gold: ArrayLike, sizes: ArrayLike) -> tuple[NDArray, NDArray, NDArray]:
-    r"""What choosing the best of n answers by the proxy would do to proxy and gold reward, from N sampled answers.
-
-    The mean over all subsets of n of the N answers, so unbiased: with the answers to a prompt in ascending order of
-    their proxy reward, the k-th is the best of a subset with probability C(k - 1, n - 1) / C(N, n). Equal proxy rewards
-    share theirs.
-
-    Args:
-        proxy, gold: (P, N) rewards of the reference's answers.
-        sizes: (E,) values of n, from 1 to N.
-
-    Returns:
-        (E,) KL(best of n || reference) = log n - (n - 1) / n in nats per sequence (Stiennon et al., 2020; an upper
-        bound where answers repeat), (E, P) expected proxy reward and (E, P) expected gold reward.
-
-    Raises:
-        ValueError: the shapes do not fit, a reward is not finite, or a size is out of range.
-    """
-    by_proxy, by_gold, n = np.asarray(proxy, float), np.asarray(gold, float), np.asarray(sizes, int)
-    if by_proxy.shape != by_gold.shape or by_proxy.ndim != 2 or not np.isfinite([by_proxy, by_gold]).all():
-        raise ValueError(f"proxy {by_proxy.shape} and gold {by_gold.shape} must be finite and of one shape (P, N).")
-    answers = by_proxy.shape[1]
-    if n.ndim != 1 or not ((n >= 1) & (n <= answers)).all():
-        raise ValueError(f"sizes={n.tolist()} must lie between 1 and the {answers} answers per prompt.")
-    # Each answer takes the mean rank probability of its ties, between the ranks of the first and last of them.
-    below = (by_proxy[:, None] < by_proxy[:, :, None]).sum(-1)
-    ties = (by_proxy[:, None] == by_proxy[:, :, None]).sum(-1)
-    reached = _best_at_most(np.arange(answers + 1), n, answers)
-    weights = (reached[:, below + ties] - reached[:, below]) / ties
-    return np.log(n) - (n - 1) / n, (weights * by_proxy).sum(-1), (weights * by_gold).sum(-1)
-
-
-def _best_at_most(rank: NDArray, sizes: NDArray, answers: int) -> NDArray:
-    """(E, ranks) probability that the best of n lies among the lowest `rank` answers: C(rank, n) / C(N, n)."""
-    n, k = sizes[:, None], rank[None]
-    with np.errstate(invalid="ignore"):
-        log = gammaln(k + 1) - gammaln(np.maximum(k - n, 0) + 1) - gammaln(answers + 1) + gammaln(answers - n + 1)
-    return np.where(k >= n, np.exp(log), 0.0)
 
 
 def _check_law(law: str) -> None:

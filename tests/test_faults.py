@@ -21,7 +21,6 @@ from support.processes import SUPPORT, environment
 from support.tiny import Arguments, digit_reward, save_tiny, tiny_model
 from torch import Tensor
 from transformers import TrainerCallback
-from trl import GRPOTrainer
 
 from trl_klx.monitor.history import HISTORY_FILE, HistoryCallback, read_history
 from trl_klx.run import grpo
@@ -531,14 +530,13 @@ def test_a_rollout_without_any_reward_is_skipped(algorithm: str, value: float | 
 def forbid(trainer: Any, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the reference give some tokens no probability, as TRL's scoring would say it."""
     if algorithm == "grpo":
-        real = GRPOTrainer._generate_and_score_completions
+        score = trainer._score_reference
 
-        def scored(self: Any, inputs: Any) -> dict:
-            output = real(self, inputs)
-            output["ref_per_token_logps"][:, 0] = -torch.inf
-            return output
+        def scored(batch: dict) -> None:
+            score(batch)
+            batch["ref_per_token_logps"][:, 0] = -torch.inf
 
-        monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", scored)
+        monkeypatch.setattr(trainer, "_score_reference", scored)
     elif algorithm == "dpo":
         ref_log_probs = trainer.compute_ref_log_probs
 

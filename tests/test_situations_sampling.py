@@ -22,7 +22,7 @@ from trl_klx.kl.variance import DISTANCES, World, world
 from trl_klx.monitor.health.readings import Reading
 from trl_klx.monitor.health.setup import wrong_weights
 from trl_klx.trainers.checks import packages
-from trl_klx.trainers.grpo.scoring import hidden_mask
+from trl_klx.trainers.grpo.batch import hidden_mask
 
 END, TURN, PAD = 1, 7, 0  # the tokenizer's end token, and one more of a chat model's
 
@@ -521,7 +521,7 @@ def test_deepspeed_gets_a_loss_that_it_skips(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(type(made.accelerator), "distributed_type", DistributedType.DEEPSPEED)
     assert made.compute_loss(made.model, inputs).isnan()
     made.guard.restart()
-    made._is_unscored = False
+    inputs["unscored"] = torch.tensor(False)
     assert made.compute_loss(made.model, inputs).isfinite()
 
 

@@ -1,10 +1,9 @@
 """Which token ids a model knows: a tokenizer may have more of them than the model's embedding has entries."""
 
 import copy
-import inspect
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
@@ -14,12 +13,6 @@ from trl.trainer.utils import get_config_model_id
 
 from ..errors import RunError
 from .loading import loading_arguments
-
-if TYPE_CHECKING:
-    from trl import DPOTrainer as _PairsBase
-    from trl import GRPOTrainer as _PromptsBase
-else:
-    _PairsBase = _PromptsBase = object
 
 logger = get_logger(__name__)
 
@@ -157,84 +150,66 @@ def _same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerB
     return tokens == others
 
 
-class KnownTokens:
-    """Mixed in before TRL's GRPO and DPO trainers: what pads is a token that the policy knows.
+def known_tokens(model: Any, args: Any, processing_class: Any) -> tuple[Any, int | None]:
+    """What TRL is to be given as tokenizer or processor, so that what pads is a token that the policy knows.
 
-    The trainers load policy and tokenizer, so that the tokenizer is looked at before they do.
+    TRL loads policy and tokenizer itself, so that they are looked at before. `args.model_init_kwargs` is completed.
+
+    Args:
+        model: the policy or its path.
+        args: the trainer's config.
+        processing_class: as the user gave it; None: that of the policy's path.
+
+    Returns:
+        It, a copy of it with another padding token, or None where TRL is to load it; and the number of entries in the
+        policy's embedding where the tokenizer has more tokens than that, else None.
+    """
+    if args.model_init_kwargs is not None:
+        args.model_init_kwargs = loading_arguments(args.model_init_kwargs)
+    loading = {"trust_remote_code": args.trust_remote_code}
+    revision = (args.model_init_kwargs or {}).get("revision")
+    is_path = isinstance(model, str)
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision, **loading) if is_path else model.config
+        vocabulary = int(config.get_text_config().vocab_size)
+        path = model if is_path else get_config_model_id(config)
+        processor = AutoProcessor.from_pretrained(path, **loading) if processing_class is None else processing_class
+    except (OSError, ValueError, AttributeError, ImportError, KeyError):
+        return processing_class, None  # TRL says what it cannot load
+    tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+    if token_count(tokenizer) <= vocabulary:
+        return processing_class, None
+    asked_for = vars(args).get("pad_token")  # DPO's, which TRL puts in the place of the tokenizer's
+    if asked_for is not None:
+        check_tokens([[tokenizer.convert_tokens_to_ids(asked_for)]], vocabulary, f"pad_token={asked_for!r}")
+        return processing_class, vocabulary
+    padded = with_known_padding(tokenizer, vocabulary, "the policy")
+    if padded is tokenizer:
+        return processing_class, vocabulary
+    if processor is tokenizer:
+        return padded, vocabulary
+    processor = copy.copy(processor)
+    processor.tokenizer = padded
+    return processor, vocabulary
+
+
+def check_pairs(dataset: Any, vocabulary: int | None) -> Any:
+    """DPO's tokenised pairs, checked to hold only tokens that the policy knows; a stream, as its rows are read.
+
+    Raises:
+        TokenError: with the first that it does not know.
     """
 
-    _vocabulary: int | None = None  # entries of the policy's embedding, where the tokenizer has more tokens
-
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(super().__init__).bind(model, *args, **kwargs)
-        given = bound.arguments
-        if given["args"].model_init_kwargs is not None:
-            given["args"].model_init_kwargs = loading_arguments(given["args"].model_init_kwargs)
-        given["processing_class"] = self._known(model, given["args"], given.get("processing_class"))
-        super().__init__(*bound.args, **bound.kwargs)
-
-    def _known(self, model: Any, args: Any, processing_class: Any) -> Any:
-        loading = {"trust_remote_code": args.trust_remote_code}
-        revision = (args.model_init_kwargs or {}).get("revision")
-        try:
-            config = (
-                AutoConfig.from_pretrained(model, revision=revision, **loading)
-                if isinstance(model, str)
-                else model.config
-            )
-            vocabulary = int(config.get_text_config().vocab_size)
-            path = model if isinstance(model, str) else get_config_model_id(config)
-            processor = AutoProcessor.from_pretrained(path, **loading) if processing_class is None else processing_class
-        except (OSError, ValueError, AttributeError, ImportError, KeyError):
-            return processing_class  # TRL says what it cannot load
-        tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
-        if token_count(tokenizer) <= vocabulary:
-            return processing_class
-        self._vocabulary = vocabulary
-        asked_for = vars(args).get("pad_token")  # DPO's, which TRL puts in the place of the tokenizer's
-        if asked_for is not None:
-            check_tokens([[tokenizer.convert_tokens_to_ids(asked_for)]], vocabulary, f"pad_token={asked_for!r}")
-            return processing_class
-        padded = with_known_padding(tokenizer, vocabulary, "the policy")
-        if padded is tokenizer:
-            return processing_class
-        if processor is tokenizer:
-            return padded
-        processor = copy.copy(processor)
-        processor.tokenizer = padded
-        return processor
-
-
-class KnownPromptTokens(KnownTokens, _PromptsBase):
-    """For GRPO: prompts hold tokens that the policy knows."""
-
-    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._vocabulary is not None:
-            check_tokens(prompt_ids, self._vocabulary, "a prompt")
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-
-
-class KnownPairTokens(KnownTokens, _PairsBase):
-    """For DPO: prompts and answers hold tokens that the policy knows, and its reference."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.ref_model is not None:
-            reference: Any = self.accelerator.unwrap_model(self.ref_model)  # DeepSpeed's engine has a config of its own
-            check_vocabularies(self.model, reference, "reference", tokens=token_count(self._tokenizer))  # type: ignore[arg-type]
-
-    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
-        dataset = super()._prepare_dataset(*args, **kwargs)
-        if self._vocabulary is None:
-            return dataset
-        if not isinstance(dataset, Dataset):
-            return dataset.map(self._checked)  # a stream: as its rows are read
-        for row in dataset:
-            self._checked(row)
-        return dataset
-
-    def _checked(self, row: dict) -> dict:
+    def checked(row: dict) -> dict:
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
             if name in row:  # images are tokenised later
-                check_tokens([row[name]], int(self._vocabulary or 0), f"{name.removesuffix('_ids')} of a pair")
+                check_tokens([row[name]], vocabulary or 0, f"{name.removesuffix('_ids')} of a pair")
         return row
+
+    if vocabulary is None:
+        return dataset
+    if not isinstance(dataset, Dataset):
+        return dataset.map(checked)
+    for row in dataset:
+        checked(row)
+    return dataset

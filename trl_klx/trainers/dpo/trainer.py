@@ -16,18 +16,17 @@ from trl import DPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import dpo_trainer
-from trl.trainer.utils import use_adapter
 
 from ...monitor.metrics import finite
 from ...monitor.moments import prompt_moments, prompt_sums, sequence_rows, summarise
 from ..checks.inputs import check_inputs, check_kept, check_lengths
 from ..checks.rows import PAIRS
 from ..checks.start import check_start
-from ..checks.vocabulary import KnownPairTokens
+from ..checks.vocabulary import check_pairs, check_vocabularies, known_tokens, token_count
 from ..exact.forward import ExactKLForward, exact_kl_between, is_fsdp1
-from ..reference.adapters import REF_ADAPTER, trainable_as_before
+from ..reference.adapters import as_reference, trainable_as_before
 from ..reference.build import reference_is_a_copy
-from ..seams import check_reference_head, check_trl_version, check_virtual_tokens
+from ..seams import check_reference_head, check_trl_version, check_virtual_tokens, swapped
 from ..session.applied import KL_IN_LOSS, KL_ON_DATA, STEP_ENDED, the_only
 from ..session.coefficient import KLCoefficient
 from ..session.prompts import pair_prompts, prompt_numbers
@@ -41,7 +40,7 @@ from .probe import KLProbe, distinct_prompts
 check_trl_version()
 
 
-class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
+class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
     r"""`DPOTrainer` with an exact KL in the loss, a probe of the policy's own KL and controllers: see `KLXDPOConfig`.
 
         loss = DPO's loss + kl_coef * mean over completion tokens of KL(policy(.|s_t) || reference(.|s_t))
@@ -84,6 +83,7 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
         data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        processing_class: Any = None,
         *positional: Any,
         **kwargs: Any,
     ) -> None:
@@ -98,13 +98,18 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
                 "none: pass an eval_dataset, or remove kl_probe_steps."
             )
         check_inputs(PAIRS, args, train_dataset, eval_dataset)
-        check_start(args, model, *positional[:1], ref_model=ref_model, **kwargs)
+        check_start(args, model, processing_class, ref_model=ref_model, **kwargs)
         check_reference_head(ref_model)
         check_virtual_tokens(model, kwargs.get("peft_config"))
         # Precomputed log-probs need no second model; an adapter is copied for them all the same.
         wanted = ref_model is None and not (args.precompute_ref_log_probs and isinstance(model, PreTrainedModel))
         with reference_is_a_copy(model, kwargs.get("peft_config"), wanted=wanted, trl_module=dpo_trainer):
-            super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
+            known, self._vocabulary = known_tokens(model, args, processing_class)
+            data = data_collator, train_dataset, eval_dataset, known
+            super().__init__(model, ref_model, args, *data, *positional, **kwargs)
+        if self.ref_model is not None:
+            reference = self.accelerator.unwrap_model(self.ref_model)  # DeepSpeed's engine has a config of its own
+            check_vocabularies(self.model, reference, "reference", tokens=token_count(self._tokenizer))
         check_kept(train_dataset, self.train_dataset, args.max_length)
         check_lengths(PAIRS, args, train_dataset, eval_dataset, self._tokenizer, self.model.config)
         self.kl_coef = args.kl_coef
@@ -120,6 +125,9 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
         self._probe = self._make_probe() if args.kl_probe_steps is not None else None
         self._pairs = PairStatistics(self.accelerator)
         self._watch_health(self.model, gain="log_ratio/margin", entropy="probe/entropy", tokenizer=self._tokenizer)
+
+    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
+        return check_pairs(super()._prepare_dataset(*args, **kwargs), self._vocabulary)
 
     def _exact_forward(self) -> ExactKLForward:
         return exact_kl_between(self, self.model, temperature=1.0, direction=self.kl_term.direction)
@@ -222,11 +230,8 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
     @contextmanager
     def _trl_takes_ref_logps(self) -> Iterator[None]:
         """TRL reads the reference's log-probs from the inputs, and does not run it a second time."""
-        self.precompute_ref_logps = True
-        try:
+        with swapped(self, precompute_ref_logps=True):
             yield
-        finally:
-            self.precompute_ref_logps = False
 
     def _kl_loss(self, exact_kl: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:
         """`kl_coef` times the mean of the (2B, L-1) exact KL over the tokens of all processes; logs both,
@@ -335,7 +340,5 @@ class KLXDPOTrainer(KLControlledTrainer, KnownPairTokens, DPOTrainer):
         if self.ref_model is not None:
             yield self.ref_model
             return
-        policy = self.accelerator.unwrap_model(self.model)
-        name = REF_ADAPTER if REF_ADAPTER in policy.peft_config else None
-        with trainable_as_before(policy), use_adapter(policy, name):
+        with as_reference(self.accelerator.unwrap_model(self.model)):
             yield self.model

@@ -1,27 +1,30 @@
 """GRPO with a chosen KL: `KLXGRPOTrainer`.
 
 TRL's loss is computed by TRL, with its own KL switched off; ours is added to it. A KL in the reward is subtracted from
-the advantages after TRL has normalised them. Shape legend: B answers, P prompt tokens, C completion tokens, H hidden.
+the advantages after TRL has normalised them. A rollout keeps its credit in nats, and the loss multiplies it by beta: a
+controller's new beta acts at once, also on answers that several optimizer steps use.
+
+Shape legend: B answers, P prompt tokens, C completion tokens, H hidden.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from trl.models.utils import disable_gradient_checkpointing
 
-from ...kl import importance_weights, kl_estimate
+from ...kl import importance_weights, kl_estimate, leave_one_out_baseline
 from ...kl.estimators import SAMPLED_ESTIMATORS
 from ..checks.start import check_start
 from ..exact.forward import ExactKLForward, exact_kl_between
-from ..reference.adapters import trainable_as_before
+from ..reference.adapters import as_reference
 from ..reference.build import reference_as_given
-from ..rewarding.functions import finite_rewards
 from ..rewarding.gold import GOLD, GoldWatch, check_gold_reward
 from ..seams import check_trl_version, swapped
-from ..session.applied import KL_IN_LOSS, KL_IN_REWARD, check_rollout, scored, the_only
+from ..session.applied import KL_IN_LOSS, KL_IN_REWARD, KL_MEASURED, check_rollout, not_applied
 from ..session.coefficient import KLCoefficient
 from ..session.groups import group_names
 from ..session.metrics import PooledSums
@@ -30,26 +33,24 @@ from ..session.session import KLControl
 from ..shared.lifecycle import KLControlledTrainer
 from ..shared.step_guard import KL, POLICY, REFERENCE, REWARDS, StepGuard
 from .aggregation import TOKEN_MEANS, mean_as_trl
-from .config import KLXGRPOConfig
-from .credit import RewardCredit
-from .inputs import CheckedGRPOTrainer
-from .sampling import PolicySampling
-from .scoring import (
-    Scoring,
+from .batch import (
+    VISION_INPUTS,
     attention_to_cut_answers,
     health_metrics,
     health_sums,
-    joined,
     loss_mask,
     sampler_logps_of,
     scored_by_sampler,
     weighted,
 )
+from .checked import CheckedGRPOTrainer
+from .config import KLXGRPOConfig
+from .tape import Ask, Scoring, Tape
 
 check_trl_version()
 
 
-class KLXGRPOTrainer(KLControlledTrainer, PolicySampling, RewardCredit, GoldWatch, CheckedGRPOTrainer):
+class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
     """`GRPOTrainer` whose KL to the reference you choose: see `KLXGRPOConfig` and the table in the README.
 
     Takes `GRPOTrainer`'s arguments, with a `KLXGRPOConfig` as `args`. Where the policy is given in memory rather than
@@ -70,6 +71,7 @@ class KLXGRPOTrainer(KLControlledTrainer, PolicySampling, RewardCredit, GoldWatc
     args: KLXGRPOConfig
     model: PreTrainedModel
     beta = KLCoefficient()
+    _tape: Tape | None = None  # of the call of TRL's code that runs
 
     def __init__(
         self,
@@ -78,6 +80,7 @@ class KLXGRPOTrainer(KLControlledTrainer, PolicySampling, RewardCredit, GoldWatc
         args: KLXGRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        processing_class: Any = None,
         *positional: Any,
         gold_reward_func: Any = None,
         **kwargs: Any,
@@ -89,28 +92,22 @@ class KLXGRPOTrainer(KLControlledTrainer, PolicySampling, RewardCredit, GoldWatc
             raise TypeError(f"args is a {type(args).__name__}: KLXGRPOTrainer takes a KLXGRPOConfig.")
         kl_groups = group_names(args, train_dataset, eval_dataset)
         check_gold_reward(args, gold_reward_func)
-        check_start(args, model, *positional[:1], **kwargs)
-        self._scorings: list[Scoring] | None = None
-        self._keep_ref_hidden = False
-        self._exact_request: tuple[Tensor, Tensor, bool] | None = None  # reference hidden states, mask, with gradient
+        check_start(args, model, processing_class, **kwargs)
+        data = train_dataset, eval_dataset, processing_class
         with reference_as_given(args, model, kwargs.get("peft_config")):
-            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *positional, **kwargs)
-        self._set_up_sampling()
+            super().__init__(model, reward_funcs, args, *data, *positional, **kwargs)
         self.kl = KLControl(args, self.accelerator, kl_groups)
         self._prompts = RolloutPrompts(self.accelerator)
         self.guard = StepGuard(self.accelerator)
-        self._is_unscored = False  # whether no answer of the rollout has a reward
         self.kl_term = args.kl_term()
-        self._exact = self._exact_forward() if args.kl_needs_exact else None
+        self._exact: ExactKLForward | None = None
+        if args.kl_needs_exact:
+            direction = self.kl_term.direction
+            self._exact = exact_kl_between(self, self.model, temperature=self.temperature, direction=direction)
         self._health_sums = PooledSums(self.accelerator, ("seen", "hidden", "answers", "sampler_kl", "sampled"))
-        # A router's loss counts every token that is not masked: there, cut-off answers have to stay as TRL masks them.
-        self._looks_behind_mask = args.kl_health and args.kl_is_measured and not self.aux_loss_enabled
         scale = None if self.scale_rewards == "none" else 1.0
         self._watch_health(self.model, gain="reward", entropy="entropy", tokenizer=self._tokenizer, reward_scale=scale)
         self._watch_gold(gold_reward_func)
-
-    def _exact_forward(self) -> ExactKLForward:
-        return exact_kl_between(self, self.model, temperature=self.temperature, direction=self.kl_term.direction)
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {**super()._checkpoint_state(), "micro_batches": self._step}
@@ -121,91 +118,134 @@ class KLXGRPOTrainer(KLControlledTrainer, PolicySampling, RewardCredit, GoldWatc
         self._step = int(state.get("micro_batches", 0))
         self._buffered_inputs = None
 
-    @contextmanager
-    def _recording(
-        self, *, ref_hidden: bool = False, exact: tuple[Tensor, Tensor, bool] | None = None
-    ) -> Iterator[list[Scoring]]:
-        """Record every scoring call made inside; `exact` asks them for the exact KL, `ref_hidden` for hidden states."""
-        self._scorings, self._keep_ref_hidden, self._exact_request = [], ref_hidden, exact
-        try:
-            yield self._scorings
-        finally:
-            self._scorings, self._keep_ref_hidden, self._exact_request = None, False, None
+    @property
+    def _looks_behind_mask(self) -> bool:
+        """Whether the KL of answers that are cut off and masked is looked at, though it counts nowhere.
+
+        A router's loss counts every token that is not masked: there, they stay as TRL masks them.
+        """
+        return self.args.kl_health and self.args.kl_is_measured and not self.aux_loss_enabled
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if self._looks_behind_mask and self.mask_truncated_completions:
-            # They count nowhere, but their KL is looked at: score them as they are.
             pad = self._tokenizer.pad_token_id
             attention_mask = attention_to_cut_answers(attention_mask, input_ids, logits_to_keep, pad)
-        hidden: AbstractContextManager[list[Tensor]] = nullcontext([])
-        exact: AbstractContextManager[list[Tensor]] = nullcontext([])
-        if self._exact is not None and self._keep_ref_hidden:
-            hidden = self._exact.hidden_states(model, logits_to_keep)
-        if self._exact is not None and self._exact_request is not None:
-            ref_hidden, mask, with_grad = self._exact_request
-            exact = self._exact.exact_kl(model, ref_hidden, mask, with_grad=with_grad)
         inputs = model, input_ids, attention_mask, logits_to_keep
-        with hidden as hidden_parts, exact as exact_parts:
-            out = super()._get_per_token_logps_and_entropies(*inputs, *args, **kwargs)
-        if self._scorings is not None:
-            if not self._shares_hidden:  # the reference is scored last, and only its hidden states are wanted
-                for earlier in self._scorings:
-                    earlier.hidden = None
-            self._scorings.append(Scoring(scored(self, out), joined(hidden_parts), joined(exact_parts)))
-        return out
+        score = functools.partial(super()._get_per_token_logps_and_entropies, *inputs, *args, **kwargs)
+        return score() if self._tape is None else self._tape.record(score, model, logits_to_keep)
+
+    @torch.no_grad()
+    def _score(self, model: Any, batch: dict, ask: Ask) -> Scoring:
+        """Score the answers of a rollout in TRL's own way."""
+        args, tape = self.args, Tape(self._exact, ask)
+        rows = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        options: Any = args.gradient_checkpointing_kwargs
+        with disable_gradient_checkpointing(self.model, options), swapped(self, _tape=tape):
+            self._get_per_token_logps_and_entropies(
+                model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["completion_ids"].size(1),
+                batch_size=rows,
+                **{name: batch[name] for name in VISION_INPUTS if name in batch},
+            )
+        return self._applied(tape.one())
+
+    def _applied(self, scoring: Scoring | None) -> Scoring:
+        if scoring is None:
+            raise not_applied(self, KL_MEASURED)
+        return scoring
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with self._sampling():
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs):
         self._check_weights()
         if not self.args.kl_is_measured:
             return super()._generate_and_score_completions(inputs)
-        recording = self._recording(ref_hidden=self._exact is not None)
-        # TRL tests `self.beta != 0` for two things we need apart: to score the reference, and to add its own KL.
-        with swapped(self, beta=1.0), trainable_as_before(self.model), recording as scorings:
-            output = super()._generate_and_score_completions(inputs)
+        in_reward = self.kl_term.in_reward and self.args.kl_is_penalised
+        # TRL scores the policy where its loss needs that: these hidden states serve an exact KL in the reward, too.
+        tape = Tape(self._exact, Ask(hidden=in_reward and self.kl_term.estimator == "exact"))
+        with swapped(self, beta=0.0, _tape=tape):  # the reference is scored here
+            batch = super()._generate_and_score_completions(inputs)
+        if "unscored" not in batch:  # then it was not TRL's rollout that ran
+            raise not_applied(self, KL_MEASURED)
         by_environments = self.environment_factories is not None
-        output["kl_prompts"] = self._prompts.numbers(inputs, self._group_size, made_by_environments=by_environments)
-        check_rollout(self, output)
+        batch["kl_prompts"] = self._prompts.numbers(inputs, self._group_size, made_by_environments=by_environments)
         groups = self.kl.group_numbers(inputs)
         if groups is not None:
-            output["kl_groups"] = groups
-        if self._exact is not None:
-            ref_scoring = the_only([s for s in scorings if s.logps is output["ref_per_token_logps"]], self)
-            output["ref_hidden_states"] = ref_scoring.hidden
-        if self.kl_term.in_reward and self.args.kl_is_penalised:
-            old = [s for s in scorings if s.logps is output.get("old_per_token_logps")]
-            output["kl_credit"] = self._kl_credit(output, old[0] if old else None)
-        return output
+            batch["kl_groups"] = groups
+        self._score_reference(batch)
+        if in_reward:
+            batch["kl_credit"] = self._credit(batch, tape.one())
+        return batch
 
-    def _calculate_rewards(self, inputs: Any, prompts: list, *args: Any, **kwargs: Any) -> Tensor:
-        """(answers of all processes, rewards); TRL takes NaN for a reward that does not apply."""
-        given = super()._calculate_rewards(inputs, prompts, *args, **kwargs)
-        rewards, counts = finite_rewards(given, self.reward_func_names)
-        for name, count in counts.items():
-            self._metrics[self._mode][f"rewards/{name}/infinite"].append(count)
-        if self.model.training:
-            self._is_unscored = bool(rewards.isnan().all())
-        elif self.gold_reward_func is not None:
+    def _score_reference(self, batch: dict) -> None:
+        """Add the reference's log-probs and, for an exact KL, its hidden states."""
+        model = self.model if self.ref_model is None else self.ref_model
+        policy = self.accelerator.unwrap_model(self.model)
+        with as_reference(policy) if self.ref_model is None else nullcontext():
+            scoring = self._score(model, batch, Ask(hidden=self._exact is not None))
+        batch["ref_per_token_logps"] = scoring.logps
+        if scoring.hidden is not None:
+            batch["ref_hidden_states"] = scoring.hidden
+
+    @property
+    def _group_size(self) -> int:
+        """Answers per prompt."""
+        return self.num_generations if self.model.training else self.num_generations_eval  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def _credit(self, batch: dict, policy: Scoring | None) -> Tensor:
+        """(B, C) KL credit of each token less its leave-one-out baseline, in nats; times -beta it is an advantage.
+
+        `policy` is TRL's own scoring of the policy as it is now; where TRL makes none the answers are scored here.
+        """
+        mask, ref_logps = loss_mask(batch), batch["ref_per_token_logps"]
+        if policy is None:
+            policy = self._score(self.model, batch, self._ask(batch, grad=False))
+        exact = policy.exact
+        if policy.hidden is not None and self._exact is not None:
+            with self.accelerator.autocast():
+                exact = self._exact.of_hidden_states(policy.hidden, batch["ref_hidden_states"], mask)
+        credit = self.kl_term.credit(policy.logps, ref_logps, mask, exact=exact)
+        # The answers to one prompt may lie on several processes.
+        accelerator, (rows, length) = self.accelerator, credit.shape
+        all_credit, all_mask = (
+            accelerator.gather(accelerator.pad_across_processes(tensor, dim=1)) for tensor in (credit, mask.int())
+        )
+        start = accelerator.process_index * rows
+        baseline = leave_one_out_baseline(all_credit, all_mask, self._group_size)
+        return credit - baseline[start : start + rows, :length]
+
+    def _ask(self, batch: dict, *, grad: bool) -> Ask:
+        """For the exact KL of the policy, where one is wanted."""
+        return Ask(ref_hidden=batch.get("ref_hidden_states"), mask=loss_mask(batch), grad=grad)
+
+    def _calculate_rewards(self, inputs: Any, prompts: list, *given: Any) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, *given)
+        if self.gold_reward_func is not None and not self.model.training:
             proxy = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
             only_gold = {"reward_funcs": [self.gold_reward_func], "reward_processing_classes": [None]}
             with swapped(self, **only_gold, reward_func_names=[GOLD]):
-                gold = super()._calculate_rewards(inputs, prompts, *args, **kwargs)[:, 0]
+                gold = self._rewards_as_given(inputs, prompts, *given)[:, 0]
             self._measure_gold(prompts, proxy.masked_fill(rewards.isnan().all(1), torch.nan), gold)
         return rewards
 
     def _compute_loss(self, model, inputs):
-        if self._is_unscored and self.model.training:
+        if self.model.training and inputs.get("unscored", False):
             self.guard.watch(REWARDS, torch.nan)
         if not self.args.kl_is_measured:
             return super()._compute_loss(model, inputs)
         check_rollout(self, inputs)
         mask = loss_mask(inputs)
-        exact_has_grad = self.kl_term.estimator == "exact" and self.kl_term.in_loss
-        exact = (inputs["ref_hidden_states"], mask, exact_has_grad) if self._exact is not None else None
+        tape = Tape(self._exact, self._ask(inputs, grad=self.kl_term.estimator == "exact" and self.kl_term.in_loss))
         penalised = self._with_kl_advantages(inputs)
-        with swapped(self, beta=0.0), self._recording(exact=exact) as scorings:
+        with swapped(self, beta=0.0, _tape=tape):  # TRL's own KL is off
             loss = super()._compute_loss(model, penalised)
-        policy = the_only(scorings, self)
-        self._tell_changed_sampling(policy.logps.detach(), inputs, mask)
+        policy = self._applied(tape.one())
+        self.sampling.tell_what_changed(policy.logps.detach(), inputs, mask)
         token_weights, weights = self._importance_weights(policy.logps.detach(), inputs, mask)
         self._measure(policy, inputs, mask, token_weights, weights)
         if not (self.kl_term.in_loss and self.args.kl_is_penalised):
@@ -226,10 +266,6 @@ class KLXGRPOTrainer(KLControlledTrainer, PolicySampling, RewardCredit, GoldWatc
     def _beta_of(self, inputs: dict) -> Tensor | float:
         """Beta, (B, 1) where it differs by group."""
         return self.kl.coef_of(inputs["kl_groups"]) if "kl_groups" in inputs else self.beta
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
 
     @property
     def _accumulation(self) -> float:
@@ -255,8 +291,10 @@ class KLXGRPOTrainer(KLControlledTrainer, PolicySampling, RewardCredit, GoldWatc
             return None, None
         of_tokens = importance_weights(logps, sampler_logps, mask, level="token")
         level = self.kl_term.weight_level
-        if not self.kl_term.takes_weights or level == "token":
-            return of_tokens, of_tokens if self.kl_term.takes_weights else None
+        if not self.kl_term.takes_weights or level == "none":
+            return of_tokens, None
+        if level == "token":
+            return of_tokens, of_tokens
         return of_tokens, importance_weights(logps, sampler_logps, mask, level=level)
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
+from trl.trainer.utils import use_adapter
 
 REF_ADAPTER = "ref"  # TRL's name for it
 # Their adapter alone is no change of the base model: they take their start out of its weights.
@@ -24,6 +25,14 @@ def trainable_as_before(policy: nn.Module) -> Iterator[None]:
         for name, parameter in policy.named_parameters():
             if parameter.requires_grad != flags.get(name, parameter.requires_grad):
                 parameter.requires_grad_(flags[name])
+
+
+@contextmanager
+def as_reference(policy: PeftModel, name: str | None = None) -> Iterator[None]:
+    """While active, a policy with an adapter is its reference: with the adapter `name`, or "ref", or without any."""
+    name = REF_ADAPTER if name is None and REF_ADAPTER in policy.peft_config else name
+    with trainable_as_before(policy), use_adapter(policy, name):
+        yield
 
 
 def check_fresh_adapter(config: PeftConfig | None) -> None:

@@ -1,9 +1,8 @@
 """Reward models: sequence classifiers with one output, which read texts with a tokenizer of their own."""
 
-import functools
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,12 +13,6 @@ from trl.trainer.utils import get_config_model_id
 
 from ..checks.vocabulary import has_tokens, vocabulary_size, with_known_padding
 from ..errors import RunError
-from ..seams import swapped
-
-if TYPE_CHECKING:
-    from trl import GRPOTrainer as _RewardsBase
-else:
-    _RewardsBase = object
 
 _ONE = "a reward is one number per answer: give a model with one output, or a function that makes one number of them"
 
@@ -141,40 +134,7 @@ def model_rewards(
     return logits[:, 0].float()
 
 
-class RewardModels(_RewardsBase):
-    """Mixed in before TRL's GRPO trainer: reward models are checked, and read text as in PPO.
-
-    TRL would load a checkpoint without a head, whose rewards are random, take the first of several outputs, and leave
-    out the special tokens that a text begins with.
-    """
-
-    def __init__(self, model: Any, reward_funcs: Any, args: Any, *positional: Any, **kwargs: Any) -> None:
-        if reward_funcs is not None:
-            given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            reward_funcs = loaded_rewards(given, _loading(args))
-        super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        for index, reward in enumerate(self.reward_funcs):
-            if isinstance(reward, nn.Module):
-                own = self.reward_processing_classes[index]
-                self.reward_processing_classes[index] = with_padding_of_its_own(reward, own)
-
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        as_functions = [
-            functools.partial(self._model_rewards, reward, tokenizer) if isinstance(reward, nn.Module) else reward
-            for reward, tokenizer in zip(self.reward_funcs, self.reward_processing_classes, strict=True)
-        ]
-        with swapped(self, reward_funcs=as_functions):
-            return super()._calculate_rewards(*args, **kwargs)
-
-    def _model_rewards(
-        self, model: nn.Module, tokenizer: Any, prompts: list, completions: list, **_: Any
-    ) -> list[float]:
-        chat_template_kwargs = self.chat_template_kwargs
-        device = self.accelerator.device
-        return model_rewards(model, tokenizer, prompts, completions, chat_template_kwargs, device).tolist()  # type: ignore[arg-type]
-
-
-def _loading(args: Any) -> dict[str, Any]:
+def loading_of(args: Any) -> dict[str, Any]:
     """Keyword arguments to load a reward model with: the policy's, without what is the policy's own."""
     loading = {"trust_remote_code": args.trust_remote_code, "dtype": "auto", **(args.model_init_kwargs or {})}
     loading.pop("revision", None)

@@ -1,6 +1,4 @@
-"""What one scoring pass of TRL gives, and which tensors of a GRPO batch mean what. Shapes as in `grpo`."""
-
-from dataclasses import dataclass
+"""Which tensors of a GRPO batch mean what. Shape legend: B answers, P prompt tokens, C completion tokens."""
 
 import torch
 from torch import Tensor
@@ -21,15 +19,6 @@ VISION_INPUTS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
-
-
-@dataclass
-class Scoring:
-    """One call of TRL's scoring function: log-probs (B, C), and what else was collected on the way."""
-
-    logps: Tensor
-    hidden: Tensor | None = None  # (B, C, H)
-    exact: Tensor | None = None  # (B, C)
 
 
 def loss_mask(inputs: dict) -> Tensor:
@@ -131,8 +120,3 @@ def scored_by_sampler(inputs: dict, mask: Tensor) -> Tensor:
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
     """Their product, and 0 where the weight is, whatever the value: what the policy never does has no KL."""
     return torch.where(weights == 0, 0.0, weights * values)
-
-
-def joined(parts: list[Tensor]) -> Tensor | None:
-    """TRL may score a batch in several forwards."""
-    return torch.cat(parts) if parts else None

@@ -1,10 +1,14 @@
-"""The recipes for real models, which cannot be run here: parsed, two real steps on tiny models, and dry-run.
+"""The recipes for real models, which cannot be run here, and what recipes/README.md changes for other models: parsed,
+two real steps on tiny models, and dry-run.
 
 What a test replaces of a recipe is in `REPLACED` and `SMALLER`, with the reason; all else is the recipe's own.
 """
 
 import json
+import math
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,15 +26,17 @@ from trl_klx.trainers.seams import TRL_VERSION
 from trl_klx.trainers.shared.lifecycle import KLControlledTrainer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-FAMILIES = ("qwen2.5-1.5b", "qwen2.5-7b", "llama3.2-1b", "llama3.1-8b")
-PATHS = [path for family in FAMILIES for path in sorted((RECIPES / family).rglob("*.yaml"))]
+LAYOUTS = {"qwen2.5-1.5b-lora": ["one_gpu"], "qwen2.5-7b-qlora": ["one_gpu"], "qwen2.5-7b-full": ["zero3", "zero2"]}
+GPU_MEMORY = {"qwen2.5-1.5b-lora": 24, "qwen2.5-7b-qlora": 24, "qwen2.5-7b-full": 80}  # GiB
+PATHS = [path for folder in LAYOUTS for path in sorted((RECIPES / folder).glob("*.yaml"))]
 HAS_PPO = Version("1.13") > TRL_VERSION
 MODULES = {"grpo": grpo, "dpo": dpo, "ppo": ppo}
 # What a machine with two cores does not have.
 REPLACED = {
     "use_cpu": True,  # no GPU, so
     "bf16": False,  # float32,
-    "use_vllm": False,  # sampling by transformers, and one process
+    "use_vllm": False,  # sampling by transformers,
+    "load_in_4bit": False,  # no bitsandbytes, and one process
     "report_to": "none",
 }
 # What would take too long: sizes of batches and lengths, the length of the run, and how often it looks.
@@ -74,13 +80,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]
     }
 
 
-def argv(path: Path, where: dict[str, str], *changes: dict) -> list[str]:
-    """The recipe with every name on the Hub replaced by a folder here, and these changes."""
-    fields = yaml.safe_load(path.read_text())
+def argv(path: Path, where: dict[str, str], *changes: dict, other: dict | None = None) -> list[str]:
+    """The recipe, or `other` of it, with every name on the Hub replaced by a folder here, and these changes."""
+    fields = {**yaml.safe_load(path.read_text()), **(other or {})}
     here = {name: where[value] for name, value in fields.items() if isinstance(value, str) and value in where}
     if "dataset_config" in fields:
         here["dataset_config"] = "default"
-    merged = {name: value for change in (here, *changes) for name, value in change.items()}
+    merged = {name: value for change in (other or {}, here, *changes) for name, value in change.items()}
     return ["--config", str(path), *(part for name, value in merged.items() for part in (f"--{name}", str(value)))]
 
 
@@ -93,32 +99,87 @@ def varying_reward(prompts: list, completions: list, answer: list, **kwargs: obj
     return [r + 0.5 * (len(c[-1]["content"]) % 2) for r, c in zip(right, completions, strict=True)]
 
 
-def test_there_are_recipes_for_two_families_two_sizes_three_algorithms_and_two_machines() -> None:
+class Other(NamedTuple):
+    """A recipe for another model: what the table changes of it, and the memory that it states, in GiB."""
+
+    path: Path
+    changes: dict[str, str]
+    layout: str
+    memory: int
+
+
+def others() -> list[Other]:
+    """The rows of recipes/README.md's table of other models, one for each recipe of its folder."""
+    found = []
+    for line in (RECIPES / "README.md").read_text().splitlines():
+        folder, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if folder.strip("`/") not in LAYOUTS or len(cells) != 6:
+            continue
+        model, layout, batches, reward, value, memory = cells
+        paths = sorted((RECIPES / folder.strip("`/")).glob("*.yaml"), key=lambda path: "gdp".index(path.stem[0]))
+        for number, path in enumerate(paths):
+            changes = {"model_name_or_path": model}
+            if batches != "the same":
+                rows, steps = re.findall(r"\d+", batches.split(", ")[number])
+                changes |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+            if algorithm_of(path) == "ppo":
+                named = {"reward_model_path": reward, "value_model_path": value}
+                changes |= {option: name for option, name in named.items() if name != "the same"}
+            found.append(Other(path, changes, layout.strip("`"), int(memory.split(", ")[number])))
+    return found
+
+
+OTHERS = others()
+
+
+def named(other: Other) -> str:
+    return f"{other.path.parent.name}-{other.path.stem}-{other.changes['model_name_or_path']}"
+
+
+def test_there_is_a_recipe_for_each_machine_and_a_row_for_each_other_model() -> None:
     found = {path.relative_to(RECIPES).as_posix() for path in PATHS}
     names = {"grpo": "grpo_exact_both_pid", "dpo": "dpo_exact_loss", "ppo": "ppo_k1_reward_pid"}
-    for family in FAMILIES:
-        for machine in ("one_gpu", "eight_gpus"):
-            for algorithm, name in names.items():
-                assert f"{family}/{machine}/{name}.yaml" in found, algorithm
+    assert found == {
+        *(f"{folder}/{name}.yaml" for folder in ("qwen2.5-1.5b-lora", "qwen2.5-7b-full") for name in names.values()),
+        "qwen2.5-7b-qlora/grpo_exact_both_pid.yaml",
+    }
+    assert len(OTHERS) == 3 * 3 + 1 + 3 * 3
+    assert {other.changes["model_name_or_path"] for other in OTHERS} < set(SHAPES)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: "-".join(path.relative_to(RECIPES).parts))
 def test_the_machine_and_the_models_are_what_the_header_says(path: Path) -> None:
     text, fields = path.read_text(), yaml.safe_load(path.read_text())
-    one = path.parent.name == "one_gpu"
-    assert fields.get("use_peft", False) is one
-    assert ("one_gpu.yaml" in text) is one
-    assert ("zero2.yaml" in text and "zero3.yaml" in text) is not one
-    assert "not run on GPUs" in text
+    folder = path.parent.name
+    assert fields.get("use_peft", False) is (folder != "qwen2.5-7b-full")
+    assert fields.get("load_in_4bit", False) is (folder == "qwen2.5-7b-qlora")
+    assert all(f"{layout}.yaml" in text for layout in LAYOUTS[folder])
+    assert re.search(rf"GPUs? of {GPU_MEMORY[folder]} GB", text)
+    assert "# Outcome: not run." in text
     assert fields["bf16"] is True
     assert fields["gradient_checkpointing"] is True
-    assert "vllm_mode" in fields or algorithm_of(path) != "grpo"
+    assert "vllm_mode" in fields or algorithm_of(path) != "grpo" or folder == "qwen2.5-7b-qlora"
     for option in ("model_name_or_path", "reward_model_path", "value_model_path"):
         assert fields.get(option, "") in ("", *SHAPES), option
 
 
-@pytest.mark.parametrize("path", recipes())
-def test_two_steps_on_a_tiny_model(path: Path, places: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def each_way() -> list:
+    """Every recipe as it is, and each algorithm on a Llama, whose tokenizer has no padding token."""
+    llamas = [
+        other for other in OTHERS if other.layout == "one_gpu" and "3.2-1B" in other.changes["model_name_or_path"]
+    ]
+    own = [pytest.param(*param.values, None, id=param.id, marks=param.marks) for param in recipes()]
+    params = recipes([other.path for other in llamas])
+    return own + [
+        pytest.param(*param.values, other.changes, id=f"{param.id}-llama", marks=param.marks)
+        for param, other in zip(params, llamas, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("path", "other"), each_way())
+def test_two_steps_on_a_tiny_model(
+    path: Path, other: dict | None, places: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The real trainer, built by the recipe's own way, samples, trains two steps and writes a checkpoint."""
     algorithm = algorithm_of(path)
     replaced = {name: value for name, value in REPLACED.items() if name != "use_vllm" or algorithm == "grpo"}
@@ -135,7 +196,7 @@ def test_two_steps_on_a_tiny_model(path: Path, places: dict, tmp_path: Path, mon
 
     monkeypatch.setattr(KLControlledTrainer, "train", watched, raising=False)
     monkeypatch.setattr(rewards, "final_number", varying_reward)
-    words = argv(path, places["tiny"], *changes)
+    words = argv(path, places["tiny"], *changes, other=other)
     assert MODULES[algorithm].main(words) == 0
     history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(entry["step"] for entry in history) == 2
@@ -152,8 +213,7 @@ def test_two_steps_on_a_tiny_model(path: Path, places: dict, tmp_path: Path, mon
 @pytest.mark.parametrize("path", recipes())
 def test_dry_run_finds_no_problem_of_the_recipe(path: Path, places: dict) -> None:
     """All that is left are problems of this machine: no GPU, no vLLM, perhaps no disk; and its header is right."""
-    layouts = ["one_gpu"] if path.parent.name == "one_gpu" else ["zero2", "zero3"]
-    for layout in layouts:
+    for layout in LAYOUTS[path.parent.name]:
         accelerate = {"accelerate_config": RECIPES / "accelerate" / f"{layout}.yaml"}
         plan = make_plan(algorithm_of(path), argv(path, places["tiny"], accelerate))
         own = [problem for problem in plan.problems if not problem.startswith("on this machine: ")]
@@ -163,14 +223,24 @@ def test_dry_run_finds_no_problem_of_the_recipe(path: Path, places: dict) -> Non
         if HAS_PPO:  # as the headers were made; newer TRLs keep no logits
             words = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
             assert memory_sentence(shape.memory) in words, layout
-            assert shape.memory.device < 80 * 2**30, layout
+            assert shape.memory.device < GPU_MEMORY[path.parent.name] * 2**30, layout
+
+
+@pytest.mark.skipif(not HAS_PPO, reason="the figures are TRL 1.12's")
+@pytest.mark.parametrize("other", OTHERS, ids=named)
+def test_memory_of_a_recipe_for_another_model_is_what_the_table_says(other: Other, places: dict) -> None:
+    accelerate = {"accelerate_config": RECIPES / "accelerate" / f"{other.layout}.yaml"}
+    plan = make_plan(algorithm_of(other.path), argv(other.path, places["shape"], accelerate, other=other.changes))
+    assert plan.memory is not None
+    assert math.ceil(plan.memory.device / 2**30) == other.memory
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shapes_are_the_published_ones(name: str, places: dict) -> None:
     """The parameter counts that the models' cards give come out of the shapes that the headers' estimates rest on."""
-    recipe = next(path for path in PATHS if name in path.read_text() and algorithm_of(path) == "grpo")
-    plan = make_plan("grpo", argv(recipe, places["shape"]))
+    [recipe] = (path for path in PATHS if path.parent.name == "qwen2.5-1.5b-lora" and algorithm_of(path) == "grpo")
+    words = argv(recipe, places["shape"], REPLACED, other={"model_name_or_path": name})
+    plan = make_plan("grpo", words)
     assert plan.models is not None
     assert plan.models.base.parameters == PUBLISHED[name]
-    assert parse_recipe("test", type(plan.recipe.args), argv(recipe, places["shape"], REPLACED)).run.dataset_prepare  # type: ignore[union-attr]
+    assert parse_recipe("test", type(plan.recipe.args), words).run.dataset_prepare  # type: ignore[union-attr]

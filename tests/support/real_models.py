@@ -20,6 +20,10 @@ _QWEN2 = {"max_position_embeddings": 32768, "rope_theta": 1e6}
 _LLAMA = {"vocab_size": 128256, "max_position_embeddings": 131072, "head_dim": 128, "num_key_value_heads": 8}
 # From the models' config.json on the Hub: what decides the number of parameters.
 SHAPES: dict[str, PreTrainedConfig] = {
+    "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True, **_QWEN2,
+    ),
     "Qwen/Qwen2.5-1.5B-Instruct": Qwen2Config(
         vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
         num_key_value_heads=2, tie_word_embeddings=True, **_QWEN2,
@@ -47,6 +51,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
 }  # fmt: skip
 # As the model cards print them.
 PUBLISHED = {
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
     "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
     "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,

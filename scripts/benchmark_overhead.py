@@ -104,9 +104,6 @@ def make_trainer(name: str, model: Any, tokenizer: Any, args: Arguments) -> GRPO
 def force_route(trainer: KLXGRPOTrainer, name: str) -> None:
     exact = trainer._exact
 
-    def hidden(_logits, ref_hidden, mask):
-        return exact._from_hidden(exact._completion_hidden(mask.size(1)), ref_hidden, mask)
-
     def dense(logits, ref_hidden, mask):
         with torch.no_grad():
             ref_logits = exact._reference.get_output_embeddings()(ref_hidden)
@@ -114,7 +111,7 @@ def force_route(trainer: KLXGRPOTrainer, name: str) -> None:
         return torch.where(mask, exact_kl(logits, ref_logits / trainer.temperature), 0.0)
 
     if name.endswith("from hidden states"):
-        exact._from_logits = hidden
+        exact._logits_of = lambda output: None
     elif name.endswith("dense"):
         exact._from_logits = dense
 

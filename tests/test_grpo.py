@@ -368,21 +368,14 @@ def test_both_routes_of_the_exact_kl_agree(model_path: str, tmp_path: Path, monk
     drift(trainer)
     inputs = rollout(trainer)
     exact, used, results = trainer._exact, [], []
-    from_logits, from_hidden = exact._from_logits, exact._from_hidden
-
-    def logits_route(*args):
-        used.append("logits")
-        return from_logits(*args)
-
-    def hidden_route(_logits: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
-        used.append("hidden")
-        return from_hidden(exact._completion_hidden(mask.size(1)), ref_hidden, mask)
-
-    for route in (logits_route, hidden_route):
-        monkeypatch.setattr(exact, "_from_logits", route)
+    for name in ("_from_logits", "_from_hidden"):
+        route = getattr(exact, name)
+        monkeypatch.setattr(exact, name, lambda *args, route=route, name=name: (used.append(name), route(*args))[1])
+    for logits_of in (exact._logits_of, lambda output: None):
+        monkeypatch.setattr(exact, "_logits_of", logits_of)
         loss = trainer._compute_loss(trainer.model, inputs)
         results.append([loss, *torch.autograd.grad(loss, list(trainer.model.parameters()))])
-    assert used == ["logits", "hidden"]
+    assert used == ["_from_logits", "_from_hidden"]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 

@@ -13,7 +13,6 @@ import functools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,26 +23,8 @@ from ...kl import chunked_exact_kl, chunked_exact_kl_from_logits
 from ...kl.exact import Direction
 from ...kl.logits import LogitTransform
 from ..reference.build import causal_lm
-from ..seams import FUSED_LM_HEAD
+from ..seams import FUSED_LM_HEAD, swapped
 from .head import WITHOUT_EXACT, call_as_forward, check_heads, reshard, whole
-
-
-@dataclass
-class _Request:
-    """What one scoring call asks for. The trainer may split its batch; rows are handed out in order."""
-
-    ref_hidden: Tensor  # (B, C, H)
-    mask: Tensor  # (B, C)
-    with_grad: bool
-    next_row: int = 0
-
-    @property
-    def is_served(self) -> bool:
-        return self.next_row == len(self.mask)
-
-    def take(self, rows: int) -> tuple[Tensor, Tensor]:
-        start, self.next_row = self.next_row, self.next_row + rows
-        return self.ref_hidden[start : self.next_row], self.mask[start : self.next_row].bool()
 
 
 def exact_kl_between(trainer: Any, policy: nn.Module, *, temperature: float, direction: Direction) -> "ExactKLForward":
@@ -52,13 +33,63 @@ def exact_kl_between(trainer: Any, policy: nn.Module, *, temperature: float, dir
     Raises:
         ValueError: it cannot be computed for this model, or for this kind of sharding.
     """
-    check_sharding(trainer)
+    if is_fsdp1(trainer):  # which flattens the head into one parameter with others
+        raise ValueError(
+            "fsdp_version=1 flattens the output head, which the exact KL reads: use fsdp_version 2, DDP or DeepSpeed, "
+            "or kl_estimator k1, k2 or k3 (in DPO kl_coef 0 and no kl_probe_steps)."
+        )
     causal = causal_lm(policy)
     reference = causal if trainer.ref_model is None else causal_lm(trainer.accelerator.unwrap_model(trainer.ref_model))
     exact = ExactKLForward(causal, reference, temperature=temperature, direction=direction)
     if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # there the first step looks
         exact.check()
     return exact
+
+
+def is_fsdp1(trainer: Trainer) -> bool:
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    return plugin is not None and plugin.fsdp_version != 2
+
+
+class _Call:
+    """What passes by while a model scores: the latest input of an output head, (rows, L, H)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model_name = type(model).__name__
+        self._hidden: Tensor | None = None
+
+    def keep_input(self, head: nn.Module, args: tuple) -> None:
+        self._hidden = args[0]
+
+    def keep_output(self, backbone: nn.Module, args: tuple, output: Any) -> None:
+        self._hidden = output.last_hidden_state
+
+    def completion(self, length: int) -> Tensor:
+        """(rows, C, H) the hidden states that predict the completion's `length` tokens."""
+        if self._hidden is None or self._hidden.dim() != 3:
+            raise ValueError(
+                f"{self._model_name} does not call its output head with the hidden states of all tokens, which the "
+                f"exact KL reads there: {WITHOUT_EXACT}."
+            )
+        return self._hidden[:, -length - 1 : -1]
+
+
+class _KLCall(_Call):
+    """A scoring that asks for the exact KL. The trainer may split its batch; rows are handed out in order."""
+
+    def __init__(self, model: nn.Module, ref_hidden: Tensor, mask: Tensor, *, with_grad: bool) -> None:
+        super().__init__(model)
+        self._ref_hidden, self._mask, self.with_grad = ref_hidden, mask, with_grad
+        self._next_row, self.length = 0, mask.size(1)
+
+    @property
+    def is_served(self) -> bool:
+        return self._next_row == len(self._mask)
+
+    def take(self, rows: int) -> tuple[Tensor, Tensor]:
+        """The reference's hidden states (rows, C, H) and the mask (rows, C) of the next rows."""
+        start, self._next_row = self._next_row, self._next_row + rows
+        return self._ref_hidden[start : self._next_row], self._mask[start : self._next_row].bool()
 
 
 class ExactKLForward:
@@ -80,19 +111,13 @@ class ExactKLForward:
         self._policy, self._reference = policy, reference
         self._direction: Direction = direction
         self._transform = LogitTransform.of(policy.config, temperature)
-        self._request: _Request | None = None
-        self._hidden: Tensor | None = None
+        self._call: _KLCall | None = None  # what the policy's forward is to serve
         self._checked = False
         check_heads(policy, reference)
         self._wrap_forward()
 
-    def _keep_backbone_hidden(self, backbone: nn.Module, args: tuple, output) -> None:
-        self._hidden = output.last_hidden_state
-
-    def _keep_head_hidden(self, head: nn.Module, args: tuple) -> None:
-        self._hidden = args[0]
-
     def _wrap_forward(self) -> None:
+        # For good, and not while scoring only: accelerate's autocast goes around it.
         kept = f"_forward_{id(self)}"
         # Kept on the model: a copy of the model has a copy of it, which is bound to that copy.
         setattr(self._policy, kept, self._policy.forward)
@@ -100,12 +125,12 @@ class ExactKLForward:
         # Same signature: `generate` validates its model arguments against it.
         @functools.wraps(type(self._policy).forward)
         def forward(model, *args, **kwargs):
-            original = getattr(model, kept)
-            if self._request is None or self._request.is_served or model is not self._policy:
+            original, call = getattr(model, kept), self._call
+            if call is None or call.is_served or model is not self._policy:
                 return original(*args, **kwargs)
             reshard(model.get_output_embeddings())
             output = original(*args, **kwargs)
-            return _with_exact_kl(output, self._exact_kl(output))
+            return _with_exact_kl(output, self._exact_kl(call, output))
 
         self._policy.forward = types.MethodType(forward, self._policy)
 
@@ -116,18 +141,18 @@ class ExactKLForward:
         Raises:
             ValueError: it is not.
         """
-        policy, training = self._policy, self._policy.training
+        policy, training, call = self._policy, self._policy.training, _Call(self._policy)
         ids = torch.arange(4, device=policy.get_input_embeddings().weight.device).unsqueeze(0)  # type: ignore[arg-type]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         policy.eval()
         try:
-            with self._capture(policy, lambda *_: None):
+            with self._watching(policy, call, lambda *_: None):
                 output = policy(**inputs)
-                hidden = self._completion_hidden(ids.size(1) - 1)
+                hidden = call.completion(ids.size(1) - 1)
                 self._check_projection(hidden, output)
                 if FUSED_LM_HEAD:
                     policy.base_model(**inputs)
-                    if not _are_close(self._completion_hidden(ids.size(1) - 1), hidden):
+                    if not _are_close(call.completion(ids.size(1) - 1), hidden):
                         raise ValueError(
                             f"TRL's fused head reads other hidden states of {type(policy).__name__} than the model's "
                             f"own head does: {WITHOUT_EXACT}."
@@ -139,11 +164,12 @@ class ExactKLForward:
     def hidden_states(self, model: nn.Module, completion_length: int) -> Iterator[list[Tensor]]:
         """While active, collect the (rows, C, H) hidden states that predict the completion, one tensor per forward."""
         collected: list[Tensor] = []
+        call = _Call(self._policy)
 
         def collect(*_) -> None:
-            collected.append(self._completion_hidden(completion_length).detach())
+            collected.append(call.completion(completion_length).detach())
 
-        with self._capture(model, collect):
+        with self._watching(model, call, collect):
             yield collected
 
     @contextmanager
@@ -159,17 +185,14 @@ class ExactKLForward:
             with_grad: False where the value is only measured.
         """
         collected: list[Tensor] = []
-        self._request = _Request(ref_hidden, mask, with_grad)
+        call = _KLCall(self._policy, ref_hidden, mask, with_grad=with_grad)
 
         def collect(_module: nn.Module, _args: tuple, output) -> None:
             if sum(map(len, collected)) < len(mask):  # the trainer may run the model once more, for its outputs
                 collected.append(output.exact_kl)
 
-        try:
-            with self._capture(model, collect):
-                yield collected
-        finally:
-            self._request = None
+        with swapped(self, _call=call), self._watching(model, call, collect):
+            yield collected
 
     @torch.no_grad()
     def of_hidden_states(self, hidden: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
@@ -177,13 +200,12 @@ class ExactKLForward:
         return self._from_hidden(hidden, ref_hidden, mask.bool())
 
     @contextmanager
-    def _capture(self, model: nn.Module, hook) -> Iterator[None]:
+    def _watching(self, model: nn.Module, call: _Call, hook: Callable[..., None]) -> Iterator[None]:
         # Only while scoring: generation runs the backbone too, and a copy of the model must not carry our hooks.
         models = {id(model): model for model in (self._policy, self._reference)}.values()
-        heads = [model.get_output_embeddings() for model in models]
-        handles = [head.register_forward_pre_hook(self._keep_head_hidden) for head in heads]
+        handles = [model.get_output_embeddings().register_forward_pre_hook(call.keep_input) for model in models]
         if FUSED_LM_HEAD:  # which reads the head's weights and does not call it
-            handles += [model.base_model.register_forward_hook(self._keep_backbone_hidden) for model in models]
+            handles += [model.base_model.register_forward_hook(call.keep_output) for model in models]
         handles.append(model.register_forward_hook(hook))
         try:
             # A compiled model (torch_compile) keeps graphs that know nothing of hooks which came later.
@@ -192,29 +214,20 @@ class ExactKLForward:
         finally:
             for handle in handles:
                 handle.remove()
-            self._hidden = None
 
-    def _completion_hidden(self, length: int) -> Tensor:
-        if self._hidden is None or self._hidden.dim() != 3:
-            raise ValueError(
-                f"{type(self._policy).__name__} does not call its output head with the hidden states of all tokens, "
-                f"which the exact KL reads there: {WITHOUT_EXACT}."
-            )
-        return self._hidden[:, -length - 1 : -1]
-
-    def _exact_kl(self, output) -> Tensor:
-        request = self._request
-        if request is None:
-            raise RuntimeError("exact KL was computed without a request.")
-        hidden = self._completion_hidden(request.mask.size(1))
-        ref_hidden, mask = request.take(hidden.size(0))
+    def _exact_kl(self, call: _KLCall, output: Any) -> Tensor:
+        hidden = call.completion(call.length)
+        ref_hidden, mask = call.take(hidden.size(0))
         if not self._checked:
             self._check_projection(hidden, output)
-        logits = getattr(output, "logits", None)  # TRL >= 1.16's fused head returns none
-        with torch.set_grad_enabled(torch.is_grad_enabled() and request.with_grad):
+        logits = self._logits_of(output)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and call.with_grad):
             if logits is None:
                 return self._from_hidden(hidden, ref_hidden, mask)
             return self._from_logits(logits, ref_hidden, mask)
+
+    def _logits_of(self, output: Any) -> Tensor | None:
+        return getattr(output, "logits", None)  # TRL >= 1.16's fused head returns none
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -271,14 +284,13 @@ class ExactKLForward:
 
     def _check_projection(self, hidden: Tensor, output) -> None:
         """On one token: our projection of the hidden state is the logits the model itself returns."""
-        logits = getattr(output, "logits", None)  # TRL >= 1.16's fused head returns none
+        logits = self._logits_of(output)
         if logits is None or hidden.size(1) == 0:
             return
-        self._checked, kept = True, self._hidden
+        self._checked = True
         with torch.no_grad():
             raw = self._policy.get_output_embeddings()(hidden[:1, -1]).float()
             ours = self._transform._replace(temperature=1.0).apply_(raw)
-        self._hidden = kept
         if not _are_close(ours, logits[:1, -2].detach().float()):
             raise ValueError(
                 f"{type(self._policy).__name__} transforms its logits in a way that the exact KL does not know: "
@@ -295,20 +307,6 @@ def _scattered(kl_N: Tensor, mask: Tensor) -> Tensor:
     """Per-token values at their places in (B, C), 0 elsewhere."""
     # masked_scatter keeps an all-masked batch connected to the graph, which DDP needs.
     return kl_N.new_zeros(mask.shape).masked_scatter(mask.to(kl_N.device), kl_N)
-
-
-def check_sharding(trainer: Trainer) -> None:
-    """Refuse the exact KL under FSDP1, which flattens the head into one parameter with others."""
-    if is_fsdp1(trainer):
-        raise ValueError(
-            "fsdp_version=1 flattens the output head, which the exact KL reads: use fsdp_version 2, DDP or DeepSpeed, "
-            "or kl_estimator k1, k2 or k3 (in DPO kl_coef 0 and no kl_probe_steps)."
-        )
-
-
-def is_fsdp1(trainer: Trainer) -> bool:
-    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    return plugin is not None and plugin.fsdp_version != 2
 
 
 @functools.cache

@@ -37,7 +37,7 @@ ALLOWED = {
         },
         _TRAINING,
     ),
-    "trainers/checks": ({"trainers/checkpoints", "trainers/rewarding", *_BELOW}, _TRAINING),
+    "trainers/checks": ({"trainers/checkpoints", *_BELOW}, _TRAINING),
     "trainers/exact": ({"kl", "trainers/reference", *_BELOW}, _TRAINING),
     "trainers/shared": (
         {

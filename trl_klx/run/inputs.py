@@ -15,9 +15,9 @@ from trl.trainer.utils import get_callable_name
 from ..trainers.checks.inputs import split_problems
 from ..trainers.checks.lengths import length_problems
 from ..trainers.checks.packages import missing_for_model
+from ..trainers.checks.rewards import check_weights
 from ..trainers.checks.rows import rows_of
 from ..trainers.checks.start import load_tokenizer
-from ..trainers.rewarding.calls import check_weights
 from ..trainers.rewarding.gold import check_gold_reward
 from ..wording import first_line
 from .algorithms import ROWS

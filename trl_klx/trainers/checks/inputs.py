@@ -7,8 +7,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl.trainer.utils import get_callable_name
 
-from ..rewarding.calls import check_call, check_names, check_weights, needed_columns
 from .lengths import length_problems
+from .rewards import check_call, check_names, check_weights, needed_columns
 from .rows import RowKind, column_is_empty, column_problems, row_problems, rows_of
 
 

@@ -11,7 +11,7 @@ from ...config.options import KLArguments
 from ...config.rules import kl_rules
 from ...config.types import Choices
 from ..checks.noise import check_neftune
-from ..rewarding.calls import check_weights
+from ..checks.rewards import check_weights
 from ..rewarding.gold import GoldArguments
 from ..seams import LIGER_COMPUTES_THE_LOSS
 from .sampling_settings import check_sampling

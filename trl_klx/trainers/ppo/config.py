@@ -15,7 +15,7 @@ from ...config.check import check  # noqa: E402
 from ...config.options import KLArguments  # noqa: E402
 from ...config.rules import kl_rules  # noqa: E402
 from ..checks.noise import check_neftune  # noqa: E402
-from ..rewarding.calls import check_weights  # noqa: E402
+from ..checks.rewards import check_weights  # noqa: E402
 from ..rewarding.gold import GoldArguments  # noqa: E402
 
 

@@ -4,10 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 VENV_TRL116 := .venv-trl116
-# What TRL 1.16 can run: it has no PPO.
-TESTS_TRL116 := $(addprefix tests/test_,grpo.py grpo_parity.py dpo.py dpo_parity.py kl_control.py kl_groups.py kl_budget.py \
-	config.py bad_input.py health.py gold.py recipes.py explain.py dry_run.py real_recipes.py distributed.py) \
-	$(filter-out %_ppo.py,$(wildcard tests/test_situations_*.py))
+# In as many processes as that; `WORKERS=0` for one that a debugger can stop.
+WORKERS ?= 2
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test test-trl116 lint docs clean
 
@@ -17,10 +16,10 @@ demo: $(VENV)/installed
 		scripts/grpo.py --config recipes/starter/grpo_exact_both_pid.yaml
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-trl116: $(VENV_TRL116)/installed
-	$(VENV_TRL116)/bin/python -m pytest $(TESTS_TRL116)
+	$(VENV_TRL116)/bin/python $(PYTEST) -m trl
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

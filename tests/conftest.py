@@ -1,14 +1,22 @@
-"""Threads for tiny models; and `pytest --situations`, the table of what users ran into and how the package answers.
+"""Threads for tiny models; on which device they run; two processes' runs; and the table of situations.
 
-A test marked `situation("what a user does", "right")` is a row of that table. The answers: it is right, it is refused
-in one sentence, or it works and the user is warned.
+`pytest --situations` prints what users ran into and how the package answers: a test that is marked
+`situation("what a user does", "right")` is a row. The answers: it is right, it is refused in one sentence, or it works
+and the user is warned.
 """
+
+import gc
+import importlib.metadata
+from functools import cache
 
 import pytest
 import torch
+from support.launching import Launched, Launches, Wanted
 
 # The models here are so small that threads cost more than they bring.
 torch.set_num_threads(1)
+# accelerate asks whether DeepSpeed is installed whenever it unwraps a model, and reads the package's record each time.
+importlib.metadata.metadata = cache(importlib.metadata.metadata)
 
 ANSWERS = ("right", "refused", "warned")
 
@@ -22,9 +30,30 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.collectonly = True
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--situations"):
-        return
+    if config.getoption("--situations"):
+        print_situations(items)
+        items.clear()
+    group_by_file(items)
+
+
+def pytest_collection_finish() -> None:
+    """TRL and accelerate collect garbage often; what was imported is none, and would be looked through each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def group_by_file(items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: a file's tests stay with one worker, and what it made for them, unless marked otherwise;
+    those that start processes come first, because they take longest."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
+
+
+def print_situations(items: list[pytest.Item]) -> None:
     rows: dict[tuple[str, str], int] = {}
     for item in items:
         for mark in item.iter_markers("situation"):
@@ -35,4 +64,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     print("| what a user does | answer | cases |\n|---|---|---|")
     for (text, answer), cases in rows.items():
         print(f"| {text} | {answer} | {cases} |")
-    items.clear()
+
+
+@pytest.fixture(scope="session")
+def launches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    """The runs on two processes that the selected tests want."""
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    wanted: list[Wanted] = [own["launched"] for own in params if "launched" in own]
+    return Launches(tmp_path_factory.mktemp("launches"), wanted)
+
+
+@pytest.fixture
+def launched(request: pytest.FixtureRequest, launches: Launches) -> Launched:
+    """A run on two processes: see support/launching.py."""
+    return launches.run(request.param)

@@ -4,65 +4,15 @@ Every case is run alone once, and compared with two processes under each strateg
 are of uneven length, one of the second process's is empty.
 """
 
-import json
-import os
-import shutil
-import subprocess
-import sys
+from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
+from typing import Any
 
 import pytest
-from support.processes import SUPPORT, environment
-from support.tiny import save_tiny
+from support.launching import Launched, alone, launch, model
 from transformers import AutoModelForCausalLM
 
 from trl_klx.trainers.seams import TRL_HAS_PPO
-
-SHARED = """\
-compute_environment: LOCAL_MACHINE
-mixed_precision: 'no'
-num_machines: 1
-main_process_port: 0
-"""
-ALONE = SHARED + "distributed_type: 'NO'\nnum_processes: 1\nuse_cpu: true\n"
-# MULTI_CPU would silently run one process.
-DDP = SHARED + "distributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: true\n"
-ZERO = """\
-distributed_type: DEEPSPEED
-num_processes: 2
-use_cpu: false
-deepspeed_config:
-  zero_stage: {stage}
-  offload_optimizer_device: none
-  offload_param_device: none
-  zero3_init_flag: {third}
-  zero3_save_16bit_model: {third}
-"""
-FSDP2 = (
-    SHARED
-    + """\
-distributed_type: FSDP
-num_processes: 2
-use_cpu: false
-fsdp_config:
-  fsdp_version: 2
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_reshard_after_forward: true
-  fsdp_cpu_ram_efficient_loading: false
-  fsdp_state_dict_type: FULL_STATE_DICT
-"""
-)
-# accelerate gives processes on the CPU DDP in place of FSDP2; told that they are an accelerator's, it does not.
-FSDP2_ON_CPU = """\
-import accelerate.state
-from accelerate.utils import DistributedType
-
-accelerate.state.PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
-"""
-STRATEGIES = {"ddp": DDP, "fsdp2": FSDP2}
-STRATEGIES |= {f"zero{n}": SHARED + ZERO.format(stage=n, third=str(n == 3).lower()) for n in (1, 2, 3)}
 
 PID = {"kl_controller": "pid", "kl_target": 0.05}
 GROUPS = {"kl_group_column": "answer", "kl_group_targets": {"0": 0.01, "1": 0.5}}  # the others: the target of all
@@ -96,6 +46,7 @@ if TRL_HAS_PPO:
         "gradient_accumulation_steps": 2,
     }
     CASES["ppo-exact-both-lora"] = {"algorithm": "ppo", **EXACT_BOTH, "lora": True, "gradient_checkpointing": True}
+FEW = [name for name in CASES if name.endswith(("exact-both", "dpo-exact"))]
 SAVED = {"save_strategy": "steps", "save_steps": 2}
 
 ALWAYS = ("loss", "grad_norm", "kl/coef")
@@ -105,49 +56,9 @@ COMPARED += ("kl/start", "kl/masked", "kl/masked_share", "length/chosen", "lengt
 COMPARED += ("length/margin_correlation", "probe/mean_length", "probe/entropy")
 
 
-# DeepSpeed compiles its communication for the CPU, once: in a folder of its own, because a build that was interrupted
-# leaves a lock behind, and with the ninja of this environment, which need not be activated.
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-ENVIRONMENT = {"PATH": PATH, "TORCH_EXTENSIONS_DIR": mkdtemp()}
-COMPILE = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
-
-
-@pytest.fixture(scope="session")
-def deepspeed() -> None:
-    """Its communication is compiled; where that fails, all tests that need it say so at once."""
-    subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment(**ENVIRONMENT), timeout=300, check=True, capture_output=True
-    )
-
-
 @cache
-def model() -> str:
-    return save_tiny(Path(mkdtemp()) / "model")
-
-
-def run(folder: Path, accelerate: str, processes: int, options: dict) -> list[dict]:
-    """Run the script; returns what each process wrote."""
-    config, output = folder / "accelerate.yaml", folder / "run"
-    config.write_text(accelerate)
-    (folder / "sitecustomize.py").write_text(FSDP2_ON_CPU if accelerate == FSDP2 else "")
-    arguments = json.dumps({"use_cpu": "use_cpu: true" in accelerate, **options, "processes": processes})
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    result = subprocess.run(
-        [*launch, str(SUPPORT / "distributed_script.py"), model(), str(output), arguments],
-        capture_output=True,
-        text=True,
-        env={**environment(first=str(folder)), **ENVIRONMENT}
-        | ({"ACCELERATE_TORCH_DEVICE": "cpu"} if accelerate == FSDP2 else {}),
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-8000:]
-    return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(processes)]
-
-
-@cache
-def alone(case: str) -> dict:
-    return run(Path(mkdtemp()), ALONE, 1, CASES[case])[0]
+def one_process(name: str) -> dict:
+    return alone(CASES[name])
 
 
 def assert_equal_runs(found: list[dict], expected: dict) -> None:
@@ -166,39 +77,41 @@ def assert_equal_runs(found: list[dict], expected: dict) -> None:
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-5), name
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_ddp_equals_one_process(tmp_path: Path, case: str) -> None:
-    found = run(tmp_path, STRATEGIES["ddp"], 2, {**CASES[case], **SAVED})
-    assert_equal_runs(found, alone(case))
+def launches(strategy: str, names: Iterable[str] = CASES, **settings: Any) -> list:
+    return [launch(strategy, name, {**CASES[name], **settings}) for name in names]
+
+
+@pytest.mark.parametrize("launched", launches("ddp", **SAVED), indirect=True)
+def test_ddp_equals_one_process(launched: Launched) -> None:
+    name, folder, found = launched
+    assert_equal_runs(found, one_process(name))
     assert found[0]["weights"] == found[1]["weights"]
-    assert found[0]["weights"] == pytest.approx(alone(case)["weights"], rel=1e-4)
-    saved = {"adapter_model.safetensors" if CASES[case].get("lora") else "model.safetensors", "kl_state.json"}
-    if case.startswith("ppo"):
+    assert found[0]["weights"] == pytest.approx(one_process(name)["weights"], rel=1e-4)
+    saved = {"adapter_model.safetensors" if CASES[name].get("lora") else "model.safetensors", "kl_state.json"}
+    if name.startswith("ppo"):
         saved.add("value_model/model.safetensors")
-    for name in saved:
-        assert (tmp_path / "run" / "checkpoint-2" / name).exists(), name
+    for file in saved:
+        assert (folder / "checkpoint-2" / file).exists(), file
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_fsdp2_equals_one_process(tmp_path: Path, case: str) -> None:
-    assert_equal_runs(run(tmp_path, STRATEGIES["fsdp2"], 2, {**CASES[case], "sharding": "FSDP"}), alone(case))
+@pytest.mark.parametrize("launched", launches("fsdp2"), indirect=True)
+def test_fsdp2_equals_one_process(launched: Launched) -> None:
+    assert_equal_runs(launched.ranks, one_process(launched.name))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU communication with g++")
-@pytest.mark.usefixtures("deepspeed")
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("case", CASES)
-def test_deepspeed_equals_one_process(tmp_path: Path, case: str, stage: int) -> None:
-    assert_equal_runs(
-        run(tmp_path, STRATEGIES[f"zero{stage}"], 2, {**CASES[case], "sharding": "DEEPSPEED"}), alone(case)
-    )
+@pytest.mark.parametrize("launched", launches("zero1", FEW, **SAVED), indirect=True)
+def test_zero1_equals_one_process(launched: Launched) -> None:
+    assert_equal_runs(launched.ranks, one_process(launched.name))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU communication with g++")
-@pytest.mark.usefixtures("deepspeed")
-@pytest.mark.parametrize("case", [case for case in CASES if case.endswith(("exact-both", "dpo-exact"))])
-def test_zero1_equals_one_process(tmp_path: Path, case: str) -> None:
-    assert_equal_runs(run(tmp_path, STRATEGIES["zero1"], 2, {**CASES[case], **SAVED}), alone(case))
+@pytest.mark.parametrize("launched", launches("zero2"), indirect=True)
+def test_zero2_equals_one_process(launched: Launched) -> None:
+    assert_equal_runs(launched.ranks, one_process(launched.name))
+
+
+@pytest.mark.parametrize("launched", launches("zero3"), indirect=True)
+def test_zero3_equals_one_process(launched: Launched) -> None:
+    assert_equal_runs(launched.ranks, one_process(launched.name))
 
 
 def weight_sums(folder: str) -> list[float]:
@@ -206,12 +119,13 @@ def weight_sums(folder: str) -> list[float]:
     return [float(parameter.detach().double().square().sum()) for parameter in model.parameters()]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU communication with g++")
-@pytest.mark.usefixtures("deepspeed")
+UNSCORED = {"unscored": True, "weight_decay": 0.1, "max_steps": 2, "gradient_accumulation_steps": 2}
+
+
 @pytest.mark.situation("GRPO under DeepSpeed: no reward applies to any answer of a step", "right")
-def test_a_step_that_is_skipped_changes_nothing_under_deepspeed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launched", [launch("zero2", "unscored", UNSCORED)], indirect=True)
+def test_a_step_that_is_skipped_changes_nothing_under_deepspeed(launched: Launched) -> None:
     """Its engine steps within the backward pass, where the KL loss and weight decay are finite all the same."""
-    settings = {"unscored": True, "weight_decay": 0.1, "max_steps": 2, "gradient_accumulation_steps": 2}
-    found = run(tmp_path, STRATEGIES["zero2"], 2, {**settings, "sharding": "DEEPSPEED"})
-    assert [entry["skipped_steps"] for entry in found[0]["logs"] if "loss" in entry] == [1.0, 2.0]
-    assert found[0]["weights"] == pytest.approx(weight_sums(model()), rel=1e-7)
+    first, _ = launched.ranks
+    assert [entry["skipped_steps"] for entry in first["logs"] if "loss" in entry] == [1.0, 2.0]
+    assert first["weights"] == pytest.approx(weight_sums(model()), rel=1e-7)

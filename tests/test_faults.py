@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from support import fault_tools
 from support.fault_tools import ALGORITHMS, make
-from support.processes import SUPPORT, environment
+from support.processes import Forked
 from support.tiny import Arguments, digit_reward, save_tiny, tiny_model
 from torch import Tensor
 from transformers import TrainerCallback
@@ -42,24 +42,18 @@ SAMPLING = [algorithm for algorithm in ALGORITHMS if algorithm != "dpo"]
 all_algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
-def start(algorithm: str, folder: Path, options: dict, ranks: int = 1) -> list[subprocess.Popen]:
-    """Runs of `fault_tools.py` in processes of their own."""
+def forked(algorithm: str, folder: Path, options: dict, ranks: int = 1) -> tuple[list[int], str]:
+    """Runs of `fault_tools.py` in processes of their own: the exit status of each, and all that they printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, str(SUPPORT / "fault_tools.py"), algorithm, str(folder), json.dumps(options)]
     distributed = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = []
     for rank in range(ranks):
-        own = {**distributed, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        processes.append(subprocess.Popen(command, env=environment(**own), stderr=subprocess.PIPE, text=True))
-    return processes
-
-
-def finished(processes: list[subprocess.Popen]) -> tuple[list[int], str]:
-    """Exit status of each, and all that they wrote to stderr."""
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    return [process.returncode for process in processes], "".join(errors)[-3000:]
+        own = distributed | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        printed = folder.with_name(f"printed{rank}")
+        processes.append(Forked(printed, fault_tools.run, algorithm, str(folder), dict(options), **own))
+    return [process.end() for process in processes], "".join(process.printed for process in processes)[-3000:]
 
 
 def steps(folder: Path) -> list[dict]:
@@ -88,10 +82,10 @@ def test_killed_twice_a_run_is_the_unbroken_one(algorithm: str, tmp_path: Path) 
     options = {**SAVES, "save_total_limit": 1}
     whole, folder = make(algorithm, tmp_path / "whole", callbacks=[HistoryCallback()], **options), tmp_path / "dies"
     whole.train()
-    assert finished(start(algorithm, folder, {**options, "kill": "step", "at": 3}))[0] == [-signal.SIGKILL]
+    assert forked(algorithm, folder, {**options, "kill": "step", "at": 3})[0] == [-signal.SIGKILL]
     assert [path.name for path in whole_checkpoints(folder)] == ["checkpoint-2"]
     again = {**options, "kill": "save", "at": 4, "resume": "last"}
-    assert finished(start(algorithm, folder, again))[0] == [-signal.SIGKILL]
+    assert forked(algorithm, folder, again)[0] == [-signal.SIGKILL]
     assert (folder / "checkpoint-4" / "optimizer.pt").exists()  # half of it is there
     assert [path.name for path in whole_checkpoints(folder)] == ["checkpoint-2"]
     with (folder / HISTORY_FILE).open("a") as file:
@@ -111,11 +105,11 @@ def test_one_of_two_ranks_is_killed(tmp_path: Path) -> None:
     """DDP; and a loss that is not finite on one process only makes both skip the step."""
     options = {**SAVES, "max_steps": 4, "per_device_train_batch_size": 4, "bad_loss": 2}
     dies = {**options, "unbroken": str(tmp_path / "whole"), "kill": "step", "at": 3, "rank": 1}
-    statuses, errors = finished(start("grpo", tmp_path / "dies", dies, ranks=2))
+    statuses, errors = forked("grpo", tmp_path / "dies", dies, ranks=2)
     assert statuses[1] == -signal.SIGKILL, errors
     assert statuses[0] != 0
     assert missing_file(tmp_path / "dies" / "checkpoint-2") is None
-    statuses, errors = finished(start("grpo", tmp_path / "dies", {**options, "resume": "last"}, ranks=2))
+    statuses, errors = forked("grpo", tmp_path / "dies", {**options, "resume": "last"}, ranks=2)
     assert statuses == [0, 0], errors
     results = [
         json.loads((tmp_path / run / f"result{rank}.json").read_text()) for run in ("whole", "dies") for rank in (0, 1)

@@ -1,4 +1,7 @@
-"""Recipes gone wrong, a few hundred from a fixed seed: each is refused in one sentence, or runs and means something."""
+"""Recipes gone wrong, from two fixed seeds: each is refused in one sentence, or runs and means something.
+
+`PYTHONPATH=tests python -m support.recipe_fuzzer --seed 7 --cases 1000` tries more.
+"""
 
 import re
 import subprocess
@@ -9,12 +12,14 @@ from support.processes import SUPPORT, environment
 
 
 @pytest.mark.situation("gives a recipe with a field, key, word, file or reward that is wrong", "refused")
-def test_recipes_gone_wrong() -> None:
+@pytest.mark.processes
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=pytest.mark.xdist_group(f"fuzz{n}")) for n in (1, 2)])
+def test_recipes_gone_wrong(seed: int) -> None:
     """No traceback but of the user's own code, nothing that a dry run misses, nothing that runs and means nothing."""
-    command = [sys.executable, str(SUPPORT / "recipe_fuzzer.py"), "--seed", "1", "--cases", "200"]
+    command = [sys.executable, str(SUPPORT / "recipe_fuzzer.py"), "--seed", str(seed), "--cases", "60"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     counts = {name: int(count) for count, name in re.findall(r"^ *(\d+) (\w+)$", result.stdout, flags=re.MULTILINE)}
-    assert counts["cases"] > 180
-    assert counts["refused"] > 120
-    assert counts["ran"] > 5  # the fuzzer's own recipes work
+    assert counts["cases"] == 60
+    assert counts["refused"] > 36
+    assert counts["ran"] >= 2  # the fuzzer's own recipes work

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from support.launching import Launched, alone, launch
 from support.tiny import digit_reward, save_tiny, tiny_dataset, tiny_tokenizer
-from test_distributed import ALONE, DDP, run
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -310,17 +310,18 @@ def test_a_recipe_names_its_gold_reward(
     assert "it has not turned." in printed
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_two_processes_decide_as_one(algorithm: str, tmp_path: Path) -> None:
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 4}
+STOPPED = {"gold": True, "gold_action": "stop", **EVALUATED}
+TWO: dict[str, dict] = {"gold-grpo": {"algorithm": "grpo", "num_generations_eval": 1, **STOPPED}}
+if TRL_HAS_PPO:
+    TWO["gold-ppo"] = {"algorithm": "ppo", **STOPPED}
+
+
+@pytest.mark.parametrize("launched", [launch("ddp", name, options) for name, options in TWO.items()], indirect=True)
+def test_two_processes_decide_as_one(launched: Launched) -> None:
     """Both stop at the turn, with the same numbers; the gold reward of each prompt is that of one process."""
-    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 4}
-    options = {"algorithm": algorithm, "gold": True, "gold_action": "stop", **evaluation}
-    options |= {"num_generations_eval": 1} if algorithm == "grpo" else {}
-    runs = []
-    for name, accelerate, processes in (("one", ALONE, 1), ("two", DDP, 2)):
-        (tmp_path / name).mkdir()
-        runs += run(tmp_path / name, accelerate, processes, options)
-    one, first, second = runs
+    one = alone(TWO[launched.name])
+    first, second = launched.ranks
     assert first["gold"] == second["gold"]  # to the last bit
     assert [(step, gold, prompts) for step, _, gold, prompts in first["gold"]] == [
         (step, gold, prompts) for step, _, gold, prompts in one["gold"]

@@ -1,19 +1,27 @@
-"""A training run whose data and completions do not depend on how many processes share it; for test_distributed.py.
+"""Training runs whose data and completions do not depend on how many processes share them; see launching.py.
 
-Usage: distributed_script.py MODEL OUTPUT JSON_OPTIONS, under `accelerate launch` with one process or two. Every process
-writes `rank<i>.json`: its metrics, the betas it used and a checksum of its final weights.
+Usage: distributed_script.py MODEL RUNS, under `accelerate launch` with two processes; RUNS is a JSON file, a list of
+{"output": folder, "options": ...}. Of each run, every process writes `rank<i>.json`, what `train` returns. A run that
+fails leaves `failed<i>` with its traceback, and ends all, because another process may wait for this one.
 """
 
+import gc
 import json
+import os
 import sys
 import time
+import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from support.tiny import digit_reward, tiny_dataset, tiny_tokenizer
 from support.tiny_dpo import preferences
@@ -99,8 +107,10 @@ def dpo(model: str, output: str, settings: dict, shared: dict) -> Any:
     return KLXDPOTrainer(model, args=config, **{**shared, **data})
 
 
-def main(model: str, output: str, options: dict) -> None:
-    processes = int(options.pop("processes"))
+def train(model: str, output: str, options: dict) -> dict:
+    """Make a run; returns its metrics, the betas it used and a checksum of its final weights."""
+    options = dict(options)
+    processes = options.pop("processes", 1)
     algorithm, lora = options.pop("algorithm", "grpo"), options.pop("lora", False)
     sharding, with_gold = options.pop("sharding", None), options.pop("gold", False)
     scored = digits_in_part if algorithm == "ppo" else digit_reward
@@ -137,19 +147,42 @@ def main(model: str, output: str, options: dict) -> None:
         raise RuntimeError(f"{trainer.accelerator.distributed_type} runs, {sharding} was asked for")
     trainer.train()
     trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    result = {
+    return {
         "logs": trainer.state.log_history,
         "betas": [*(entry["kl/coef"] for entry in trainer.state.log_history if "kl/coef" in entry), trainer.kl.coef],
         "gold": followed(trainer),
         "steps": trainer.state.global_step,
         "weights": [float(parameter.detach().double().square().sum()) for parameter in trainable],
     }
-    Path(output).mkdir(parents=True, exist_ok=True)
-    (Path(output) / f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
-    trainer.accelerator.wait_for_everyone()
-    time.sleep(0.5)
-    trainer.accelerator.end_training()
+
+
+def main(model: str, runs: str) -> None:
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        # accelerate gives processes on the CPU DDP in place of FSDP2; told that they are an accelerator's, it does not.
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        # For inference only, and compiling it takes a minute. (`deepspeed.comm.torch` as a name is torch itself.)
+        import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    variables, rank = dict(os.environ), os.environ["RANK"]
+    for run in json.loads(Path(runs).read_text()):
+        output = Path(run["output"])
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            result = train(model, run["output"], run["options"])
+        except BaseException:
+            (output / f"failed{rank}").write_text(traceback.format_exc())
+            os._exit(1)
+        (output / f"rank{rank}.json").write_text(json.dumps(result))
+        gc.collect()
+        unset_hf_deepspeed_config()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        os.environ.clear()
+        os.environ.update(variables)
+    torch.distributed.barrier()
+    time.sleep(0.5)  # gloo aborts now and then when one leaves while another still talks
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2])

@@ -1,15 +1,15 @@
-"""Tiny runs of all three trainers, and ways in which they die; also a script that `test_faults.py` starts and kills.
+"""Tiny runs of all three trainers, and ways in which they die.
 
-Usage: fault_tools.py ALGORITHM OUTPUT JSON_OPTIONS, in one process, or in several with RANK, WORLD_SIZE, MASTER_ADDR
-and MASTER_PORT set. Options: `resume`, what `train` is to resume from; `kill`, a moment (see `Killer`), and `at`, its
-step; `rank`, the process that dies (default 0); `bad_loss`, a step whose loss the last process sees as not finite; all
-others are fields of the config. `unbroken`: a folder for a run before it, to its end, that nothing kills.
+`main(algorithm, output, options)` is for processes that `test_faults.py` starts and kills: one, or several with RANK,
+WORLD_SIZE, MASTER_ADDR and MASTER_PORT set. Options: `resume`, what `train` is to resume from; `kill`, a moment (see
+`Killer`), and `at`, its step; `rank`, the process that dies (default 0); `bad_loss`, a step whose loss the last process
+sees as not finite; all others are fields of the config. `unbroken`: a folder for a run before it, to its end, that
+nothing kills.
 """
 
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -147,8 +147,9 @@ def main(algorithm: str, output: str, options: dict) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
+def run(algorithm: str, output: str, options: dict) -> None:
+    """`main`, and a quiet end."""
+    main(algorithm, output, options)
     if torch.distributed.is_initialized():
         time.sleep(0.5)  # gloo aborts now and then when one leaves while another still talks
         torch.distributed.destroy_process_group()

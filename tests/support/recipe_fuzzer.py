@@ -6,6 +6,7 @@ found found.
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import random
@@ -547,11 +548,25 @@ def warm_up(folder: Path) -> tuple[str, ...]:
 
     sys.path.insert(0, str(folder))
     prepare(folder)
-    if not TRL_HAS_PPO:
-        return ("grpo", "dpo")
-    from trl_klx.run import ppo  # noqa: F401
+    algorithms = ("grpo", "dpo")
+    if TRL_HAS_PPO:
+        from trl_klx.run import ppo  # noqa: F401
 
-    return ("grpo", "ppo", "dpo")
+        algorithms = ("grpo", "ppo", "dpo")
+    _look_once(algorithms, folder / "warm")
+    return algorithms
+
+
+def _look_once(algorithms: tuple[str, ...], folder: Path) -> None:
+    """One dry run of each algorithm in this process, which imports what is imported when it is needed."""
+    from trl_klx.cli import commands as cli
+
+    folder.mkdir()
+    recipes = {name.split("_")[0]: fields for name, fields in base_recipes().items()}
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+        for algorithm in algorithms:
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(recipes[algorithm]))
+            cli.main([algorithm, "--config", "recipe.yaml", "--dry_run"])
 
 
 def hunt(seed: int, count: int, folder: Path, *, only: str = "") -> Iterator[tuple[Case, Outcome, Outcome, list[str]]]:

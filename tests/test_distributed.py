@@ -47,6 +47,7 @@ if TRL_HAS_PPO:
     }
     CASES["ppo-exact-both-lora"] = {"algorithm": "ppo", **EXACT_BOTH, "lora": True, "gradient_checkpointing": True}
 FEW = [name for name in CASES if name.endswith(("exact-both", "dpo-exact"))]
+BY_VERSION = ("grpo-exact-both", "dpo-exact")  # of each strategy, what is run on TRL's other version
 SAVED = {"save_strategy": "steps", "save_steps": 2}
 
 ALWAYS = ("loss", "grad_norm", "kl/coef")
@@ -78,7 +79,10 @@ def assert_equal_runs(found: list[dict], expected: dict) -> None:
 
 
 def launches(strategy: str, names: Iterable[str] = CASES, **settings: Any) -> list:
-    return [launch(strategy, name, {**CASES[name], **settings}) for name in names]
+    return [
+        launch(strategy, name, {**CASES[name], **settings}, *([pytest.mark.trl] if name in BY_VERSION else []))
+        for name in names
+    ]
 
 
 @pytest.mark.parametrize("launched", launches("ddp", **SAVED), indirect=True)

@@ -22,6 +22,8 @@ from trl_klx.trainers.dpo.probe import GumbelSampling, distinct_prompts
 from trl_klx.trainers.dpo.trainer import KLXDPOTrainer
 from trl_klx.trainers.session.session import STATE_FILE
 
+pytestmark = pytest.mark.trl
+
 PID = {"kl_controller": "pid", "kl_target": 0.01}
 
 

@@ -9,6 +9,8 @@ from support.tiny_dpo import PROBE, batch, drift, loss_and_gradients, make_train
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
+pytestmark = pytest.mark.trl
+
 STOCK = {"trainer": DPOTrainer, "config": DPOConfig}
 DIFFERENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 LOSSES = (*DIFFERENCE_LOSSES, "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down")

@@ -20,6 +20,8 @@ from trl_klx.kl import exact_kl, importance_weights, kl_credit, kl_estimate, lea
 from trl_klx.trainers.seams import TRL_VERSION
 from trl_klx.trainers.session.session import STATE_FILE
 
+pytestmark = pytest.mark.trl
+
 SETTINGS = {
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 8,

@@ -12,6 +12,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
 from trl_klx.kl import KLTerm, kl_estimate
 
+pytestmark = pytest.mark.trl
+
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
 SETTINGS = {
     "per_device_train_batch_size": 8,

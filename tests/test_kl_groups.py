@@ -15,6 +15,8 @@ from trl_klx.trainers.seams import TRL_HAS_PPO
 from trl_klx.trainers.session.groups import group_names
 from trl_klx.trainers.session.session import KLControl
 
+pytestmark = pytest.mark.trl
+
 # Two prompts, two answers each; the first prompt is of group a, the second of group b.
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]])
 PROMPTS, GROUPS = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1])

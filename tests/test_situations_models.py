@@ -54,6 +54,8 @@ from trl_klx.trainers.exact.forward import ExactKLForward
 from trl_klx.trainers.exact.head import call_as_forward, whole
 from trl_klx.trainers.seams import FUSED_LM_HEAD
 
+pytestmark = pytest.mark.trl
+
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 TWO = ["q_proj", "v_proj"]
 ADAPTERS: dict[str, Any] = {

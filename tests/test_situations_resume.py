@@ -23,6 +23,8 @@ from trl_klx.run import dpo, grpo
 from trl_klx.trainers.checkpoints.whole import STATE_FILE, rotate, write_state
 from trl_klx.trainers.errors import CheckpointError, NonFiniteError, NotSavedError
 
+pytestmark = pytest.mark.trl
+
 all_algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 SAMPLING = [algorithm for algorithm in ALGORITHMS if algorithm != "dpo"]
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}

@@ -24,6 +24,8 @@ from trl_klx.monitor.health.setup import wrong_weights
 from trl_klx.trainers.checks import packages
 from trl_klx.trainers.grpo.batch import hidden_mask
 
+pytestmark = pytest.mark.trl
+
 END, TURN, PAD = 1, 7, 0  # the tokenizer's end token, and one more of a chat model's
 
 

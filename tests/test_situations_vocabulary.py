@@ -21,6 +21,8 @@ from transformers import (
 from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
 from trl_klx.trainers.errors import RunError
 
+pytestmark = pytest.mark.trl
+
 SETTINGS = {
     "per_device_train_batch_size": 8,
     "num_generations": 4,

@@ -76,15 +76,15 @@ class Launched(NamedTuple):
     ranks: list[dict]
 
 
-def launch(strategy: str, name: str, options: dict, *, id: str | None = None) -> Any:
+def launch(strategy: str, name: str, options: dict, *marks: pytest.MarkDecorator) -> Any:
     """A parameter of the fixture `launched`, with its marks."""
-    marks = [pytest.mark.processes, pytest.mark.xdist_group(strategy)]
+    marks += (pytest.mark.processes, pytest.mark.xdist_group(strategy))
     if strategy.startswith("zero"):
-        marks.append(pytest.mark.deepspeed)
+        marks += (pytest.mark.deepspeed,)
     sharding = {"fsdp2": "FSDP", "ddp": None}.get(strategy, "DEEPSPEED")
     use_cpu = "use_cpu: true" in STRATEGIES[strategy]
     options = {"use_cpu": use_cpu, "sharding": sharding, "processes": RANKS, **options}
-    return pytest.param(Wanted(strategy, name, options), id=id or name, marks=marks)
+    return pytest.param(Wanted(strategy, name, options), id=name, marks=marks)
 
 
 @cache

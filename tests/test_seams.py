@@ -1,10 +1,13 @@
 """Bends of code that is not ours: what `swapped` leaves behind."""
 
+import ast
 import types
+from pathlib import Path
 
 import pytest
 
-from trl_klx.trainers.seams import swapped
+import trl_klx
+from trl_klx.trainers.seams import OVERRIDDEN, SWAPPED, TRL_HAS_PPO, swapped
 from trl_klx.trainers.session.coefficient import KLCoefficient
 
 
@@ -68,3 +71,29 @@ def test_a_coefficient_is_another_for_as_long_as_trl_looks() -> None:
     with swapped(trainer, beta=0.0):
         assert trainer.beta == 0.0
     assert trainer.beta == 0.25
+
+
+def overridden(trainer: type) -> set[str]:
+    """The methods of classes that are not ours which ours override."""
+    ours = [cls for cls in trainer.__mro__ if cls.__module__.startswith("trl_klx.")]
+    foreign = [cls for cls in trainer.__mro__ if cls not in ours and cls is not object]
+    names = {name for cls in ours for name, value in vars(cls).items() if callable(value)}
+    return {name for name in names if not name.startswith("__") and any(name in vars(cls) for cls in foreign)}
+
+
+def test_every_override_is_listed() -> None:
+    names = ["KLXGRPOTrainer", "KLXDPOTrainer", *["KLXPPOTrainer"] * TRL_HAS_PPO]
+    found = set().union(*(overridden(getattr(trl_klx, name)) for name in names))
+    assert found - set(OVERRIDDEN) == set()
+    if TRL_HAS_PPO:
+        assert set(OVERRIDDEN) - found == set()
+
+
+def test_every_swap_of_foreign_code_is_listed() -> None:
+    found = set()
+    for file in (Path(trl_klx.__file__).parent / "trainers").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "swapped":
+                found |= {keyword.arg for keyword in node.keywords if keyword.arg is not None}
+    ours = {"_tape", "_notes", "_call"}
+    assert found - ours - set(SWAPPED) == set()

@@ -1,4 +1,10 @@
-"""What differs between the TRL versions we support, and how their code is bent, in one place."""
+"""Where the trainers depend on how TRL, accelerate and transformers are made: read this when a new version is out.
+
+Three ways: what differs between TRL's versions (the constants and checks below), methods that our classes override
+(`OVERRIDDEN`) and attributes that are put in for a while (`SWAPPED`, by `swapped`). Two bends are of another kind: the
+exact KL wraps the policy's `forward` for good (`exact.forward`), and while TRL sets up, a reference that is an adapter
+stands in `peft_config` under TRL's name for it (`reference.adapters`).
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +17,68 @@ from peft import PeftConfig, PeftModel, PeftType
 from transformers import PreTrainedModel
 
 from ..hub.versions import UNKNOWN, version_of
+
+# Methods of TRL's and transformers' trainers that ours override, and why. Where no version is named: TRL 1.12 to 1.16,
+# transformers from 5.5 on.
+OVERRIDDEN = {
+    # Every trainer, of transformers.Trainer
+    "train": "the run begins: what is watched starts from zero, and checkpoints are found and locked before a step",
+    "training_step": "beta moves after the last micro-batch of a step; PPO: a step is a rollout with all its updates",
+    "compute_loss": "the loss is watched; DeepSpeed gets one that it skips, for it steps within backward",
+    "prediction_step": "PPO: an evaluation samples answers and scores them",
+    "log": "the KL and what else is known at a log joins TRL's entry",
+    "evaluate": "DPO: a probe of the policy's own KL comes before the pairs",
+    "_evaluate": "a resumed run does not evaluate again at its start",
+    "_run_epoch": "a resumed run that is over takes no step",
+    "_get_grad_norm": "the last call before the optimizer's step, and the place to skip it",
+    "_save_checkpoint": "whole or not at all, with the controllers' state, and none of spoilt weights",
+    "_load_optimizer_and_scheduler": "the earliest call of a resumed run with the model loaded and the state known",
+    "_finalize_training": "transformers would delete all checkpoints but the best",
+    "_push_from_checkpoint": "pushes what the Hub has not got, with our card, and does not end the run where it fails",
+    "_finish_current_push": "says so where a push has failed",
+    "init_hf_repo": "a Hub that cannot be reached does not end the run",
+    "push_to_hub": "pushes with our card",
+    "create_model_card": "our card in place of TRL's",
+    # PPO, whose loop replaces TRL's (TRL below 1.13)
+    "_save": "the policy where `from_pretrained` finds it, the value model beside it",
+    "_load_from_checkpoint": "policy and value model, each from its folder",
+    "_load_best_model": "the same",
+    "save_model": "transformers' again, in place of TRL's, which swaps the model for its policy",
+    "get_train_dataloader": "transformers' again: TRL builds its own when it is set up",
+    "get_eval_dataloader": "the same",
+    "null_ref_context": "switches the adapter, and leaves what is trained as it was",
+    "generate_completions": "prints answers of our sampler",
+    # GRPO
+    "_get_per_token_logps_and_entropies": "the scoring of answers, which also gives hidden states and the exact KL",
+    "_generate_and_score_completions": "the rollout: the reference's scores and the KL's credit join the batch",
+    "_generate_single_turn": "`generate` samples from the policy that is scored; answers end at every end token",
+    "_generate": "up to 1.14: answers that end with another end token than the tokenizer's count as cut off",
+    "_calculate_rewards": "functions that return what is no reward, reward models, and the gold reward in evaluation",
+    "_compute_loss": "our KL joins TRL's loss, whose own is off (GRPO); the exact KL rides in TRL's forward (DPO)",
+    # DPO
+    "_prepare_dataset": "TRL tokenises here: tokens that the policy does not know are found",
+}
+
+# Attributes that `swapped` puts in while TRL's code runs, and why.
+SWAPPED = {
+    "beta": "of the trainer: 0 switches TRL's own KL off; of its config: at 0 TRL would build no reference (GRPO)",
+    "mask_truncated_completions": "up to 1.14: TRL would mask answers that end with another end token (GRPO)",
+    "reward_funcs": "checked ones, or the gold reward alone (GRPO)",
+    "reward_processing_classes": "of the gold reward (GRPO)",
+    "reward_func_names": "of the gold reward (GRPO)",
+    "create_model_from_path": "of TRL's module: gives the copy of a policy in memory as the reference",
+    "add_adapter": "of the policy, with `get_parameter`: TRL finds the reference's adapter made, by whatever name",
+    "get_parameter": "see `add_adapter`",
+    "generation_config": "of the model: `generate` fills from it what the given one leaves open",
+    "_get_logits_processor": "of the model: the only way to a processor behind `generate`'s own",
+    "forward": "of the output head, or `_old_forward` inside accelerate's hook: our code where its weights are whole",
+    "precompute_ref_logps": "TRL reads the reference's log-probs from the batch, and does not score it again (DPO)",
+    "gather": "of the accelerator: the log-ratios of single pairs are seen where TRL gathers them (DPO)",
+    "save_total_limit": "of the config: rotating checkpoints is ours",
+    "dataloader_drop_last": "of the config: rollouts of full size only (PPO)",
+    "model": "transformers' loading asks it which weights are tied (PPO)",
+    "_save": "a checkpoint holds the value model, and what is saved at the end does not (PPO)",
+}
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 from trl.trainer.utils import use_adapter
 
+from ..seams import swapped
+
 REF_ADAPTER = "ref"  # TRL's name for it
 # Their adapter alone is no change of the base model: they take their start out of its weights.
 _INITS_THAT_LEAVE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
@@ -153,12 +155,10 @@ def trl_keeps_our_reference(policy: PeftModel) -> Iterator[None]:
             nn.Module.get_parameter(policy, key.replace(f".{REF_ADAPTER}.", ".default."))
         ),
     }
-    vars(policy).update(shadowed)
     try:
-        yield
+        with swapped(policy, **shadowed):
+            yield
     finally:
-        for method in shadowed:
-            del vars(policy)[method]
         if is_named_otherwise:
             del configs["default"]
     match_reference(policy)  # TRL casts the trained one to bf16 where the base is quantised

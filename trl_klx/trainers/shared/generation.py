@@ -2,12 +2,12 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..reference.build import causal_lm
+from ..seams import swapped
 
 
 @contextmanager
@@ -17,16 +17,8 @@ def generating_with(model: nn.Module, config: GenerationConfig) -> Iterator[None
     `generate` fills what a given config leaves open from the model's (penalties, top_k, suppressed tokens): then it
     would sample from something else than what is scored.
     """
-    # A set: without PEFT both are one model.
-    holders: dict[int, Any] = {id(holder): holder for holder in (model, causal_lm(model))}
-    kept = {key: holder.generation_config for key, holder in holders.items()}
-    for holder in holders.values():
-        holder.generation_config = config
-    try:
+    with swapped(model, generation_config=config), swapped(causal_lm(model), generation_config=config):
         yield
-    finally:
-        for key, holder in holders.items():
-            holder.generation_config = kept[key]
 
 
 def end_tokens(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

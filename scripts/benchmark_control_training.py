@@ -8,7 +8,7 @@ of 0.4 nats per sequence, and default settings; `plain pid` has constant gains: 
 and the floor that were found by hand for this task.
 
 Runs follow one another in one process. Each adds a line to `<output_dir>/runs.jsonl` when it is complete, and is not
-repeated while its line is there: an interrupted benchmark goes on where it was. Delete the file after a change of code.
+repeated while its line is there: an interrupted benchmark continues. Delete the file after a change of code.
 
 The shares *within 25 %* are of logged batches (5 steps each), whose KL is noisy. A run has *settled* at the first step
 from which on the mean KL of the last 25 steps stays within 25 % of the target for `--window` steps. *Overshoot* is the
@@ -50,7 +50,7 @@ MAINS = {"grpo": grpo.main, "ppo": ppo.main}
 TARGET = 0.4  # nats per sequence
 BAND = 0.25
 LOGGING_STEPS = 5
-SMOOTHED = 5  # logged batches behind the mean that says whether a run has settled
+SMOOTHED = 5  # logged batches behind the mean that decides whether a run has settled
 # name: KL controller and its settings
 CONTROLLERS: dict[str, dict[str, Any]] = {
     "fixed": {"kl_controller": "fixed"},
@@ -106,7 +106,7 @@ def recipe_of(algorithm: str, controller: str, seed: int, args: Arguments) -> di
 
 
 def run(algorithm: str, controller: str, seed: int, recipe: dict[str, Any]) -> Run:
-    """Train as the recipe says; returns its KL and beta over time and the accuracy on held-out prompts."""
+    """Train the recipe; returns its KL and beta over time and the accuracy on held-out prompts."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe | {"output_dir": folder}))

@@ -95,7 +95,7 @@ def _final_number(text: str) -> Decimal | None:
     boxed = _BOXED.findall(text)
     if boxed:
         found = _numbers(boxed[-1])
-        return found[0] if len(found) == 1 else None  # a fraction, say, is no plain number
+        return found[0] if len(found) == 1 else None  # a fraction, for example, is not a plain number
     marked = text.rpartition("####")
     if marked[1]:
         found = _numbers(marked[2])

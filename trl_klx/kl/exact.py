@@ -1,6 +1,6 @@
 """The exact KL of two next-token distributions, summed over the whole vocabulary, from materialised logits.
 
-`exact_kl` is the readable definition. `exact_chunked` holds the two routes that need less memory; value and gradient
+`exact_kl` is the readable definition. `exact_chunked` holds the two routes that save memory; value and gradient
 of one block of their rows are computed here, next to the definition.
 """
 

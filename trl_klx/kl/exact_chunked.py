@@ -164,7 +164,7 @@ def _blocks(logits: Tensor) -> list[slice]:
 def default_chunk_size(vocab_size: int, device: str = "cpu") -> int:
     """Tokens per chunk, at least 1: both models' logits in float32 then take 128 MiB on a CPU, 512 MiB elsewhere.
 
-    `device` is a device type, "cpu" or "cuda" say.
+    `device` is a device type, for example "cpu" or "cuda".
     """
     return max(1, _CHUNK_BYTES.get(device, _CHUNK_BYTES_ELSEWHERE) // (2 * 4 * vocab_size))
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Gradient(NamedTuple):
-    """Coefficients of P, M and F; `known` is False where the expectation is no combination of them."""
+    """Coefficients of P, M and F; `known` is False where the expectation is not a combination of them."""
 
     partial: int = 0
     prefix: int = 0
@@ -72,7 +72,7 @@ EXPLANATION = {
     "2 P": "counts each token's own KL twice",
     "P + KLseq - F": "counts each token's own KL twice and subtracts the forward KL",
     "2 P - F": "counts each token's own KL twice and subtracts the forward KL",
-    "biased": "has a gradient that is no KL's: the square of the log-ratio in the reward vanishes near the reference",
+    "biased": "does not have a KL's gradient: the square of the log-ratio in the reward vanishes near the reference",
 }
 
 

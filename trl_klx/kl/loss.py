@@ -40,7 +40,7 @@ def kl_loss(
     weights: Tensor | None = None,
     value_cap: float | None = None,
 ) -> Tensor:
-    r"""Per-token KL loss from sampled tokens. Reverse KL, KL(pi || ref), up to what the table says.
+    r"""Per-token KL loss from sampled tokens. Reverse KL, KL(pi || ref), with the gradient that the table gives.
 
     With l = log pi(a|s) - log ref(a|s) and g = grad log pi(a|s):
 

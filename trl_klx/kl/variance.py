@@ -49,7 +49,7 @@ class World(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What the enumeration says of one configuration; see the module's docstring. The last two at KL 0.10."""
+    """What the enumeration finds for one configuration; see the module's docstring. The last two at KL 0.10."""
 
     variance: tuple[float, ...]  # relative, at the KLs of `DISTANCES`
     bias: float  # distance of the expected gradient from that of the sequence KL, as a part of the latter

@@ -12,9 +12,9 @@ from packaging.version import Version
 from support.tiny import save_tiny
 
 from trl_klx.cli import commands as cli
-from trl_klx.run import dpo, grpo, ppo
-from trl_klx.run.arguments import Recipe
-from trl_klx.run.inputs import Inputs
+from trl_klx.run import dpo, grpo, ppo, train
+from trl_klx.run.recipe.algorithm import Algorithm, Inputs
+from trl_klx.run.recipe.arguments import Recipe
 from trl_klx.trainers import seams
 from trl_klx.trainers.seams import TRL_VERSION
 
@@ -154,7 +154,7 @@ def test_recipe_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(algorithm, "build_trainer", lambda *_: pytest.fail("a model was about to be loaded"))
+    monkeypatch.setattr(train, "build_trainer", lambda *_: pytest.fail("a model was about to be loaded"))
     assert algorithm.main(["--config", str(recipe(inputs, tmp_path, algorithm, **changes))]) == 2
     error = capsys.readouterr().err
     assert sentence in error
@@ -189,13 +189,13 @@ def test_a_good_recipe_is_not_refused(
     class ReachedError(Exception):
         pass
 
-    def reached(parsed: Recipe, loaded: Inputs) -> None:
+    def reached(of: Algorithm, parsed: Recipe, loaded: Inputs) -> None:
         assert len(loaded.train_dataset) == 4  # type: ignore[arg-type]
         evaluates = parsed.args.eval_strategy != "no" or "kl_probe_steps" in changes
         assert (loaded.eval_dataset is not None) == evaluates
         raise ReachedError
 
-    monkeypatch.setattr(algorithm, "build_trainer", reached)
+    monkeypatch.setattr(train, "build_trainer", reached)
     with pytest.raises(ReachedError):
         algorithm.main(["--config", str(recipe(inputs, tmp_path, algorithm, **changes))])
 
@@ -255,7 +255,7 @@ def test_cli_is_refused(argv: list[str], sentence: str, capsys: pytest.CaptureFi
     [
         (["--max_steps", "abc"], "max_steps='abc' must be a whole number."),
         (["--beta", "high"], "beta='high' must be a finite number."),
-        (["--beta"], "argument --beta: expected one argument; see `grpo.py --help`."),
+        (["--beta"], "--beta needs a value: write --beta VALUE."),
     ],
 )
 def test_a_value_of_the_wrong_kind(

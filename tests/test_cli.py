@@ -12,7 +12,7 @@ from packaging.version import Version
 from trl_klx.cli import commands as cli
 from trl_klx.cli.commands import COMMANDS
 from trl_klx.config import KLArguments
-from trl_klx.run.help import help_parser
+from trl_klx.run.recipe.help import help_parser
 from trl_klx.trainers.grpo.config import KLXGRPOConfig
 from trl_klx.trainers.seams import TRL_VERSION
 

@@ -32,7 +32,8 @@ from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig
 from trl_klx.cli import commands as cli
 from trl_klx.recipe_files import accelerate_file
 from trl_klx.rewards import exact_match
-from trl_klx.run.arguments import RunArguments, parse_recipe
+from trl_klx.run.recipe.arguments import RunArguments
+from trl_klx.run.recipe.parse import parse
 from trl_klx.tasks import starter
 
 CONFIGS: dict[str, type] = {"grpo": KLXGRPOConfig, "ppo": KLXPPOConfig, "dpo": KLXDPOConfig}
@@ -121,7 +122,7 @@ def recipe_parsed(command: str) -> None:
         position = argv.index("--accelerate_config")
         assert accelerate_file(argv[position + 1])
         del argv[position : position + 2]
-    parse_recipe("test", CONFIGS[algorithm], [*argv, "--use_cpu", "true"])  # a recipe for GPUs has to be told
+    parse(CONFIGS[algorithm], argv, use_cpu=True).whole()  # a recipe for GPUs has to be told
 
 
 def launch_parsed(command: str) -> None:

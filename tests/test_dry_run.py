@@ -19,16 +19,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trl_klx.cli import commands as cli
+from trl_klx.cli.words import CommandLine
 from trl_klx.run import grpo
-from trl_klx.run.arguments import BadInput
 from trl_klx.run.check import machine
-from trl_klx.run.check.command import make_plan
+from trl_klx.run.check.dry_run import make_plan
 from trl_klx.run.check.layout import Layout, read_layout
 from trl_klx.run.check.memory import EXACT, Memory, Part, training_state
 from trl_klx.run.check.page import memory_sentence
-from trl_klx.run.check.parameters import Weights
 from trl_klx.run.check.problems import count_rows
-from trl_klx.run.early import early_flag
+from trl_klx.run.recipe.arguments import BadInput
+from trl_klx.run.sources.models import Weights
 from trl_klx.trainers.seams import TRL_VERSION
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -455,14 +455,15 @@ def test_a_shape_alone_is_counted(tmp_path: Path, inputs: Path) -> None:
 def test_who_asks_for_a_dry_run(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("dry_run: true\n")
-    assert early_flag(["--dry_run"], "dry_run")
-    assert early_flag(["--dry_run", "--config", "x"], "dry_run")
-    assert early_flag(["--dry_run=true"], "dry_run")
-    assert not early_flag(["--dry_run", "false"], "dry_run")
-    assert early_flag(["--config", str(path)], "dry_run")
-    assert not early_flag(["--config", str(path), "--dry_run=false"], "dry_run")
-    assert not early_flag(["--config", str(tmp_path / "nowhere.yaml")], "dry_run")
-    assert not early_flag([], "dry_run")
+    assert CommandLine(["--dry_run"]).flag("dry_run")
+    assert CommandLine(["--dry_run", "--config", "x"]).flag("dry_run")
+    assert CommandLine(["--dry_run=true"]).flag("dry_run")
+    assert not CommandLine(["--dry_run", "false"]).flag("dry_run")
+    assert CommandLine(["--config", str(path)]).flag("dry_run")
+    assert not CommandLine(["--config", str(path), "--dry_run=false"]).flag("dry_run")
+    with pytest.raises(ValueError, match="does not exist"):
+        CommandLine(["--config", str(tmp_path / "nowhere.yaml")]).flag("dry_run")
+    assert not CommandLine([]).flag("dry_run")
 
 
 def test_what_is_no_recipe(tmp_path: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,8 @@ from trl_klx.cli import commands as cli
 from trl_klx.kl import KLTerm
 from trl_klx.kl.gradients import SOUND
 from trl_klx.kl.variance import DISTANCES, SAMPLER_DISTANCE, expected, figures, relative_variance, sequence_kl, world
-from trl_klx.run.explain import choices, command
-from trl_klx.run.explain.choices import best_of, gradient_of, rows
+from trl_klx.run.explain import choices as table
+from trl_klx.run.explain.choices import advice, best_of, choices, gradient_name
 from trl_klx.trainers.seams import TRL_VERSION
 
 HAS_PPO = Version("1.13") > TRL_VERSION
@@ -82,7 +82,7 @@ def test_off_policy_error_is_nil_only_with_whole_weights() -> None:
 
 @pytest.mark.parametrize("own", all_terms(), ids=label)
 def test_rows_have_the_own_gradient_or_the_whole_one(own: KLTerm) -> None:
-    found = rows(own)
+    found = choices(own)
     assert found[0].term is own
     assert ("refused" in found[0].verdict) == (own.gradient not in SOUND)
     assert all(row.term.gradient in SOUND for row in found[1:])
@@ -90,7 +90,7 @@ def test_rows_have_the_own_gradient_or_the_whole_one(own: KLTerm) -> None:
     assert len(set(names)) == len(names)
     assert {"exact in both"} <= {row.name for row in found} or own.placement == "both"
     for row in found[1:]:
-        assert row.gradient in (gradient_of(own), "KLseq", "P")
+        assert row.gradient in (gradient_name(own), "KLseq", "P")
         assert min(row.relative_variance[1:2]) >= 1 - 1e-9
 
 
@@ -176,10 +176,10 @@ def test_ppo_is_explained_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "arguments are required: --config"),
+        ([], "--config is missing"),
         (["--config", "nowhere/grpo_x.yaml"], "does not exist"),
         (["--config", "recipe.yaml"], "give --algorithm"),
-        (["--config", "grpo_x.yaml", "--algorithm", "rloo"], "invalid choice: 'rloo'"),
+        (["--config", "grpo_x.yaml", "--algorithm", "rloo"], "algorithm='rloo' does not exist: use grpo, ppo or dpo"),
     ],
 )
 def test_bad_command_lines(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,20 +204,20 @@ def test_the_algorithm_may_be_given(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_figures_are_computed_and_not_typed_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """With half the variance enumerated for the exact loss, the advice doubles."""
-    real = choices.figures
+    real = table.figures
 
     def halved(term: KLTerm):
         found = real(term)
         exact = term.estimator == "exact" and term.placement == "loss"
         return found._replace(variance=tuple(v / 2 for v in found.variance)) if exact else found
 
-    monkeypatch.setattr(choices, "figures", halved)
-    assert "at 10.6 times less variance" in command.advice(KLTerm("k3", "loss"))
+    monkeypatch.setattr(table, "figures", halved)
+    assert "at 10.6 times less variance" in advice(KLTerm("k3", "loss"))
 
 
 def test_the_pages_table_is_what_the_enumeration_gives() -> None:
     page = (Path(__file__).parent.parent / "docs" / "explain.md").read_text()
-    for row in [*rows(KLTerm()), *rows(KLTerm("k3", "loss", weight_level="none"))[:2]]:
+    for row in [*choices(KLTerm()), *choices(KLTerm("k3", "loss", weight_level="none"))[:2]]:
         variance = " ".join(f"{value:.1f}" for value in row.relative_variance)
         bias, error = (f"{100 * value:.0f} %" for value in (row.figures.bias, row.figures.off_policy_error))
         assert f"| {row.name} | {row.gradient} | {bias} | {error} | {variance} |" in page

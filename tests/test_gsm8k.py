@@ -4,8 +4,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from trl_klx.rewards import final_number
-from trl_klx.run.arguments import BadInput
-from trl_klx.run.data import prepare_rows
+from trl_klx.run.recipe.arguments import BadInput
+from trl_klx.run.sources.data import prepare_rows
 from trl_klx.tasks.gsm8k import gsm8k_prompts
 
 ROW = {"question": "How many?", "answer": "She has <<3*4=12>>12 of 1,000.\n#### 1,012"}

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_klx.cli import commands as cli
 from trl_klx.hub import push
 from trl_klx.hub.push import HubError
-from trl_klx.run import dpo, grpo, ppo
-from trl_klx.run.arguments import parse_recipe
+from trl_klx.run import dpo, grpo, ppo, train
+from trl_klx.run.recipe.parse import parse
 from trl_klx.trainers.checkpoints import pushes as hub_hooks
 from trl_klx.trainers.dpo.config import KLXDPOConfig
 from trl_klx.trainers.grpo.config import KLXGRPOConfig
@@ -144,8 +144,7 @@ def test_what_a_recipe_pushes_can_be_downloaded_and_loaded(
             assert secret.encode() not in content, (name, secret)
     # The recipe is one, and the same but for the paths.
     pushed, first = (
-        parse_recipe("test", CONFIGS[algorithm], given)
-        for given in (["--config", str(there / "resolved_recipe.yaml")], argv)
+        parse(CONFIGS[algorithm], given).whole() for given in (["--config", str(there / "resolved_recipe.yaml")], argv)
     )
     assert pushed.model.model_name_or_path == "./tiny-base"
     for name in ("kl_estimator", "kl_placement", "learning_rate", "max_steps", "hub_private_repo"):
@@ -273,8 +272,7 @@ def test_a_run_that_could_not_be_pushed_is_refused_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    main = {"grpo": grpo, "dpo": dpo, "ppo": ppo}[algorithm]
-    monkeypatch.setattr(main, "build_trainer", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(train, "build_trainer", lambda *_: pytest.fail("a model was loaded"))
     argv = recipe(inputs, tmp_path / "run", algorithm, hub_model_id=f"{OWNER}/run")
 
     def refused(*more: str) -> str:

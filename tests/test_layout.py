@@ -18,7 +18,7 @@ _PLAIN = {"files", "wording"}  # small modules that know nothing of the rest, fo
 ALLOWED = {
     "kl": ({"kl"}, {"torch"}),
     "control": (set(), {"numpy"}),
-    "config": ({"config", "kl"}, set()),
+    "config": ({"kl", "recipe_files"}, set()),
     "rewards": (set(), set()),
     "tasks": ({"cli", "rewards", "tasks"}, {"torch", "transformers", "tokenizers", "tqdm"}),
     "recipe_files": (set(), {"yaml"}),
@@ -60,18 +60,35 @@ ALLOWED = {
         {"cli", "config", "kl", "monitor", "monitor/health", "recipe_files"},
         {"huggingface_hub", "jinja2", "yaml"},
     ),
-    **dict.fromkeys(
-        ("run", "run/check", "run/explain"),
-        (
-            {
-                *("kl", "config", "cli", "hub", "launching", "monitor", "monitor/health", "recipe_files"),
-                *("run", "run/check", "run/explain"),
-                *("trainers/checkpoints", "trainers/checks", "trainers/dpo", "trainers/errors", "trainers/grpo"),
-                "trainers/ppo",
-                *("trainers/reference", "trainers/rewarding", "trainers/seams"),
-            },
-            {"transformers", "trl", "datasets", "yaml", "rich", "torch", "accelerate", "peft", "huggingface_hub"},
-        ),
+    "run/recipe": (
+        {
+            *("cli", "config", "kl", "monitor", "recipe_files"),
+            *("trainers/checks", "trainers/dpo", "trainers/grpo", "trainers/ppo", "trainers/seams"),
+        },
+        {"transformers", "trl", "datasets"},
+    ),
+    "run/sources": (
+        {
+            *("config", "recipe_files", "run/recipe"),
+            *("trainers/checkpoints", "trainers/checks", "trainers/errors", "trainers/rewarding"),
+        },
+        {"torch", "transformers", "trl", "datasets", "peft"},
+    ),
+    "run/explain": ({"cli", "kl", "run/recipe"}, {"rich"}),
+    "run/check": (
+        {
+            *("cli", "config", "recipe_files", "run/explain", "run/recipe", "run/sources"),
+            *("trainers/checkpoints", "trainers/checks", "trainers/errors", "trainers/reference"),
+        },
+        {"torch", "transformers", "datasets", "huggingface_hub", "rich", "yaml"},
+    ),
+    "run": (
+        {
+            *("cli", "config", "hub", "launching", "monitor", "monitor/health"),
+            *("run/check", "run/recipe", "run/sources"),
+            *("trainers/checkpoints", "trainers/checks", "trainers/errors", "trainers/reference", "trainers/rewarding"),
+        },
+        {"transformers", "rich"},
     ),
     "measure": (
         {"launching", "measure/page", "measure/passes", "measure/statistics"},

@@ -19,9 +19,9 @@ from support.real_models import PUBLISHED, SHAPES, save_dataset, save_shape, sav
 
 from trl_klx import rewards
 from trl_klx.run import dpo, grpo, ppo
-from trl_klx.run.arguments import parse_recipe
-from trl_klx.run.check.command import make_plan
+from trl_klx.run.check.dry_run import make_plan
 from trl_klx.run.check.page import memory_sentence
+from trl_klx.run.recipe.parse import parse
 from trl_klx.trainers.seams import TRL_VERSION
 from trl_klx.trainers.shared.lifecycle import KLControlledTrainer
 
@@ -243,4 +243,5 @@ def test_shapes_are_the_published_ones(name: str, places: dict) -> None:
     plan = make_plan("grpo", words)
     assert plan.models is not None
     assert plan.models.base.parameters == PUBLISHED[name]
-    assert parse_recipe("test", type(plan.recipe.args), words).run.dataset_prepare  # type: ignore[union-attr]
+    assert plan.recipe is not None
+    assert parse(type(plan.recipe.args), words).whole().run.dataset_prepare

@@ -10,7 +10,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from packaging.version import Version
 
 from trl_klx.run import dpo, grpo, ppo
-from trl_klx.run.arguments import Recipe, parse_recipe
+from trl_klx.run.recipe.arguments import Recipe
+from trl_klx.run.recipe.parse import parse
 from trl_klx.tasks import starter as starter_module
 from trl_klx.tasks.starter import make_starter
 from trl_klx.trainers.dpo.config import KLXDPOConfig
@@ -58,7 +59,7 @@ def recipes(paths: list[Path]) -> list:
 
 def parsed(path: Path, algorithm: str) -> Recipe:
     """Read a recipe as it stands; one for GPUs needs to be told that there is none."""
-    return parse_recipe("test", CONFIGS[algorithm], ["--config", str(path), "--use_cpu", "true"])
+    return parse(CONFIGS[algorithm], ["--config", str(path)], use_cpu=True).whole()
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_starter_recipes_run(
     assert {"trl_klx", "trl", "torch"} <= set(json.loads((folder / "versions.json").read_text()))
     assert "secret" not in (folder / "resolved_recipe.yaml").read_text()
     again = parsed(folder / "resolved_recipe.yaml", algorithm)
-    first = parse_recipe("test", CONFIGS[algorithm], argv)
+    first = parse(CONFIGS[algorithm], argv).whole()
     names = {option.name for option in fields(first.args) if option.init}
     changed = {name for name in names if getattr(again.args, name) != getattr(first.args, name)}
     assert changed == {"hub_token"}  # else, running the file again is the same run

@@ -17,8 +17,9 @@ from support.tiny_dpo import preferences
 from transformers import GPT2Config
 
 from trl_klx import KLXDPOConfig, KLXGRPOConfig
-from trl_klx.run import grpo
-from trl_klx.run.arguments import BadInput, parse_recipe
+from trl_klx.run import grpo, train
+from trl_klx.run.recipe.arguments import BadInput
+from trl_klx.run.recipe.parse import parse
 from trl_klx.trainers.checks.inputs import split_problems
 from trl_klx.trainers.checks.lengths import length_problems
 from trl_klx.trainers.checks.rows import PAIRS, PROMPTS, PROMPTS_OR_TOKENS
@@ -31,7 +32,7 @@ def parsed(tmp_path: Path, fields: dict[str, Any], *words: str, config: type = K
     """The config of a recipe with these fields and these words on the command line."""
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({**QUIET, **fields}))
-    return parse_recipe("grpo", config, ["--config", str(path), *words]).args
+    return parse(config, ["--config", str(path), *words]).whole().args
 
 
 # Recipes
@@ -328,7 +329,7 @@ def test_files(
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({**QUIET, **fields}))
-    monkeypatch.setattr(grpo, "build_trainer", lambda *_: pytest.fail("a model was about to be loaded"))
+    monkeypatch.setattr(train, "build_trainer", lambda *_: pytest.fail("a model was about to be loaded"))
     assert grpo.main(["--config", str(path)]) == 2
     error = capsys.readouterr().err
     sentence = error[error.index("error: ") + 7 :].splitlines()[0]

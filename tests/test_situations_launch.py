@@ -29,9 +29,9 @@ from trl_klx.hub.settings import write_settings
 from trl_klx.measure.api import measure_kl
 from trl_klx.measure.measure_command import main as measure_main
 from trl_klx.run import dpo, grpo, ppo, train
-from trl_klx.run.arguments import BadInput
-from trl_klx.run.check.command import make_plan
-from trl_klx.run.model_files import weight_problems
+from trl_klx.run.check.dry_run import make_plan
+from trl_klx.run.recipe.arguments import BadInput
+from trl_klx.run.sources.weights import weight_problems
 from trl_klx.trainers import seams
 from trl_klx.trainers.checks import packages
 from trl_klx.trainers.seams import LIGER_COMPUTES_THE_LOSS as NO_LIGER
@@ -92,7 +92,7 @@ def what_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         raise BadInput("a run")
 
     monkeypatch.setattr(train, "dry_run", lambda *args: ran.append("dry run") or 0)
-    monkeypatch.setattr(train, "parse_recipe", run)
+    monkeypatch.setattr(train, "parse", run)
     return ran
 
 
@@ -678,7 +678,7 @@ def test_whole_weights(tmp_path: Path, kind: str) -> None:
     if kind == "pickled":
         (folder / "model.safetensors").unlink()
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    assert list(weight_problems(str(folder), "model_name_or_path")) == []
+    assert list(weight_problems(str(folder), "model_name_or_path", model.config, model)) == []
 
 
 @pytest.mark.situation(

@@ -10,7 +10,8 @@ from support.fault_tools import ALGORITHMS, make
 from support.tiny import save_tiny
 
 from trl_klx import KLXGRPOConfig
-from trl_klx.run.arguments import BadInput, parse_recipe
+from trl_klx.run.recipe.arguments import BadInput
+from trl_klx.run.recipe.parse import parse
 
 
 @pytest.mark.situation("torch_dtype in model_init_kwargs", "right")
@@ -33,7 +34,7 @@ def test_two_types_of_weights(tmp_path: Path, algorithm: str) -> None:
 
 def parsed(kwargs: dict[str, Any], *more: str) -> Any:
     given = ["--output_dir", "out", "--model_init_kwargs", json.dumps(kwargs), "--use_cpu", "true", "--bf16", "false"]
-    return parse_recipe("grpo.py", KLXGRPOConfig, [*given, *more])
+    return parse(KLXGRPOConfig, [*given, *more]).whole()
 
 
 @pytest.mark.situation(

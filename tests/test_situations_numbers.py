@@ -13,10 +13,11 @@ from support.tiny import save_tiny
 from trl import ModelConfig
 
 from trl_klx.config.types import RANGES, convert
-from trl_klx.run import dpo, grpo, ppo
-from trl_klx.run.algorithms import config_of
-from trl_klx.run.arguments import RunArguments, parse_recipe
-from trl_klx.run.check.command import make_plan
+from trl_klx.run import dpo, grpo, ppo, train
+from trl_klx.run.check.dry_run import make_plan
+from trl_klx.run.recipe.algorithms import ALGORITHMS
+from trl_klx.run.recipe.arguments import RunArguments
+from trl_klx.run.recipe.parse import parse
 from trl_klx.trainers.seams import TRL_HAS_PPO
 
 MODULES = {"grpo": grpo, "dpo": dpo, **({"ppo": ppo} if TRL_HAS_PPO else {})}
@@ -180,7 +181,7 @@ def params(rows: list[tuple[str, str, Any, str]]) -> list:
 def refusal(algorithm: str, argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
     """The sentence that a command ends with before it loads a model."""
     module: ModuleType = MODULES[algorithm]
-    monkeypatch.setattr(module, "build_trainer", lambda *_: pytest.fail("a model was about to be loaded"))
+    monkeypatch.setattr(train, "build_trainer", lambda *_: pytest.fail("a model was about to be loaded"))
     assert module.main(argv) == 2
     printed = capsys.readouterr().err
     assert printed.count("error: ") == printed.count("\n") == 1
@@ -246,9 +247,9 @@ def test_yaml_that_means_something_else(
         (["--lr_scheduler_type", "cosin"], "did you mean 'cosine'?"),
         (["--loss_type", "grpoo"], "did you mean 'grpo'?"),
         (["--dtype", "bf16"], "did you mean 'bfloat16'?"),
-        (["--reward_weights", "1", "x"], "reward_weights=[1.0, 'x'] must be a list of finite numbers"),
+        (["--reward_weights", "1", "x"], "reward_weights=['1', 'x'] must be a list of finite numbers"),
         (["--num_generations", "8", "9"], "'9' on the command line belongs to no field"),
-        (["--beta"], "argument --beta: expected one argument"),
+        (["--beta"], "--beta needs a value: write --beta VALUE."),
         (["--learning_rat", "1"], "did you mean 'learning_rate'?"),
     ],
 )
@@ -272,7 +273,7 @@ def test_words_that_mean_nothing(
 def test_a_config_in_python(algorithm: str, field: str, value: Any, part: str, tmp_path: Path) -> None:
     settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, field: value}
     with pytest.raises(ValueError, match=field) as error:
-        config_of(algorithm)(**settings)
+        ALGORITHMS[algorithm].config(**settings)
     assert part in str(error.value)
 
 
@@ -392,7 +393,7 @@ LEGAL = {
 @pytest.mark.parametrize("algorithm", list(MODULES))
 def test_what_trl_takes_is_not_refused(algorithm: str, tmp_path: Path) -> None:
     """In Python and in YAML: every default, whole numbers for floats, text for numbers, None where it may be."""
-    make = config_of(algorithm)
+    make = ALGORITHMS[algorithm].config
     settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
     if algorithm != "grpo":  # which TRL itself does not copy
         dataclasses.replace(make(**settings))  # with every field as TRL has resolved it
@@ -402,7 +403,7 @@ def test_what_trl_takes_is_not_refused(algorithm: str, tmp_path: Path) -> None:
         made = make(**fields)
         assert made.learning_rate == float(fields["learning_rate"])
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
-        parsed = parse_recipe("test", make, ["--config", str(tmp_path / "recipe.yaml")]).args
+        parsed = parse(make, ["--config", str(tmp_path / "recipe.yaml")]).whole().args
         assert {name: str(getattr(parsed, name)) for name in legal} == {
             name: str(getattr(made, name)) for name in legal
         }
@@ -411,7 +412,7 @@ def test_what_trl_takes_is_not_refused(algorithm: str, tmp_path: Path) -> None:
 def test_every_range_is_of_a_field() -> None:
     """And every default lies in it: a field that TRL renames would go unchecked."""
     known: set[str] = set()
-    for make in (*(config_of(name) for name in MODULES), ModelConfig, RunArguments):
+    for make in (*(ALGORITHMS[name].config for name in MODULES), ModelConfig, RunArguments):
         made = make(output_dir="x", use_cpu=True) if make not in (ModelConfig, RunArguments) else make()
         assert convert(made, made.choices() if hasattr(made, "choices") else None) == {}
         known |= {field.name for field in dataclasses.fields(make)}

@@ -21,15 +21,15 @@ from support.tiny import save_tiny, tiny_dataset, tiny_tokenizer
 from trl.trainer.utils import get_callable_name
 
 from trl_klx import KLXGRPOConfig
-from trl_klx.run import grpo
-from trl_klx.run.data import prepare_rows
-from trl_klx.run.users_code import try_reward
+from trl_klx.run import grpo, train
+from trl_klx.run.sources.data import prepare_rows
+from trl_klx.run.sources.users_code import try_reward
 from trl_klx.trainers.errors import RunError
 from trl_klx.trainers.rewarding import calls as reward_calls
 from trl_klx.trainers.rewarding.calls import RewardError, reward_values
 from trl_klx.trainers.rewarding.functions import RewardFunctions
 
-BUILD_TRAINER = grpo.build_trainer
+BUILD_TRAINER = train.build_trainer
 SAMPLERS = [name for name in ALGORITHMS if name != "dpo"]
 PLAIN = {"kl_estimator": "k3", "kl_placement": "loss", "max_steps": 1}
 
@@ -312,7 +312,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     """Writes a recipe, with the modules of the user beside it; ends the test where a model is about to be loaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(grpo, "build_trainer", lambda *_: pytest.fail("a model was about to be loaded"))
+    monkeypatch.setattr(train, "build_trainer", lambda *_: pytest.fail("a model was about to be loaded"))
     for name, text in MODULES.items():
         (tmp_path / f"{name}.py").write_text(text)
     rows = "".join(json.dumps(row) + "\n" for row in tiny_dataset(8))
@@ -443,7 +443,7 @@ def test_exit_status_of_a_run(
         "calls = []\ndef reward(completions, **_):\n    calls.append(1)\n"
         "    return [1.0] * len(completions) if len(calls) < 3 else [1 / 0]\n"
     )
-    monkeypatch.setattr(grpo, "build_trainer", BUILD_TRAINER)
+    monkeypatch.setattr(train, "build_trainer", BUILD_TRAINER)
     argv = command(reward_funcs=["late.reward"], per_device_train_batch_size=4, max_steps=3, save_strategy="no")
     assert grpo.main(argv) == 1
     error = capsys.readouterr().err

@@ -412,7 +412,7 @@ def test_each_evaluation_set_has_its_own_keys(algorithm: str, tmp_path: Path) ->
 
 def table_of(history: list[dict]) -> list[list[str]]:
     """The summary table, by columns with their headers."""
-    from trl_klx.run.report import summary_table
+    from trl_klx.run.outcome import summary_table
 
     table = summary_table(history, Arguments(kl_estimator="k3"))
     return [[str(column.header), *(str(cell) for cell in column.cells)] for column in table.columns]
@@ -472,8 +472,8 @@ def test_tables_and_pictures_show_every_set(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("place", ["yaml", "command line"])
 def test_one_reward_needs_no_brackets(place: str, tmp_path: Path) -> None:
     from trl_klx.hub.card import write_card
-    from trl_klx.run.arguments import parse_recipe
-    from trl_klx.run.report import resolved_recipe
+    from trl_klx.run.outcome import resolved_recipe
+    from trl_klx.run.recipe.parse import parse
     from trl_klx.trainers.grpo.config import KLXGRPOConfig
 
     name = "trl_klx.rewards.exact_match"
@@ -481,7 +481,7 @@ def test_one_reward_needs_no_brackets(place: str, tmp_path: Path) -> None:
     line = f"reward_funcs: {name}\n" if place == "yaml" else ""
     recipe.write_text(f"{line}output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\n")
     more = [] if place == "yaml" else ["--reward_funcs", name]
-    parsed = parse_recipe("grpo", KLXGRPOConfig, ["--config", str(recipe), *more])
+    parsed = parse(KLXGRPOConfig, ["--config", str(recipe), *more]).whole()
     assert parsed.run.reward_funcs == [name]
     settings = resolved_recipe(parsed)
     for given in (settings, {**settings, "reward_funcs": name}):  # the second: a run of an older version

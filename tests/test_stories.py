@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from support.loading import ROOT, load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_klx.run.users_code import load_function
+from trl_klx.run.sources.users_code import load_function
 
 stories = load("recipes/tinystories-15m/prepare.py")
 rewards = load("recipes/tinystories-15m/rewards.py")

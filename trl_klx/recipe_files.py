@@ -43,6 +43,17 @@ for _kind in ("int", "float"):
     _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
 
 
+_WORDS = {"true": True, "t": True, "yes": True, "y": True, "1": True}
+_WORDS |= {"false": False, "f": False, "no": False, "n": False, "0": False}
+
+
+def truth(given: object) -> bool | None:
+    """The truth value that a word or a value in YAML spells; None: it spells none."""
+    if isinstance(given, str):
+        return _WORDS.get(given.lower())
+    return bool(given) if isinstance(given, (bool, int)) and given in (0, 1) else None
+
+
 def shipped_recipe(path: str) -> Path:
     """The recipe at `path`; where there is no such file and it begins with recipes/, the one that was shipped.
 

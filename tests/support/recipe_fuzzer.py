@@ -435,10 +435,10 @@ def _fits(algorithm: str, name: str, value: Any) -> bool:
 
 
 def fields_of(algorithm: str) -> dict[str, Any]:
-    from trl_klx.run.algorithms import config_of
-    from trl_klx.run.arguments import known_fields
+    from trl_klx.run.recipe.algorithms import ALGORITHMS
+    from trl_klx.run.recipe.parse import known_fields
 
-    return dict.fromkeys(known_fields(config_of(algorithm)))
+    return dict.fromkeys(known_fields(ALGORITHMS[algorithm].config))
 
 
 # Running one

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ..launching import become
 from ..recipe_files import RECIPES, accelerate_file
-from .parser import CommandParser
+from .words import CommandLine
 
 
 class Command(NamedTuple):
@@ -26,7 +26,9 @@ COMMANDS = {
         "trl_klx.run.ppo", "train with PPO, on prompts and reward functions or a reward model (TRL 1.12)", launched=True
     ),
     "dpo": Command("trl_klx.run.dpo", "train with DPO, on pairs of chosen and rejected answers", launched=True),
-    "explain": Command("trl_klx.run.explain.command", "say which gradient a recipe has, and what to use instead"),
+    "explain": Command(
+        "trl_klx.run.explain.explain_command", "say which gradient a recipe has, and what to use instead"
+    ),
     "controllers": Command(
         "trl_klx.cli.controllers_command", "list the controllers of beta, and try settings on simulated plants"
     ),
@@ -63,34 +65,26 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: the command {name!r} does not exist: use {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    command = COMMANDS[name]
-    program = f"trl-klx {name}"
-    layout, others = _layout(rest) if command.launched else (None, rest)
-    if layout is None:
-        return import_module(command.module).main(rest, program=program)
+    command, words, program = COMMANDS[name], CommandLine(rest), f"trl-klx {name}"
+    if command.launched and "accelerate_config" in words.options and not words.asks_for_help:
+        return _launch(command, words, program)
+    return import_module(command.module).main(words, program=program)
+
+
+def _launch(command: Command, words: CommandLine, program: str) -> int:
+    """Become `accelerate launch` of a command; a dry run plans for the layout in this process."""
+    layout = "".join(words.options["accelerate_config"][:1])
     config = accelerate_file(layout)
     if config is None:
         known = ", ".join(sorted(path.stem for path in RECIPES.glob("accelerate/*.yaml")))
         print(f"error: --accelerate_config {layout} is neither a file nor one of {known}.", file=sys.stderr)
         return 2
-    if _is_dry_run(command, others):  # plans for the layout, on one process
-        return import_module(command.module).main([*others, "--accelerate_config", str(config)], program=program)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-    return become([*launch, "-m", command.module, *others])
-
-
-def _layout(argv: list[str]) -> tuple[str | None, list[str]]:
-    """What `--accelerate_config` names, None where it is not given, and all other words."""
-    parser = CommandParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--accelerate_config", "--accelerate-config", nargs="?", const="")
-    given, others = parser.parse_known_args(argv)
-    return given.accelerate_config, others
-
-
-def _is_dry_run(command: Command, argv: list[str]) -> bool:
-    if not command.module.startswith("trl_klx.run."):
-        return False
     try:
-        return import_module("trl_klx.run.early").early_flag(argv, "dry_run")
-    except ValueError:
-        return True  # it is neither true nor false: the command says so, and no process need be started for it
+        is_dry_run = words.flag("dry_run")
+    except ValueError as error:  # or there is no such recipe: no process need be started to say so
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if is_dry_run:
+        return import_module(command.module).main(words, program=program)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
+    return become([*launch, "-m", command.module, *words.without("accelerate_config")])

@@ -16,14 +16,13 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ..recipe_files import truth
 from .choices import check_number, unknown
 
 Choices = Mapping[str, Collection[Any]]
 
 # What YAML can give; objects that only Python can give are the caller's business.
 _YAML = (bool, int, float, str, list, tuple, dict, datetime.date, NoneType)
-_WORDS = {"true": True, "t": True, "yes": True, "y": True, "1": True}
-_WORDS |= {"false": False, "f": False, "no": False, "n": False, "0": False}
 _YAML_READS = ", for YAML reads a bare yes, no, on or off as true or false"
 
 # Numbers of TRL and transformers by their range; a round bracket leaves the bound out.
@@ -167,19 +166,13 @@ def _taken_as(name: str, given: Any, kinds: tuple) -> Any:
                     return [_taken_as(name, item, get_args(kind) or (str,)) for item in given]
             if isinstance(given, str) and given and str not in kinds:
                 return given if name in _TEXT_OR_LIST else [_taken_as(name, given, get_args(kind))]
-        elif kind is bool and (value := _truth(given)) is not None:
+        elif kind is bool and (value := truth(given)) is not None:
             return value
         elif kind in (int, float) and (number := _number(given, kind)) is not None:
             return number
         elif kind is str and (isinstance(given, str) or (name in _TEXT_OR_TRUTH and isinstance(given, bool))):
             return given
     raise ValueError(_misfit(name, given, kinds))
-
-
-def _truth(given: Any) -> bool | None:
-    if isinstance(given, str):
-        return _WORDS.get(given.lower())
-    return bool(given) if isinstance(given, (bool, int)) and given in (0, 1) else None
 
 
 def _number(given: Any, kind: type) -> int | float | None:

@@ -1,80 +1,84 @@
-"""The course of every run: parse, check, train, save, report. What one algorithm needs is passed in by its module."""
+"""The course of every run: parse, check, train, save, report."""
 
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from transformers import ProgressCallback, Trainer
-from trl import get_peft_config, get_quantization_config
 
+from ..cli.words import CommandLine
 from ..hub.push import HubError, create_repo, push_command
 from ..hub.settings import write_settings
 from ..launching import end_with_launcher
-from ..monitor.history import HistoryCallback
 from ..monitor.progress import KLProgressCallback
 from ..trainers.checkpoints.run_lock import run_folder
 from ..trainers.checks.vocabulary import TokenError
 from ..trainers.errors import CheckpointError, NotSavedError, RunError
 from ..trainers.reference.resumed import check_resume
 from ..trainers.rewarding.calls import RewardError
-from .arguments import BadInput, Recipe, parse_recipe, starts_no_process
-from .check.command import dry_run
-from .checks import start_problems
-from .early import early_flag
-from .help import help_parser
-from .inputs import Inputs
-from .report import report, resolved_recipe
-from .users_code import users_traceback
+from .check.dry_run import dry_run
+from .outcome import resolved_recipe, show_outcome
+from .recipe.algorithm import Algorithm, Inputs
+from .recipe.arguments import BadInput, Recipe, starts_no_process
+from .recipe.parse import parse
+from .sources.read import Findings, read_inputs, start_problems
+from .sources.users_code import users_traceback
 
 # One process may find its disk full, or have the answer or the prompt that a run fails on; that a step is not finite
 # all of them know.
 _OF_ONE_PROCESS = (NotSavedError, RewardError, TokenError)
 
 
-def run_recipe(
-    argv: list[str] | None,
-    program: str,
-    config: type,
-    load_inputs: Callable[[Recipe], Inputs],
-    build_trainer: Callable[[Recipe, Inputs], Any],
-) -> int:
-    """Check everything, then train, save and report; or with `dry_run`, say what that would be. Returns the exit
-    status: 0, 2 for bad input, or 1 for a run that could not go on (of a dry run: for problems found).
+def run(algorithm: Algorithm, argv: Iterable[str] | None = None, program: str = "") -> int:
+    """Check everything, then train, save and report; or with `dry_run`, say what that would be.
 
     Args:
-        argv: the command line, `sys.argv` where None.
+        algorithm: of the command.
+        argv: the command line, `sys.argv` where None; a `CommandLine` is not read again.
         program: what the usage text calls the command.
-        config: the algorithm's config class.
-        load_inputs: checks what the recipe names, and loads all but the models; raises ValueError.
-        build_trainer: makes the trainer, and with it loads the models.
+
+    Returns:
+        The exit status: 0, 2 for bad input, or 1 for a run that could not continue (of a dry run: for problems found).
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        help_parser(program, config).print_help()
+    words = sys.argv[1:] if argv is None else argv
+    line = words if isinstance(words, CommandLine) else CommandLine(words)
+    try:
+        config = algorithm.config
+    except ImportError as error:  # PPO, where TRL has none
+        return refuse(error)
+    if line.asks_for_help:
+        algorithm.command_parser(program or f"{algorithm.name}.py").print_help()
         return 0
     end_with_launcher()
     with ExitStack() as held:
         try:
-            if early_flag(argv, "dry_run"):
-                return dry_run(argv, program, config)
-            recipe = parse_recipe(program, config, argv)
+            if line.flag("dry_run"):
+                return dry_run(algorithm, line)
+            recipe = parse(config, line).whole()
             if recipe.run.accelerate_config is not None:
                 raise BadInput(starts_no_process(recipe.run.accelerate_config))
+            found = Findings(stops=True)
             for problem in start_problems(recipe):
-                raise BadInput(problem)
-            inputs = load_inputs(recipe)
+                found.add(problem)
+            inputs, _ = read_inputs(algorithm, recipe, found)
+            assert inputs is not None  # or a problem was raised
             check_resume(recipe.args, recipe.model.model_name_or_path)
             check_push(recipe.args)
             if os.environ.get("RANK", "0") == "0":
                 held.enter_context(run_folder(recipe.args.output_dir))
-            trainer = build_trainer(recipe, inputs)
+            trainer = build_trainer(algorithm, recipe, inputs)
         except (ValueError, HubError) as error:
             return refuse(error)
         return _train_to_the_end(trainer, recipe)
+
+
+def build_trainer(algorithm: Algorithm, recipe: Recipe, inputs: Inputs) -> Any:
+    """The trainer of a recipe that nothing was found wrong with; loads its models."""
+    return algorithm.build(recipe, inputs)
 
 
 def _train_to_the_end(trainer: Any, recipe: Recipe) -> int:
@@ -90,26 +94,6 @@ def _train_to_the_end(trainer: Any, recipe: Recipe) -> int:
         status = refuse(error, status=1)
     _leave_together(trainer)
     return status
-
-
-def trainer_arguments(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
-    """The keyword arguments that the trainers of all algorithms share, as TRL's own scripts set them."""
-    args, model = recipe.args, recipe.model
-    args.model_init_kwargs = {
-        **(args.model_init_kwargs or {}),
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-    }
-    return {
-        "model": model.model_name_or_path,
-        "args": args,
-        "train_dataset": inputs.train_dataset,
-        "eval_dataset": inputs.eval_dataset,
-        "quantization_config": get_quantization_config(model),
-        "peft_config": get_peft_config(model),
-        "callbacks": [HistoryCallback()],
-    }
 
 
 def check_push(args: Any) -> None:
@@ -152,7 +136,7 @@ def _train(trainer: Any, recipe: Recipe) -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir, _internal_call=True)  # not a push of its own
     if trainer.accelerator.is_main_process:
-        report(folder, args)
+        show_outcome(folder, args)
         if trainer.kl.budget.exceeded:
             print(trainer.kl.budget.message())
         if trainer.overoptimisation is not None:

@@ -11,7 +11,7 @@ import yaml
 from transformers import TrainingArguments
 
 from ...recipe_files import accelerate_file
-from ..arguments import BadInput
+from ..recipe.arguments import BadInput
 
 _STAGE_ENV = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
 

@@ -11,7 +11,7 @@ from huggingface_hub import get_token
 
 from ...trainers.checkpoints.whole import whole_checkpoints
 from ...trainers.checks.packages import DEEPSPEED
-from ..arguments import Recipe
+from ..recipe.arguments import Recipe
 from .layout import Layout
 from .memory import optimizer_bytes
 from .parameters import Models

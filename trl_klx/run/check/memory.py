@@ -7,14 +7,14 @@ estimates: they depend on kernels and on how long prompts and answers really are
 
 from typing import Any, NamedTuple
 
-from ...trainers.seams import FUSED_LM_HEAD
-from ..arguments import Recipe
+from ..recipe.algorithm import Algorithm, Shape
+from ..recipe.arguments import Recipe
+from ..sources.models import Weights
 from .layout import Layout
-from .parameters import Models, Weights
+from .parameters import Models
 
 EXACT, FORMULA, ESTIMATE = "exact", "formula", "estimate"
 ALWAYS, TRAINING, GENERATION = "always", "training", "generation"
-PROMPT_TOKENS = 256  # assumed, where no field bounds the prompts
 _GIB = 2**30
 _CHUNKS = 512 * 2**20  # of the exact KL, both models' logits
 _OVERHEAD = 2 * _GIB  # context of the device, kernels, communication, fragmentation
@@ -52,23 +52,13 @@ class Memory(NamedTuple):
         return round(max(self.peak / (1 - self.vllm_share), (self.vllm_weights + _VLLM_CACHE) / self.vllm_share))
 
 
-class _Shape(NamedTuple):
-    """Rows and tokens of one micro-batch, of one generation batch and of the rollout, on one process."""
-
-    rows: int
-    tokens: int
-    scored: int  # tokens per row that logits are kept for
-    generated_rows: int
-    rollout_rows: int
-
-
-def estimate(algorithm: str, recipe: Recipe, models: Models, layout: Layout) -> Memory:
+def estimate(algorithm: Algorithm, recipe: Recipe, models: Models, layout: Layout) -> Memory:
     """The memory of one process."""
     args = recipe.args
-    shape = _shape(algorithm, args)
+    shape = algorithm.shape(args)
     parts = [*training_state(models.trained, args, layout), *_other_models(models, layout, bool(args.bf16))]
-    parts += _training_buffers(algorithm, args, models, shape)
-    if algorithm != "dpo" or args.kl_probe_steps is not None:
+    parts += _training_buffers(args, models, shape)
+    if shape.generated:
         parts += _generation(args, models, shape, layout)
     if layout.shards_parameters:
         live = 2 * min(models.trained.parameters, _LIVE_PARAMETERS)
@@ -147,35 +137,17 @@ def _other_models(models: Models, layout: Layout, half: bool) -> list[Part]:
     return parts
 
 
-def _shape(algorithm: str, args: Any) -> _Shape:
-    rows = args.per_device_train_batch_size
-    if algorithm == "dpo":
-        length = args.max_length or 1024
-        return _Shape(2 * rows, length, length, args.per_device_eval_batch_size, 0)
-    if algorithm == "ppo":
-        answer = args.response_length
-        rollout = rows * args.gradient_accumulation_steps
-        generated = min(rollout, args.local_rollout_forward_batch_size)
-        return _Shape(rows, PROMPT_TOKENS + answer, answer, generated, rollout)
-    rollout = rows * args.steps_per_generation
-    answer = args.max_completion_length
-    return _Shape(rows, PROMPT_TOKENS + answer, answer, rollout, rollout)
-
-
-def _training_buffers(algorithm: str, args: Any, models: Models, shape: _Shape) -> list[Part]:
+def _training_buffers(args: Any, models: Models, shape: Shape) -> list[Part]:
     config = models.config
     width = 2 if args.bf16 or args.fp16 else 4
     logits = shape.rows * shape.scored * config.vocab_size
-    fused = FUSED_LM_HEAD and algorithm == "grpo"
-    # The forward's output, its float32 copy under autocast, and its gradient; PPO also scores without a gradient.
-    size = 0 if fused else logits * (10 if width == 2 else 8)
-    if algorithm == "ppo":
-        size = max(size, shape.generated_rows * shape.scored * config.vocab_size * (6 if width == 2 else 4))
+    # The forward's output, its float32 copy under autocast, and its gradient; without one where it is only scored.
+    size = 0 if shape.fuses_head else logits * (10 if width == 2 else 8)
+    size = max(size, shape.scored_at_once * shape.scored * config.vocab_size * (6 if width == 2 else 4))
     parts = [Part("logits", size, ESTIMATE, TRAINING)]
     if args.kl_needs_exact:
-        parts.append(Part("exact KL", _CHUNKS + (0 if fused else 4 * logits), ESTIMATE, TRAINING))
-        kept = shape.rollout_rows if algorithm == "grpo" else shape.rows
-        hidden = kept * shape.scored * config.hidden_size * width
+        parts.append(Part("exact KL", _CHUNKS + (0 if shape.fuses_head else 4 * logits), ESTIMATE, TRAINING))
+        hidden = shape.kept * shape.scored * config.hidden_size * width
         parts.append(Part("reference's hidden states", hidden, ESTIMATE, TRAINING))
     positions = shape.rows * shape.tokens
     layer = positions * (10 * config.hidden_size + 3 * config.intermediate_size) * width
@@ -189,7 +161,7 @@ def _training_buffers(algorithm: str, args: Any, models: Models, shape: _Shape) 
     return parts
 
 
-def _generation(args: Any, models: Models, shape: _Shape, layout: Layout) -> list[Part]:
+def _generation(args: Any, models: Models, shape: Shape, layout: Layout) -> list[Part]:
     """What sampling needs where transformers does it: keys and values, and under ZeRO-3 the whole policy."""
     if getattr(args, "use_vllm", False):
         return []
@@ -197,7 +169,7 @@ def _generation(args: Any, models: Models, shape: _Shape, layout: Layout) -> lis
     width = 2 if args.bf16 or args.fp16 else 4
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * head_dim * width * shape.generated_rows * shape.tokens
+    cache = 2 * config.num_hidden_layers * heads * head_dim * width * shape.generated * shape.tokens
     parts = [Part("keys and values", cache, ESTIMATE, GENERATION)]
     if layout.shards_parameters:
         parts.append(Part("policy gathered to sample", 2 * models.policy.parameters, ESTIMATE, GENERATION))

@@ -10,9 +10,10 @@ from rich.table import Table
 from transformers.training_args import TrainingArguments
 
 from ...config.options import KLArguments
-from ..arguments import Recipe, RunArguments
+from ..recipe.algorithm import PROMPT_TOKENS, Algorithm
+from ..recipe.arguments import Recipe, RunArguments
 from .layout import Layout
-from .memory import PROMPT_TOKENS, Memory
+from .memory import Memory
 from .parameters import Models
 
 _GIB = 2**30
@@ -74,35 +75,23 @@ def memory_sentence(memory: Memory) -> str:
     return f"{text} beside vLLM's {100 * share:.0f} %, so a GPU of {math.ceil(memory.device / _GIB)} GiB or more"
 
 
-def assumptions(algorithm: str) -> str:
+def assumptions(algorithm: Algorithm) -> str:
     """What the estimate rests on."""
     text = "exact: counted; formula: as ZeRO shares it out; estimate: depends on kernels and lengths."
-    return (
-        text if algorithm == "dpo" else f"{text} Prompts are taken to have {PROMPT_TOKENS} tokens, answers the longest."
-    )
+    if algorithm.rows.is_pairs:
+        return text
+    return f"{text} Prompts are taken to have {PROMPT_TOKENS} tokens, answers the longest."
 
 
-def batches(algorithm: str, args: Any, layout: Layout, rows: int | None) -> Iterator[str]:
+def batches(algorithm: Algorithm, args: Any, layout: Layout, rows: int | None) -> Iterator[str]:
     """Prompts, answers and optimizer steps: the arithmetic of the batch."""
-    devices, rows_per_device = layout.processes, args.per_device_train_batch_size
-    effective = rows_per_device * args.gradient_accumulation_steps * devices
-    if algorithm == "dpo":
-        yield f"a step: {effective} pairs"
-        prompts, steps = effective, 1.0
-    elif algorithm == "ppo":
-        updates = args.num_ppo_epochs * args.num_mini_batches
-        yield f"a step: a rollout of {effective} prompts, one answer each, and {updates} optimizer steps on it"
-        prompts, steps = effective, 1.0
-    else:
-        rollout = rows_per_device * args.steps_per_generation * devices
-        prompts = rollout // args.num_generations
-        steps = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
-        yield f"a step: {effective} answers; a rollout: {prompts} prompts, {args.num_generations} answers each"
-        yield f"optimizer steps per rollout: {steps:g}"
+    found = algorithm.batches(args, layout.processes)
+    yield from found.lines
     if rows is None:
         yield "the dataset does not say how many rows it has: steps per epoch unknown"
         return
-    per_epoch = max(1, math.floor(rows / prompts) if algorithm != "dpo" else math.ceil(rows / prompts)) * steps
+    whole = math.ceil(rows / found.rows) if found.uses_rest else rows // found.rows
+    per_epoch = max(1, whole) * found.steps
     if args.max_steps > 0:
         epochs = args.max_steps / per_epoch
         yield f"{rows} rows: {per_epoch:g} steps per epoch; max_steps={args.max_steps} is {epochs:.2g} epochs"

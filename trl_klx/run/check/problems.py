@@ -1,15 +1,15 @@
-"""What is wrong with a recipe's models, data, rewards and batches: every problem found, none of them fatal here."""
+"""How configuration, layout, models and data fit together."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from datasets import IterableDataset
 
 from ...trainers.errors import CheckpointError
 from ...trainers.reference.resumed import check_resume
-from ..arguments import Recipe
-from ..inputs import Inputs, read_inputs
+from ..recipe.algorithm import Algorithm, Inputs
+from ..recipe.arguments import Recipe
+from ..sources.read import Findings
 from .layout import Layout
 from .parameters import Models
 
@@ -18,41 +18,12 @@ from .parameters import Models
 _BFLOAT16_STEPS = 4e-5
 
 
-class Data(NamedTuple):
-    """What the run would read; `rows` of the training split, where that is known."""
-
-    inputs: Inputs
-    rows: int | None
-
-
-class Collector:
-    """Collects the sentences of checks that raise ValueError."""
-
-    def __init__(self) -> None:
-        self.sentences: list[str] = []
-
-    def ask(self, check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The result of a check; None where it complained."""
-        try:
-            return check(*args, **kwargs)
-        except ValueError as error:
-            self.add(str(error))
-            return None
-
-    def add(self, sentence: str) -> None:
-        if sentence not in self.sentences:
-            self.sentences.append(sentence)
-
-
-def check_inputs(algorithm: str, recipe: Recipe, found: Collector) -> Data | None:
-    """Check models, tokenizer, rewards and data as the run does; a dataset of the Hub by its first rows."""
-    inputs = read_inputs(algorithm, recipe, found, streaming=True)
-    if inputs is None:
-        return None
+def rows_of_training(inputs: Inputs, recipe: Recipe, found: Findings) -> int | None:
+    """Rows of the training split, where that is known."""
     train, split = inputs.train_dataset, recipe.run.dataset_train_split
     if isinstance(train, IterableDataset):
-        return Data(inputs, found.ask(count_rows, train, split, is_local=Path(str(recipe.run.dataset_name)).exists()))
-    return Data(inputs, len(train))
+        return found.ask(count_rows, train, split, is_local=Path(str(recipe.run.dataset_name)).exists())
+    return len(train)
 
 
 def count_rows(stream: IterableDataset, split: str, *, is_local: bool) -> int | None:
@@ -64,7 +35,7 @@ def count_rows(stream: IterableDataset, split: str, *, is_local: bool) -> int | 
 
 
 def check_run(
-    algorithm: str, recipe: Recipe, data: Data | None, models: Models | None, layout: Layout
+    algorithm: Algorithm, recipe: Recipe, rows: int | None, models: Models | None, layout: Layout
 ) -> Iterator[str]:
     """Sentences about how configuration, layout, models and data fit together."""
     args = recipe.args
@@ -72,12 +43,8 @@ def check_run(
         check_resume(args, recipe.model.model_name_or_path)
     except CheckpointError as error:
         yield str(error)
-    rows = None if data is None else data.rows
-    if algorithm == "ppo" and rows is not None and rows < args.rollout_size * layout.processes:
-        yield (
-            f"the dataset has {rows} prompts and a rollout takes {args.rollout_size * layout.processes} "
-            "(per_device_train_batch_size * gradient_accumulation_steps * processes): lower one of these."
-        )
+    if rows is not None:
+        yield from algorithm.problems(args, rows, layout.processes)
     if models is not None and layout.kind in ("NO", "MULTI_GPU") and args.learning_rate < _BFLOAT16_STEPS:
         parts = [models.policy] if models.value is None else [models.policy, models.value]
         if any(part.trainable and part.trainable_bytes == 2 * part.trainable for part in parts):

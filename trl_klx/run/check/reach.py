@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 from huggingface_hub import constants
 
-from ..arguments import Recipe
+from ..recipe.arguments import Recipe
 
 _SECONDS = 5.0
 

@@ -10,7 +10,7 @@ from ...kl.variance import DISTANCES, Figures, figures
 _MIDDLE = list(DISTANCES).index(0.10)
 
 
-class Row(NamedTuple):
+class Choice(NamedTuple):
     """One configuration of the table."""
 
     term: KLTerm
@@ -31,7 +31,7 @@ def name_of(term: KLTerm) -> str:
     return name + (f", weight {term.weight_level}" if says_weight else "")
 
 
-def gradient_of(term: KLTerm) -> str:
+def gradient_name(term: KLTerm) -> str:
     """Short name of the expected gradient, also of the forward direction."""
     if term.direction == "reverse":
         return term.gradient.name
@@ -53,22 +53,22 @@ def variance_ratio(term: KLTerm, other: KLTerm) -> float:
     return figures(term).variance[_MIDDLE] / figures(other).variance[_MIDDLE]
 
 
-def rows(own: KLTerm, *, scores_anyway: bool = False) -> list[Row]:
+def choices(own: KLTerm, *, scores_anyway: bool = False) -> list[Choice]:
     """The recipe's own configuration, then those with its gradient or with the whole one, the least noisy first.
 
     `scores_anyway` says whether the algorithm scores its answers under the policy after sampling, KL or not (PPO).
     """
     gradients = ["KLseq"]
     if is_sound(own):
-        gradients = list(dict.fromkeys([gradient_of(own), "KLseq"]))
+        gradients = list(dict.fromkeys([gradient_name(own), "KLseq"]))
     else:
         gradients.append("P")
     others = [term for gradient in gradients for term in _with_gradient(gradient) if not _is_same(term, own)]
-    return [_row(term, own, scores_anyway) for term in [own, *others]]
+    return [_choice(term, own, scores_anyway) for term in [own, *others]]
 
 
 def _with_gradient(gradient: str) -> list[KLTerm]:
-    found = [term for term in _all_terms() if is_sound(term) and gradient_of(term) == gradient]
+    found = [term for term in _all_terms() if is_sound(term) and gradient_name(term) == gradient]
     return sorted(found, key=lambda term: figures(term).variance[_MIDDLE])
 
 
@@ -86,23 +86,42 @@ def _is_same(term: KLTerm, own: KLTerm) -> bool:
     return name_of(term) == name_of(own) and term.takes_weights == own.takes_weights
 
 
-def _row(term: KLTerm, own: KLTerm, scores_anyway: bool) -> Row:
-    gradient = gradient_of(term)
+def _choice(term: KLTerm, own: KLTerm, scores_anyway: bool) -> Choice:
+    gradient = gradient_name(term)
     found = figures(term)
     peers = _with_gradient(gradient)
     best = figures(peers[0]).variance if peers else found.variance
     relative = tuple(mine / other for mine, other in zip(found.variance, best, strict=True))
     cost = "vocabulary" if term.estimator == "exact" else "log-probs"
     cost += " + scoring" if term.in_reward and not scores_anyway else ""
-    return Row(term, name_of(term), gradient, found, relative, cost, _verdict(term, own))
+    return Choice(term, name_of(term), gradient, found, relative, cost, _verdict(term, own))
 
 
 def _verdict(term: KLTerm, own: KLTerm) -> str:
     if term is own:
         return "this recipe" if is_sound(own) else "this one: refused"
-    if is_sound(own) and gradient_of(term) == gradient_of(own):
+    if is_sound(own) and gradient_name(term) == gradient_name(own):
         ratio = variance_ratio(own, term)
         if 0.95 < ratio < 1.05:
             return "the same variance"
         return f"{ratio:.1f}x less variance" if ratio > 1 else f"{1 / ratio:.1f}x more variance"
-    return f"best of {gradient_of(term)}" if term == best_of(gradient_of(term)) else ""
+    return f"best of {gradient_name(term)}" if term == best_of(gradient_name(term)) else ""
+
+
+def advice(term: KLTerm) -> str:
+    """The verdict, and what to use instead."""
+    whole = best_of("KLseq")
+    if not is_sound(term):
+        return f"Instead: {name_of(whole)} has the whole gradient at the lowest variance."
+    gradient = gradient_name(term)
+    best = best_of(gradient)
+    ratio = variance_ratio(term, best)
+    if ratio > 1.05:
+        text = f"Accepted. {name_of(best)} has the same gradient at {ratio:.1f} times less variance"
+    else:
+        text = f"Accepted. No choice has less variance with this gradient ({gradient})"
+    if gradient == "P":
+        return (
+            f"{text}; {name_of(whole)} adds what P leaves out, at nearly the same variance as {name_of(best_of('P'))}."
+        )
+    return f"{text}; for the reverse KL use {name_of(whole)}." if gradient.startswith("F") else f"{text}."

@@ -14,7 +14,7 @@ _ORDER = ("positional arguments", "options", "KL (trl_klx)", "data, rewards and 
 
 
 def help_parser(program: str, config: type) -> argparse.ArgumentParser:
-    """A parser for people and shells to read, with the fields of a recipe in groups; parsing is `parse_recipe`'s.
+    """A parser for people and shells to read, with the fields of a recipe in groups; parsing is not its business.
 
     Args:
         program: what the usage text calls the command.

@@ -9,12 +9,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ...cli.parser import CommandParser
+from ...cli.parser import CommandParser, UsageError
+from ...cli.words import CommandLine
 from ...kl.term import KLTerm
 from ...kl.variance import DISTANCES
-from ..algorithms import ALGORITHMS, algorithm_of, config_of
-from ..arguments import BadInput, Recipe, parse_recipe
-from .choices import Row, best_of, gradient_of, is_sound, name_of, rows, variance_ratio
+from ..recipe.algorithm import Algorithm
+from ..recipe.algorithms import ALGORITHMS, algorithm_for
+from ..recipe.arguments import Recipe
+from ..recipe.parse import parse
+from .choices import Choice, advice, choices, name_of
 from .notes import notes, sentence
 
 _WIDTH = 116  # of the table; narrower terminals wrap its lines
@@ -33,15 +36,14 @@ _ON_DATA = (
 
 
 def command_parser(program: str) -> argparse.ArgumentParser:
-    """The options of `trl-klx explain`; whatever else is given overrides the recipe."""
+    """The options of `trl-klx explain`, for help and completion; whatever else is given overrides the recipe."""
     parser = CommandParser(
         prog=program,
         usage=f"{program} --config RECIPE.yaml [--algorithm {{{','.join(ALGORITHMS)}}}] [--field value ...]",
         description="Say which gradient a recipe's KL has, its bias and relative variance, and what to use instead. "
         "Exit status 0: accepted; 1: refused for its gradient; 2: no recipe.",
-        allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, help="the recipe")
+    parser.add_argument("--config", help="the recipe")
     parser.add_argument(
         "--algorithm", choices=ALGORITHMS, help="default: the first word of the recipe's name, as in grpo_k3_loss.yaml"
     )
@@ -50,73 +52,58 @@ def command_parser(program: str) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None, program: str = "trl-klx explain") -> int:
     """Explain a recipe. Returns the exit status: 0, 1 where it is refused for its gradient, 2 for bad input."""
+    line = CommandLine(sys.argv[1:] if argv is None else argv)
+    if line.asks_for_help:
+        command_parser(program).print_help()
+        return 0
     try:
-        options, overrides = command_parser(program).parse_known_args(argv)
-        algorithm = algorithm_of(options.config, options.algorithm)
-        recipe, refusal = _parsed(algorithm, program, ["--config", options.config, *overrides])
+        path = "".join(line.options.get("config", [])[:1])
+        if not path:
+            raise UsageError(f"--config is missing: give the path of a recipe; see `{program} --help`.")
+        given = line.options.pop("algorithm", None)
+        algorithm = algorithm_for(path, None if given is None else "".join(given[:1]))
+        recipe, refusal = _parsed(algorithm.config, line)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console = Console(highlight=False)
     console.width = max(console.width, _WIDTH)
-    _print(console, Path(options.config), algorithm, recipe, refusal)
+    _print(console, Path(path), algorithm, recipe, refusal)
     return 1 if refusal else 0
 
 
-def _parsed(algorithm: str, program: str, argv: list[str]) -> tuple[Recipe, str | None]:
+def _parsed(config: type, line: CommandLine) -> tuple[Recipe, str | None]:
     """The recipe, and why it is refused; one that is refused for its gradient only is read as if that were allowed."""
-    config = config_of(algorithm)
-    argv = [*argv, "--use_cpu", "true"]  # a recipe for GPUs is explained anywhere
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            return parse_recipe(program, config, argv), None
-        except BadInput as error:
-            try:
-                return parse_recipe(program, config, [*argv, "--allow_biased_kl", "true"]), str(error)
-            except BadInput:
-                raise error from None
+        found = parse(config, line, use_cpu=True)  # a recipe for GPUs is explained anywhere
+        if not found.problems:
+            return found.whole(), None
+        allowed = parse(config, line, use_cpu=True, allow_biased_kl=True)
+    return (found if allowed.problems else allowed).whole(), found.problems[0]
 
 
-def _print(console: Console, path: Path, algorithm: str, recipe: Recipe, refusal: str | None) -> None:
-    args = recipe.args
-    term = args.kl_term()
-    on_data = algorithm == "dpo"
-    say = console.print
-    say(f"{path}: {algorithm.upper()}, {name_of(term)}, {args.kl_controller} {args.kl_coef_name}", markup=False)
-    say(sentence(algorithm, args), markup=False)
+def _print(console: Console, path: Path, algorithm: Algorithm, recipe: Recipe, refusal: str | None) -> None:
+    args, term, on_data = recipe.args, recipe.args.kl_term(), algorithm.rows.is_pairs
+
+    def say(text: str) -> None:
+        console.print(text, markup=False)
+
+    say(f"{path}: {algorithm.name.upper()}, {name_of(term)}, {args.kl_controller} {args.kl_coef_name}")
+    say(sentence(algorithm, args))
     if refusal:
-        say(f"Refused: {refusal}", markup=False)
+        say(f"Refused: {refusal}")
     if not on_data and args.kl_placement != "none":
-        say(advice(term), markup=False)
-        say(_table(rows(term, scores_anyway=algorithm == "ppo")))
-        say(_LEGEND.format(kls=", ".join(f"{kl:g}" for kl in DISTANCES)), markup=False)
+        say(advice(term))
+        console.print(_table(choices(term, scores_anyway=algorithm.scores_answers)))
+        say(_LEGEND.format(kls=", ".join(f"{kl:g}" for kl in DISTANCES)))
     if on_data:
-        say(_data_table(term, args.kl_in_loss))
+        console.print(_data_table(term, args.kl_in_loss))
     for note in notes(algorithm, args):
-        say(f"- {note}", markup=False)
+        say(f"- {note}")
 
 
-def advice(term: KLTerm) -> str:
-    """The verdict, and what to use instead."""
-    whole = best_of("KLseq")
-    if not is_sound(term):
-        return f"Instead: {name_of(whole)} has the whole gradient at the lowest variance."
-    gradient = gradient_of(term)
-    best = best_of(gradient)
-    ratio = variance_ratio(term, best)
-    if ratio > 1.05:
-        text = f"Accepted. {name_of(best)} has the same gradient at {ratio:.1f} times less variance"
-    else:
-        text = f"Accepted. No choice has less variance with this gradient ({gradient})"
-    if gradient == "P":
-        return (
-            f"{text}; {name_of(whole)} adds what P leaves out, at nearly the same variance as {name_of(best_of('P'))}."
-        )
-    return f"{text}; for the reverse KL use {name_of(whole)}." if gradient.startswith("F") else f"{text}."
-
-
-def _table(found: list[Row]) -> Table:
+def _table(found: list[Choice]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for column in ("configuration", "gradient", "bias", "off-policy", "variance", "cost", "verdict"):
         is_number = column in ("bias", "off-policy", "variance")

@@ -11,9 +11,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import get_peft_config
 
-from ..config.choices import unknown
-from ..config.types import number_problem
-from .arguments import Recipe
+from ...config.choices import unknown
+from ...config.types import number_problem
+from ..recipe.arguments import Recipe
 
 # The optimizers that need neither another package nor the model.
 _PLAIN = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")

@@ -7,15 +7,23 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-import transformers
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
-def weight_problems(path: str | None, option: str, *, classifier: bool = False) -> Iterator[str]:
-    """A sentence for what is wrong with the weights of a local model, given as `option`; of the Hub's, none."""
+def weight_problems(
+    path: str | None, option: str, config: PreTrainedConfig | None, module: nn.Module | None
+) -> Iterator[str]:
+    """A sentence for what is wrong with the weights of a local model; of the Hub's, none.
+
+    Args:
+        path: of the model.
+        option: that names it.
+        config: of the model.
+        module: the model on the meta device; None: its shapes are not compared.
+    """
     folder = Path(path or "")
     if not path or not (folder / "config.json").is_file():
         return
@@ -30,11 +38,8 @@ def weight_problems(path: str | None, option: str, *, classifier: bool = False) 
         except ValueError as error:
             yield f"{option}={path!r} is not whole ({file.name} {error}): copy or download it again."
             return
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError):  # it needs code of its own, or is refused as no model
-        return
-    for name, expected in _expected_shapes(config, classifier=classifier).items():
+    for name, parameter in module.named_parameters() if module is not None else ():
+        expected = list(parameter.shape)
         found = shapes.get(name, expected)
         if found != expected and not getattr(config, "quantization_config", None):
             yield (
@@ -87,17 +92,3 @@ def _shapes(file: Path) -> dict[str, list[int]]:
     if size != 8 + length + end:
         raise ValueError(f"has {size} bytes and should have {8 + int(length) + end}")
     return shapes
-
-
-def _expected_shapes(config: PreTrainedConfig, *, classifier: bool) -> dict[str, list[int]]:
-    """The shapes of a model's parameters; none where transformers does not have its class."""
-    try:
-        with torch.device("meta"):
-            if classifier:
-                config.num_labels = 1
-                model = AutoModelForSequenceClassification.from_config(config)
-            else:
-                model = getattr(transformers, (config.architectures or [""])[0])._from_config(config)
-    except Exception:  # a class that is not there, or a config that it cannot be built from: loading says so
-        return {}
-    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}

@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import TrainerState
 
-from ..recipe_files import shipped_recipe
-from ..trainers.rewarding.calls import RewardError, called, raised, reward_values, users_frames
-from .arguments import BadInput
+from ...recipe_files import shipped_recipe
+from ...trainers.rewarding.calls import RewardError, called, raised, reward_values, users_frames
+from ..recipe.arguments import BadInput
 
 
 class UsersError(BadInput):

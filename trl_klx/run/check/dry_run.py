@@ -1,27 +1,29 @@
 """The course of a dry run: parse to the end, count, estimate, check, print. Nothing is written, no weight loaded."""
 
 import os
-import sys
 import warnings
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from typing import NamedTuple
 
+import torch
 from huggingface_hub import constants
 from rich.console import Console
 
-from ..algorithms import ALGORITHMS, config_of
-from ..arguments import BadInput, Recipe, starts_no_process
-from ..checks import start_problems
-from ..early import early_flag, early_value
-from ..explain.command import advice
+from ...cli.words import CommandLine
+from ..explain.choices import advice
 from ..explain.notes import sentence
+from ..recipe.algorithm import Algorithm
+from ..recipe.algorithms import ALGORITHMS
+from ..recipe.arguments import Recipe, starts_no_process
+from ..recipe.parse import parse
+from ..sources.read import Findings, read_inputs, start_problems
 from . import page
 from .layout import Layout, as_if_on, read_layout
-from .lenient import parse_leniently
 from .machine import check_machine
 from .memory import Memory, estimate
 from .parameters import Models, count_models
-from .problems import Collector, Data, check_inputs, check_run
+from .problems import check_run, rows_of_training
 from .reach import from_the_cache_only, hub_answers, on_the_hub
 
 
@@ -32,45 +34,37 @@ class Plan(NamedTuple):
     layout: Layout
     models: Models | None
     memory: Memory | None
-    data: Data | None
+    rows: int | None  # of the training split
     problems: list[str]
 
 
-def dry_run(argv: list[str], program: str, config: type) -> int:
-    """Print the plan of a recipe. Returns the exit status: 0, 1 where there are problems, 2 without a recipe."""
-    algorithm = next(name for name in ALGORITHMS if _is(config, name))
-    try:
-        plan = make_plan(algorithm, argv, program)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def dry_run(algorithm: Algorithm, words: CommandLine) -> int:
+    """Print the plan of a recipe. Returns the exit status: 0, or 1 where there are problems. Raises as `make_plan`."""
+    plan = make_plan(algorithm, words)
     if os.environ.get("RANK", "0") == "0":  # of several processes, all plan and one prints
         _print(algorithm, plan)
     return 1 if plan.problems else 0
 
 
-def _is(config: type, algorithm: str) -> bool:
-    try:
-        return config_of(algorithm) is config
-    except ImportError:  # PPO, where TRL has none
-        return False
-
-
-def make_plan(algorithm: str, argv: list[str], program: str = "dry_run") -> Plan:
+def make_plan(algorithm: Algorithm | str, words: Iterable[str]) -> Plan:
     """Find out everything about a recipe that can be known without running it.
 
     Raises:
-        BadInput: there is no recipe, or no such accelerate file.
+        ValueError: there is no recipe, or no such accelerate file.
     """
-    accelerate_config, source = early_value(argv, "accelerate_config")
-    layout = read_layout(accelerate_config)
-    with as_if_on(layout.processes):
-        recipe, complaints = parse_leniently(program, config_of(algorithm), argv)
-    found = Collector()
+    algorithm = ALGORITHMS[algorithm] if isinstance(algorithm, str) else algorithm
+    line = words if isinstance(words, CommandLine) else CommandLine(words)
+    given = line.options.get("accelerate_config")
+    layout = read_layout("".join(given[:1]) if given is not None else line.recipe.get("accelerate_config"))
+    found = Findings(stops=False)
+    has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
+    with as_if_on(layout.processes), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        recipe, complaints = parse(algorithm.config, line, **({} if has_accelerator else {"use_cpu": True}))
     for complaint in complaints:
         found.add(complaint)
-    if accelerate_config is not None and source != "on the command line":
-        found.add(starts_no_process(accelerate_config))
+    if given is None and "accelerate_config" in line.recipe:
+        found.add(starts_no_process(line.recipe["accelerate_config"]))
     if recipe is None:
         return Plan(None, layout, None, None, None, found.sentences)
     names = [] if constants.is_offline_mode() else on_the_hub(recipe)
@@ -84,41 +78,39 @@ def make_plan(algorithm: str, argv: list[str], program: str = "dry_run") -> Plan
         warnings.simplefilter("ignore")
         for problem in start_problems(recipe):
             found.add(f"on this machine: {problem}")
-        data = check_inputs(algorithm, recipe, found)
-        models = found.ask(count_models, algorithm, recipe)
-    for problem in check_run(algorithm, recipe, data, models, layout):
+        inputs, named = read_inputs(algorithm, recipe, found, streaming=True)
+        rows = None if inputs is None else rows_of_training(inputs, recipe, found)
+    models = None if named is None else found.ask(count_models, algorithm, recipe, named)
+    for problem in check_run(algorithm, recipe, rows, models, layout):
         found.add(problem)
-    for problem in check_machine(recipe, layout, models, on_cpu=_asks_for_cpu(argv)):
+    on_cpu = False
+    with suppress(ValueError):  # neither true nor false: a problem that parsing has found
+        on_cpu = line.flag("use_cpu")
+    for problem in check_machine(recipe, layout, models, on_cpu=on_cpu):
         found.add(f"on this machine: {problem}")
     memory = None if models is None else estimate(algorithm, recipe, models, layout)
-    return Plan(recipe, layout, models, memory, data, found.sentences)
+    return Plan(recipe, layout, models, memory, rows, found.sentences)
 
 
-def _asks_for_cpu(argv: list[str]) -> bool:
-    """Whether the recipe itself asks for the CPU; on a machine without a GPU, it is parsed as if it did."""
-    with suppress(ValueError):  # neither true nor false: a problem that parsing has found
-        return early_flag(argv, "use_cpu")
-    return False
-
-
-def _print(algorithm: str, plan: Plan) -> None:
+def _print(algorithm: Algorithm, plan: Plan) -> None:
     console = Console(highlight=False, soft_wrap=True)
 
     def say(text: str = "") -> None:
         console.print(text, markup=False)
 
-    say(f"dry run of {algorithm.upper()} on {plan.layout.name} ({plan.layout.source}): nothing is trained or written\n")
+    name = algorithm.name.upper()
+    say(f"dry run of {name} on {plan.layout.name} ({plan.layout.source}): nothing is trained or written\n")
     if plan.recipe is not None:
         args = plan.recipe.args
         say("configuration (the KL, and what is not at its default)")
-        for name, value in page.configuration(plan.recipe):
-            say(f"  {name}: {value}")
+        for field, value in page.configuration(plan.recipe):
+            say(f"  {field}: {value}")
         say("\ngradient")
         say(f"  {sentence(algorithm, args)}")
-        if args.kl_is_penalised and algorithm != "dpo":
+        if args.kl_is_penalised and not algorithm.rows.is_pairs:
             say(f"  {advice(args.kl_term())}")
         say("\nbatches")
-        for line in page.batches(algorithm, args, plan.layout, plan.data.rows if plan.data else None):
+        for line in page.batches(algorithm, args, plan.layout, plan.rows):
             say(f"  {line}")
     if plan.models is not None and plan.memory is not None:
         say("\nmodels")

@@ -9,10 +9,10 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-from ..recipe_files import shipped_recipe
-from ..trainers.rewarding.calls import raised
-from ..wording import first_line
-from .arguments import BadInput, RunArguments
+from ...recipe_files import shipped_recipe
+from ...trainers.rewarding.calls import raised
+from ...wording import first_line
+from ..recipe.arguments import BadInput, RunArguments
 from .users_code import UsersError, load_function
 
 

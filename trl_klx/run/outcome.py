@@ -12,7 +12,7 @@ from ..monitor.health.alarms import HEALTH_FILE
 from ..monitor.history import HISTORY_FILE, read_history
 from ..monitor.metrics import evaluated_sets, is_number, logged_groups, set_name, when
 from ..monitor.plots import plot_run
-from .arguments import Recipe
+from .recipe.arguments import Recipe
 
 # Of these, every batch of a run has one: reward in GRPO and PPO, accuracies in DPO.
 _EVERY_BATCH = ("reward", "rewards/accuracies")
@@ -28,7 +28,7 @@ def resolved_recipe(recipe: Recipe) -> Settings:
     return plain_settings(recipe.args, recipe.run, recipe.model)
 
 
-def report(folder: Path, args: KLArguments) -> None:
+def show_outcome(folder: Path, args: KLArguments) -> None:
     """Print the summary table and draw the pictures, from the metrics file of the run."""
     history = read_history(folder / HISTORY_FILE)
     pictures = plot_run(

@@ -1,0 +1,129 @@
+"""What only one algorithm does with a recipe: an object for each, asked by runs, dry runs and `explain`."""
+
+from abc import ABC, abstractmethod
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+from datasets import Dataset, IterableDataset
+from trl import get_peft_config, get_quantization_config
+
+from ...kl.term import KLTerm
+from ...monitor.history import HistoryCallback
+from ...trainers.checks.rows import RowKind
+from .arguments import Recipe
+from .help import help_parser
+
+PROMPT_TOKENS = 256  # assumed, where no field bounds the prompts
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, checked and loaded; the models are left to the trainer."""
+
+    train_dataset: Dataset | IterableDataset
+    eval_dataset: Dataset | IterableDataset | None
+    rewards: list[Callable] = field(default_factory=list)
+    gold: Callable | None = None
+
+
+class Shape(NamedTuple):
+    """Rows on one process, and the tokens of each."""
+
+    rows: int  # of a micro-batch
+    tokens: int
+    scored: int  # of the tokens, those that logits are kept for
+    generated: int = 0  # rows of a generation batch
+    kept: int = 0  # rows whose hidden states of the reference are kept for an exact KL
+    scored_at_once: int = 0  # rows that are scored without a gradient
+    fuses_head: bool = False  # whether the loss is computed in chunks of the output head, without whole logits
+
+
+class Batches(NamedTuple):
+    """The arithmetic of a batch over all processes, in words too."""
+
+    lines: list[str]
+    rows: int  # of the dataset that are read at once
+    steps: float = 1  # that the trainer counts for them
+    uses_rest: bool = False  # whether what remains at an epoch's end makes a smaller batch
+
+
+class Algorithm(ABC):
+    """An algorithm's name, what it reads of each row, and what only it does with a recipe."""
+
+    name: ClassVar[str]
+    rows: ClassVar[RowKind]
+    has_value_model: ClassVar[bool] = False
+    scores_answers: ClassVar[bool] = False  # whether answers are scored under the policy once more, KL or not
+
+    @property
+    @abstractmethod
+    def config(self) -> type:
+        """The trainer's config class, imported when it is asked for. Raises ImportError where TRL lacks it."""
+
+    @abstractmethod
+    def build(self, recipe: Recipe, inputs: Inputs) -> Any:
+        """The trainer that a recipe describes, which loads the models."""
+
+    @abstractmethod
+    def shape(self, args: Any) -> Shape:
+        """Rows and tokens on one process."""
+
+    @abstractmethod
+    def batches(self, args: Any, processes: int) -> Batches:
+        """The batches of all processes."""
+
+    @abstractmethod
+    def notes(self, args: Any) -> Iterator[str]:
+        """What, beside estimator, placement and weight, changes what the KL does; one sentence each."""
+
+    def loads_reference(self, args: Any) -> bool:
+        """Whether a reference is in memory during training."""
+        return bool(args.kl_is_measured)
+
+    def problems(self, args: Any, rows: int, processes: int) -> Iterator[str]:
+        """Sentences about a dataset of so many rows."""
+        return iter(())
+
+    def command_parser(self, program: str) -> ArgumentParser:
+        """What the command takes, for help and completion."""
+        return help_parser(program, self.config)
+
+
+def trainer_arguments(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+    """The keyword arguments that all trainers share, as TRL's own scripts set them."""
+    args, model = recipe.args, recipe.model
+    args.model_init_kwargs = {
+        **(args.model_init_kwargs or {}),
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    return {
+        "model": model.model_name_or_path,
+        "args": args,
+        "train_dataset": inputs.train_dataset,
+        "eval_dataset": inputs.eval_dataset,
+        "quantization_config": get_quantization_config(model),
+        "peft_config": get_peft_config(model),
+        "callbacks": [HistoryCallback()],
+    }
+
+
+def off_policy_note(term: KLTerm) -> str:
+    """What becomes of the KL's gradient where answers come from another policy than the one that learns."""
+    if term.placement == "reward":
+        return (
+            "A KL in the reward keeps the values of the policy that sampled, and the policy gradient's token ratio "
+            "does not make up for it: its gradient is biased, more so the more steps a rollout serves. 'exact in both' "
+            "has most of its gradient in the loss, where it is not."
+        )
+    if term.estimator == "exact" and not term.takes_weights:
+        loss = "The exact KL in the loss needs no weight: it averages over the policy's own tokens itself."
+    elif term.takes_weights:
+        loss = f"The weight on the KL loss ({term.weight_level}) corrects for it"
+        loss += "." if term.weight_level in ("prefix", "sequence") else ", up to the states, which stay the sampler's."
+    else:
+        loss = "The KL loss has no weight, so its gradient is biased: kl_importance_sampling='token' corrects it."
+    return loss + (" Its half in the reward stays biased." if term.placement == "both" else "")

@@ -1,0 +1,67 @@
+"""The parts of a recipe: dataset and rewards, the config of the trainer, and how the model is loaded."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from trl import ModelConfig, ScriptArguments
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot work. The message is one sentence that names the field, value and remedy."""
+
+
+@dataclass
+class RunArguments(ScriptArguments):
+    """What TRL's scripts take, with rewards by name."""
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions, as module.function or path/to/file.py:function, for example "
+            "trl_klx.rewards.exact_match."
+        },
+    )
+    gold_reward_func: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the reward stands for, as one more function: scored in evaluation, never trained on. GRPO "
+            "and PPO follow it against the KL, and act by gold_action when it has turned."
+        },
+    )
+    dataset_prepare: str | None = field(
+        default=None,
+        metadata={
+            "help": "Function of a dataset's row, named like a reward, whose result takes the row's place, for example "
+            "trl_klx.tasks.gsm8k.gsm8k_prompts."
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Train nothing: print the resolved configuration, parameter counts, a memory estimate, the "
+            "gradient and every problem found. Exit status 1 where there are problems."
+        },
+    )
+    accelerate_config: str | None = field(
+        default=None, metadata={"help": "Accelerate file whose layout a dry run plans for (`trl-klx` starts it)."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reward_funcs, str):  # YAML with one name and no brackets
+            self.reward_funcs = [self.reward_funcs]
+
+
+class Recipe(NamedTuple):
+    """A parsed recipe: dataset and rewards, the config of the trainer, and how the model is loaded."""
+
+    run: RunArguments
+    args: Any  # KLXGRPOConfig, KLXPPOConfig or KLXDPOConfig
+    model: ModelConfig
+
+
+def starts_no_process(accelerate_config: str) -> str:
+    """The sentence about an accelerate file that is given where it has no effect."""
+    return (
+        f"accelerate_config={accelerate_config!r} starts processes only on the command line of `trl-klx`, or as "
+        "`accelerate launch --config_file`: give it there, or plan for it by --dry_run."
+    )

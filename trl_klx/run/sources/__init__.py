@@ -1,0 +1,1 @@
+"""Models, data and rewards that a recipe names: read and checked before any model is loaded."""

@@ -1,0 +1,170 @@
+"""Everything that a recipe names, read and checked: a run stops at the first problem, a dry run collects all."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from trl.trainer.utils import get_callable_name
+
+from ...trainers.checkpoints.run_lock import check_not_in_use, folder_problem
+from ...trainers.checks.inputs import split_problems
+from ...trainers.checks.lengths import length_problems
+from ...trainers.checks.packages import missing_packages
+from ...trainers.checks.rewards import check_weights
+from ...trainers.checks.rows import rows_of
+from ...trainers.checks.start import load_tokenizer
+from ...trainers.errors import FolderError
+from ...trainers.rewarding.gold import check_gold_reward
+from ...wording import first_line
+from ..recipe.algorithm import Algorithm, Inputs
+from ..recipe.arguments import BadInput, Recipe
+from .data import open_dataset, wanted_splits
+from .models import NamedModels, named_models, trusts_code
+from .settings import setting_problems
+from .users_code import load_function, try_reward
+
+
+class Findings:
+    """What becomes of a problem: it is raised, or kept among the `sentences`."""
+
+    def __init__(self, *, stops: bool) -> None:
+        self.stops = stops
+        self.sentences: list[str] = []
+
+    def ask(self, check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of a check that raises ValueError; None where it complained and the reading continues."""
+        try:
+            return check(*args, **kwargs)
+        except ValueError as error:
+            if self.stops:
+                raise
+            self.add(str(error))
+            return None
+
+    def add(self, sentence: str) -> None:
+        if self.stops:
+            raise BadInput(sentence)
+        if sentence not in self.sentences:
+            self.sentences.append(sentence)
+
+
+def start_problems(recipe: Recipe) -> Iterator[str]:
+    """Sentences about packages that are not installed and about output_dir."""
+    args, model = recipe.args, recipe.model
+    fields = ("attn_implementation", "load_in_4bit", "load_in_8bit")
+    asked = {name: getattr(model, name) for name in fields if getattr(model, name, None)}
+    yield from missing_packages(args, {**(args.model_init_kwargs or {}), **asked})
+    problem = folder_problem(args.output_dir)
+    if problem is not None:
+        yield problem
+        return
+    try:
+        check_not_in_use(args.output_dir)
+    except FolderError as error:
+        yield str(error)
+
+
+def read_inputs(
+    algorithm: Algorithm, recipe: Recipe, found: Findings, *, streaming: bool = False
+) -> tuple[Inputs | None, NamedModels | None]:
+    """Read and check everything that a recipe names.
+
+    Args:
+        algorithm: of the recipe.
+        recipe: the recipe.
+        found: takes every problem.
+        streaming: whether to read a dataset of the Hub as a stream, so that nothing is downloaded but its first rows.
+
+    Returns:
+        Data and rewards, and what the models consist of; None for what has a problem of its own, and `found` does not
+        raise.
+    """
+    run, args, _ = recipe
+    for problem in setting_problems(recipe):
+        found.add(problem)
+    rewards, gold = _rewards(algorithm, recipe, found)
+    dataset = found.ask(open_dataset, run, streaming=run.dataset_streaming or (streaming and not _is_local(recipe)))
+    needs_test = bool(getattr(args, "kl_probe_steps", None)) or args.eval_strategy != "no" or bool(args.eval_on_start)
+    splits = None if dataset is None else found.ask(wanted_splits, dataset, run, needs_test=needs_test)
+    config, models = named_models(recipe, found)
+    tokenizer = found.ask(_tokenizer, recipe)
+    if splits is None:
+        return None, models
+    for option, split in splits.items():
+        name, is_test = getattr(run, option), option == "dataset_test_split"
+        readers = [*rewards, *([gold] if gold is not None and is_test else [])]
+        problems = found.ask(_all_problems, algorithm, name, split, readers)
+        if problems == [] and tokenizer is not None:
+            problems = list(length_problems(algorithm.rows, args, name, split, tokenizer, config))
+            tried = readers[len(rewards) :] if is_test else rewards
+        else:
+            tried = []
+        for problem in problems or []:
+            found.add(problem)
+        for reward in tried:
+            _try(reward, split, args, found)
+    return Inputs(splits["dataset_train_split"], splits.get("dataset_test_split"), rewards, gold), models
+
+
+def _is_local(recipe: Recipe) -> bool:
+    return recipe.run.dataset_name is not None and Path(recipe.run.dataset_name).exists()
+
+
+def _all_problems(algorithm: Algorithm, name: str, split: Any, readers: list[Callable]) -> list[str]:
+    """Every problem of a split. Raises BadInput where its rows cannot even be read, as those of a stream."""
+    try:
+        return list(split_problems(algorithm.rows, name, split, readers))
+    except BadInput:
+        raise
+    except Exception as error:  # what a file holds is read here for the first time, where it is a stream
+        raise BadInput(
+            f"the split {name!r} of the dataset cannot be read ({type(error).__name__}: {first_line(error)}): look at "
+            "its files."
+        ) from error
+
+
+def _try(reward: Callable, split: Any, args: Any, found: Findings) -> None:
+    answers = getattr(args, "num_generations", 2)  # GRPO's
+    max_steps = args.max_steps if args.max_steps > 0 else 1000
+    found.ask(try_reward, reward, get_callable_name(reward), next(rows_of(split)), answers, max_steps)
+
+
+def _tokenizer(recipe: Recipe) -> Any:
+    """The policy's tokenizer; None where no model is named. Raises ValueError where there is none."""
+    model, path = recipe.model, recipe.model.model_name_or_path
+    if path is None:
+        return None
+    where: dict[str, Any] = {"revision": model.model_revision, "trust_remote_code": trusts_code(recipe)}
+    return load_tokenizer(path, f"model_name_or_path={path!r}", **where)
+
+
+def _rewards(algorithm: Algorithm, recipe: Recipe, found: Findings) -> tuple[list[Callable], Callable | None]:
+    """The reward functions and the gold reward function, as far as they can be imported."""
+    run, args, _ = recipe
+    if algorithm.rows.is_pairs:
+        if run.reward_funcs:
+            found.add(
+                f"reward_funcs={run.reward_funcs!r} has no effect in DPO, which learns from the columns chosen and "
+                "rejected: remove it."
+            )
+        if run.gold_reward_func:
+            found.add(
+                f"gold_reward_func={run.gold_reward_func!r} is not followed in DPO, which samples no answers in "
+                "evaluation: remove it, or use GRPO or PPO."
+            )
+        return [], None
+    names = run.reward_funcs or []
+    takes_model = hasattr(args, "reward_model_path")
+    has_model = takes_model and args.reward_model_path is not None
+    if not names and not has_model:
+        missing = "reward_funcs and reward_model_path are both missing" if takes_model else "reward_funcs is missing"
+        found.add(
+            f"there is no reward, {missing}: give reward functions as dotted paths, for example "
+            "trl_klx.rewards.exact_match" + ", or the path of a reward model" * takes_model + "."
+        )
+    elif args.reward_weights is not None:
+        found.ask(check_weights, args.reward_weights, len(names) + has_model)
+    imported = [found.ask(load_function, name, "reward_funcs") for name in names]
+    gold = found.ask(load_function, run.gold_reward_func, "gold_reward_func") if run.gold_reward_func else None
+    found.ask(check_gold_reward, args, gold)
+    return [reward for reward in imported if reward is not None], gold

@@ -191,7 +191,7 @@ def test_error_of_the_data_kl_counts_prompts(model_path: str, tmp_path: Path) ->
     policy.load_state_dict(trainer.model.state_dict())
     trainer.model.train()
     nats, tokens = [0.0] * 4, [0] * 4
-    for inputs in [batch(trainer), {name: tensor[[1, 3]] for name, tensor in batch(trainer).items()}]:
+    for inputs in [batch(trainer), {name: tensor[[1, 5]] for name, tensor in batch(trainer).items()}]:
         trainer._compute_loss(trainer.model, inputs, return_outputs=False)
         mask = inputs["completion_mask"][:, 1:].bool()
         with torch.no_grad():
@@ -266,7 +266,9 @@ def test_prompt_and_padding_never_count(model_path: str, tmp_path: Path) -> None
     drift(trainer.model)
     inputs = batch(trainer)
     loss, gradients = loss_and_gradients(trainer, inputs)
-    padded = {name: nn.functional.pad(tensor, (0, 3)) for name, tensor in inputs.items()}
+    padded = {
+        name: nn.functional.pad(tensor, (0, 3)) if tensor.dim() == 2 else tensor for name, tensor in inputs.items()
+    }
     padded["input_ids"][padded["attention_mask"] == 0] = 7
     again, padded_gradients = loss_and_gradients(trainer, padded)
     torch.testing.assert_close(again, loss)

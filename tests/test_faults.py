@@ -34,7 +34,7 @@ from trl_klx.trainers.checkpoints.whole import (
     write_state,
 )
 from trl_klx.trainers.errors import CheckpointError, NonFiniteError, NotSavedError
-from trl_klx.trainers.session.session import KLControl
+from trl_klx.trainers.session.session import KLSession
 
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
@@ -252,7 +252,7 @@ def test_a_spoilt_state_file_is_named_and_refused(algorithm: str, tmp_path: Path
     for content in spoilt:
         path.write_text(content)
         with pytest.raises(CheckpointError, match="not a readable controller state") as refused:
-            trainer.kl.load(path.parent, tmp_path)
+            trainer._continue_from(path.parent)
         assert str(path) in str(refused.value), content
         assert trainer.kl.state() == before
     for content in ("", spoilt[1], spoilt[5], json.dumps({**state, "skipped_steps": math.nan})):
@@ -576,14 +576,14 @@ def test_a_reference_without_probability_spoils_nothing(
 
 def test_an_infinite_kl_does_not_hide_those_of_other_steps() -> None:
     """Logged are means over several steps; the controller counts the reading that it did not take."""
-    kl = KLControl(Arguments(beta=0.2, kl_controller="pid", kl_target=0.1), Accelerator(cpu=True))
+    kl = KLSession(Arguments(beta=0.2, kl_controller="pid", kl_target=0.1), Accelerator(cpu=True))
     kl.start(10)
     mask, prompts = torch.ones(2, 3), torch.tensor([0, 1])
     for value in (0.5, math.inf, math.nan, 0.7):
         values = torch.full((2, 3), 0.25)
         values[0, 1] = value
         kl.measure("train", {"k1": values, "k3": values}, mask, prompts)
-        assert all(math.isfinite(number) for number in kl.step().values())
+        assert all(math.isfinite(number) for number in kl.end_step().values())
     assert kl.metrics("train")["kl/k3"] == pytest.approx((10 * 0.25 + 0.5 + 0.7) / 12)
     assert (kl.controller.readings, kl.controller.skipped) == (2, 2)  # type: ignore[union-attr]
 

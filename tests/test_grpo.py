@@ -301,7 +301,7 @@ def test_exact_kl_agrees_with_sampled_kl_within_its_error(model_path: str, tmp_p
         inputs = rollout(trainer)
         with torch.no_grad():
             trainer._compute_loss(trainer.model, inputs)
-    trainer.kl.step()
+    trainer.kl.end_step()
     metrics = trainer.kl.metrics("train")
     for name in ("k1", "k3"):
         assert abs(metrics[f"kl/{name}"] - metrics["kl/exact"]) < 4 * metrics[f"kl/{name}_se"]

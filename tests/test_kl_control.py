@@ -1,4 +1,4 @@
-"""KLControl on its own: what it measures, in which unit, and what it hands to the controller."""
+"""KLSession on its own: what it measures, in which unit, and what it hands to the controller."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from support.tiny import Arguments
 
-from trl_klx.trainers.session.session import STATE_FILE, KLControl
+from trl_klx.trainers.session.session import KLSession
 
 # Two prompts, two answers each, of 2, 1, 3 and 2 tokens.
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]])
@@ -17,11 +17,11 @@ K1 = torch.tensor([[0.1, 0.3, 9.0], [0.2, 9.0, 9.0], [0.5, 0.1, 0.0], [0.2, 0.2,
 PER_TOKEN, PER_SEQUENCE = 1.6 / 8, 1.6 / 4
 
 
-def control(**options: object) -> KLControl:
-    return KLControl(Arguments(**{"beta": 0.2, **options}), Accelerator(cpu=True))
+def control(**options: object) -> KLSession:
+    return KLSession(Arguments(**{"beta": 0.2, **options}), Accelerator(cpu=True))
 
 
-def measured(kl: KLControl, mode: str = "train") -> KLControl:
+def measured(kl: KLSession, mode: str = "train") -> KLSession:
     kl.measure(mode, {"k1": K1, "k3": 2 * K1}, MASK, PROMPTS)
     return kl
 
@@ -30,7 +30,7 @@ def measured(kl: KLControl, mode: str = "train") -> KLControl:
 def test_units(mode: str) -> None:
     kl = measured(control(kl_signal="k1"), mode)
     if mode == "train":
-        kl.step()
+        kl.end_step()
     metrics = kl.metrics(mode)
     assert metrics["kl/k1"] == pytest.approx(PER_TOKEN)
     assert metrics["kl/k3"] == metrics["kl"] == pytest.approx(2 * PER_TOKEN)
@@ -44,7 +44,7 @@ def test_the_controller_reads_its_unit_and_the_number_of_sequences(unit: str, re
     options = {"kl_controller": "adaptive", "kl_target": 0.35, "kl_horizon": 100.0, "kl_signal": "k1"}
     kl = control(**options, kl_target_unit=unit)
     kl.start(total_steps=10)
-    step = measured(kl).step()
+    step = measured(kl).end_step()
     assert step["kl/error"] == pytest.approx(reading - 0.35)
     assert step["kl/coef"] == 0.2
     clipped = max(-0.2, min(0.2, reading / 0.35 - 1))
@@ -56,7 +56,7 @@ def test_micro_batches_of_one_step_are_one_reading() -> None:
     for rows in (slice(0, 1), slice(1, 3), slice(3, 4)):  # the answers to a prompt lie in different micro-batches
         split.measure("train", {"k1": K1[rows], "k3": 2 * K1[rows]}, MASK[rows], PROMPTS[rows])
     for kl in (whole, split):
-        kl.step()
+        kl.end_step()
     assert split.metrics("train") == pytest.approx(whole.metrics("train"))
 
 
@@ -72,28 +72,28 @@ def test_state_holds_controller_and_budget(tmp_path: Path) -> None:
     kl = control(**options)
     kl.start(10)
     for _ in range(3):
-        measured(kl).step()
-    kl.save(tmp_path)
+        measured(kl).end_step()
+    state = json.loads(json.dumps(kl.state()))
     again = control(**options)
     again.start(10)
-    again.load(tmp_path, None)
+    again.load(state, tmp_path, None)
     assert again.coef == kl.coef > 0.2
-    assert measured(again).step() == measured(kl).step()
+    assert measured(again).end_step() == measured(kl).end_step()
     assert again.budget.exceeded is kl.budget.exceeded is True
     assert again.budget.kl == kl.budget.kl
-    assert json.loads((tmp_path / STATE_FILE).read_text())["controller"]["kind"] == "pid"
+    assert state["controller"]["kind"] == "pid"
 
 
 def test_another_kind_of_controller_starts_afresh(tmp_path: Path) -> None:
     kl = control(kl_controller="adaptive", kl_target=0.01)
     kl.start(10)
-    measured(kl).step()
-    kl.save(tmp_path)
+    measured(kl).end_step()
+    state = json.loads(json.dumps(kl.state()))
     other = control(kl_controller="pid", kl_target=0.01, beta=0.5)
     other.start(10)
-    other.load(tmp_path, None)
+    other.load(state, tmp_path, None)
     assert other.coef == 0.5
 
 
 def test_without_a_penalty_beta_is_logged_as_zero() -> None:
-    assert measured(control(kl_placement="none")).step()["kl/coef"] == 0.0
+    assert measured(control(kl_placement="none")).end_step()["kl/coef"] == 0.0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trl_klx.trainers.seams import TRL_HAS_PPO
 from trl_klx.trainers.session.groups import group_names
-from trl_klx.trainers.session.session import KLControl
+from trl_klx.trainers.session.session import KLSession
 
 pytestmark = pytest.mark.trl
 
@@ -30,13 +30,13 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(tmp_path_factory.mktemp("model"))
 
 
-def control(groups: tuple[str, ...], **options: object) -> KLControl:
-    kl = KLControl(Arguments(**{**PID, **options}), Accelerator(cpu=True), groups)
+def control(groups: tuple[str, ...], **options: object) -> KLSession:
+    kl = KLSession(Arguments(**{**PID, **options}), Accelerator(cpu=True), groups)
     kl.start(10)
     return kl
 
 
-def grouped(**options: object) -> KLControl:
+def grouped(**options: object) -> KLSession:
     return control(("a", "b"), kl_group_column="task", kl_group_targets={"a": 0.02, "b": 5.0}, **options)
 
 
@@ -46,11 +46,11 @@ def test_each_group_is_what_it_would_be_alone(unit: str) -> None:
     alone = [control((), kl_target=target, kl_target_unit=unit) for target in (0.02, 5.0)]
     for _ in range(3):
         kl.measure("train", {"k3": K3}, MASK, PROMPTS, GROUPS)
-        logged = kl.step()
+        logged = kl.end_step()
         for place, own in enumerate(alone):
             rows = place == GROUPS
             own.measure("train", {"k3": K3[rows]}, MASK[rows], PROMPTS[rows])
-            own.step()
+            own.end_step()
     assert [float(beta) for beta in kl.coef_of(torch.tensor([0, 1]))] == pytest.approx([own.coef for own in alone])
     assert alone[0].coef > 0.1 > alone[1].coef
     assert kl.coef == pytest.approx((alone[0].coef + alone[1].coef) / 2)
@@ -67,7 +67,7 @@ def test_the_whole_is_what_it_is_without_groups() -> None:
     kl, plain = grouped(), control((), kl_target=1.0)
     for each, groups in ((kl, GROUPS), (plain, None)):
         each.measure("train", {"k3": K3}, MASK, PROMPTS, groups)
-        each.step()
+        each.end_step()
     whole = plain.metrics("train")
     assert {name: value for name, value in kl.metrics("train").items() if name in whole} == whole
 
@@ -75,7 +75,7 @@ def test_the_whole_is_what_it_is_without_groups() -> None:
 def test_a_group_without_answers_waits() -> None:
     kl = grouped()
     kl.measure("train", {"k3": K3[:2]}, MASK[:2], PROMPTS[:2], GROUPS[:2])
-    kl.step()
+    kl.end_step()
     assert (kl.controllers["a"].readings, kl.controllers["b"].readings) == (1, 0)
     assert "kl_groups/b/token" not in kl.metrics("train")
 
@@ -83,7 +83,7 @@ def test_a_group_without_answers_waits() -> None:
 def test_with_a_fixed_beta_groups_are_only_logged() -> None:
     kl = control(("a", "b"), kl_group_column="task", kl_controller="fixed", beta=0.3)
     kl.measure("train", {"k3": K3}, MASK, PROMPTS, GROUPS)
-    assert kl.step()["kl_groups/b/coef"] == 0.3
+    assert kl.end_step()["kl_groups/b/coef"] == 0.3
     assert kl.coef_of(GROUPS) == 0.3
     assert kl.metrics("train")["kl_groups/a/sequence"] == pytest.approx(0.3)
 

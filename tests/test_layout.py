@@ -13,7 +13,7 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 # room: what its files may import, of the package and of what weighs something
 _TRAINING = {"torch", "transformers", "trl", "accelerate", "peft", "packaging", "datasets", "deepspeed"}
-_BELOW = {"trainers/errors", "trainers/seams"}  # every room of `trainers` may use them
+_BELOW = {"trainers/errors", "trainers/parts", "trainers/seams"}  # every room of `trainers` may use them
 _PLAIN = {"files", "wording"}  # small modules that know nothing of the rest, for every room but the two lowest
 ALLOWED = {
     "kl": ({"kl"}, {"torch"}),
@@ -26,6 +26,7 @@ ALLOWED = {
     "monitor/health": ({"kl", "monitor"}, {"torch", "transformers"}),
     "monitor/overoptimisation": ({"kl", "monitor"}, {"torch", "transformers", "matplotlib", "numpy", "scipy"}),
     "trainers/errors": (set(), set()),
+    "trainers/parts": (set(), set()),
     "trainers/seams": ({"hub"}, _TRAINING),
     "trainers/checkpoints": ({"hub", "launching", *_BELOW}, _TRAINING),
     "trainers/session": ({"config", "control", "kl", "monitor", "trainers/checkpoints", *_BELOW}, _TRAINING),
@@ -42,7 +43,7 @@ ALLOWED = {
     "trainers/shared": (
         {
             *("config", "monitor/health", "trainers/checkpoints", "trainers/checks", "trainers/reference"),
-            *("trainers/session", *_BELOW),
+            *("hub", "trainers/rewarding", "trainers/session", *_BELOW),
         },
         _TRAINING,
     ),

@@ -23,7 +23,7 @@ from trl_klx.run.check.dry_run import make_plan
 from trl_klx.run.check.page import memory_sentence
 from trl_klx.run.recipe.parse import parse
 from trl_klx.trainers.seams import TRL_VERSION
-from trl_klx.trainers.shared.lifecycle import KLControlledTrainer
+from trl_klx.trainers.shared.lifecycle import Lifecycle
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LAYOUTS = {"qwen2.5-1.5b-lora": ["one_gpu"], "qwen2.5-7b-qlora": ["one_gpu"], "qwen2.5-7b-full": ["zero3", "zero2"]}
@@ -185,7 +185,7 @@ def test_two_steps_on_a_tiny_model(
     replaced = {name: value for name, value in REPLACED.items() if name != "use_vllm" or algorithm == "grpo"}
     changes = [replaced, SMALLER[algorithm], SHORTER[algorithm], EVERY_STEP, {"output_dir": tmp_path / "run"}]
     weights: list[torch.Tensor] = []
-    train = KLControlledTrainer.train
+    train = Lifecycle.train
 
     def watched(self, *args, **kwargs):
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -194,7 +194,7 @@ def test_two_steps_on_a_tiny_model(
         weights[:] = [(p.detach() - old).abs().max() for p, old in zip(parameters, weights, strict=True)]
         return result
 
-    monkeypatch.setattr(KLControlledTrainer, "train", watched, raising=False)
+    monkeypatch.setattr(Lifecycle, "train", watched, raising=False)
     monkeypatch.setattr(rewards, "final_number", varying_reward)
     words = argv(path, places["tiny"], *changes, other=other)
     assert MODULES[algorithm].main(words) == 0

@@ -152,7 +152,7 @@ def test_the_sampled_kl_is_the_exact_one(tmp_path: Path) -> None:
     inputs = rollout(made, prompts=100)
     with torch.no_grad():
         made._compute_loss(made.model, inputs)
-    made.kl.step()
+    made.kl.end_step()
     found = made.kl.metrics("train")
     assert found["kl/exact"] > 0.1
     assert abs(found["kl/k1"] - found["kl/exact"]) < 4 * found["kl/k1_se"]
@@ -377,7 +377,7 @@ def test_the_kl_of_another_temperature_is_corrected(tmp_path: Path) -> None:
     inputs = rollout(made, prompts=100)
     with torch.no_grad():
         made._compute_loss(made.model, inputs)
-    made.kl.step()
+    made.kl.end_step()
     found = made.kl.metrics("train")
     for name in ("k1", "k3"):
         assert abs(found[f"kl/{name}"] - found["kl/exact"]) < 4 * found[f"kl/{name}_se"], name
@@ -444,7 +444,7 @@ def test_a_sampled_kl_is_weighted_off_policy(tmp_path: Path, source: str) -> Non
     moved = scored(made.model, inputs).gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
         made._compute_loss(made.model, {**inputs, source: logps})
-    made.kl.step()
+    made.kl.end_step()
     found = made.kl.metrics("train")
     mask = inputs["completion_mask"].bool()
     ratio = moved - inputs["ref_per_token_logps"]

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from trl_klx.monitor.history import HistoryCallback, read_history
 from trl_klx.trainers.errors import RunError
 from trl_klx.trainers.seams import TRL_HAS_PPO
-from trl_klx.trainers.session.session import KLControl
+from trl_klx.trainers.session.session import KLSession
 
 needs_ppo = pytest.mark.skipif(not TRL_HAS_PPO, reason="TRL removed PPO in 1.13")
 ALL = ["grpo", "dpo", pytest.param("ppo", marks=needs_ppo)]
@@ -45,21 +45,21 @@ def window(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     return (level + noise).flatten(0, 1), mask.flatten(0, 1), numbers
 
 
-def logged_window(kl: KLControl, generator: torch.Generator, iterations: int, parts: int) -> dict[str, float]:
+def logged_window(kl: KLSession, generator: torch.Generator, iterations: int, parts: int) -> dict[str, float]:
     """What is logged of one rollout whose shuffled answers are read in `parts` steps, and that `iterations` times."""
     values, mask, numbers = window(generator)
     for iteration in range(iterations):
         for rows in torch.randperm(len(values), generator=generator).chunk(parts):
             measured = (1 + 0.1 * iteration) * values[rows]
             kl.measure("train", dict.fromkeys(kl.names, measured), mask[rows], numbers[rows])
-            kl.step()
+            kl.end_step()
     return kl.metrics("train")
 
 
 @pytest.mark.situation("reads error bars where one rollout feeds several steps (iterations, shuffled answers)", "right")
 @pytest.mark.parametrize(("iterations", "parts"), [(2, 1), (4, 1), (1, 4), (1, 8)])
 def test_95_percent_intervals_hold_the_truth(iterations: int, parts: int) -> None:
-    kl = KLControl(Arguments(kl_estimator="k1", kl_health=False), Accelerator(cpu=True))
+    kl = KLSession(Arguments(kl_estimator="k1", kl_health=False), Accelerator(cpu=True))
     generator = torch.Generator().manual_seed(0)
     found = [logged_window(kl, generator, iterations, parts) for _ in range(WINDOWS)]
     for name in ("kl", "kl/sequence"):
@@ -144,8 +144,8 @@ def logged(folder: Path, name: str = "kl/coef") -> list[float]:
 def test_a_beta_set_by_a_callback_is_logged(algorithm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = annealed(algorithm, tmp_path, max_steps=3)
     seen: list[float] = []
-    step = trainer._end_kl_step
-    trainer._end_kl_step = lambda: (seen.append(getattr(trainer, NAMES[algorithm])), step())[1]
+    step = trainer._end_step
+    trainer._end_step = lambda: (seen.append(getattr(trainer, NAMES[algorithm])), step())[1]
     with caplog.at_level("WARNING"):
         trainer.train()
     assert seen == pytest.approx([0.2, 0.1, 0.2 / 3]) == logged(tmp_path)
@@ -214,13 +214,13 @@ def test_a_config_changed_too_late(algorithm: str, tmp_path: Path) -> None:
 @pytest.mark.situation("sets beta by a callback on one process of several only", "refused")
 def test_a_beta_of_one_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator(cpu=True)
-    kl = KLControl(Arguments(kl_estimator="k1"), accelerator)
+    kl = KLSession(Arguments(kl_estimator="k1"), accelerator)
     other = lambda rows: torch.cat([rows, torch.cat([rows[:, :-1], rows[:, -1:] / 2], dim=1)])  # noqa: E731
     monkeypatch.setattr(accelerator, "gather", other)
     ones = torch.ones(2, 3)
     kl.measure("train", dict.fromkeys(kl.names, ones), ones, torch.arange(2))
     with pytest.raises(RuntimeError, match=r"beta is 0.05 on one process and 0.1 on another"):
-        kl.step()
+        kl.end_step()
 
 
 # A library that patches TRL, or a subclass, that passes our KL by

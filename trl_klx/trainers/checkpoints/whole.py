@@ -9,9 +9,9 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
@@ -19,13 +19,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...files import whole
 from ..errors import CheckpointError, FolderError, NotSavedError
+from ..parts import Part
+from ..seams import swapped
 from .own_folders import STATE_FILE, discard, is_own, own_checkpoint
 from .run_lock import run_folder
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _HooksBase
-else:
-    _HooksBase = object
 
 logger = get_logger(__name__)
 # Not needed to resume, and not pushed with a checkpoint: a pickle of all arguments, and PEFT's card.
@@ -77,7 +74,7 @@ def missing_file(folder: str | os.PathLike) -> str | None:
     try:
         files = read_state(folder).get("files", [])
     except CheckpointError:
-        return None  # whole, and spoilt afterwards: `KLControl.load` says so
+        return None  # whole, and spoilt afterwards: reading it will say so
     return next((name for name in files if not (folder / name).is_file()), None)
 
 
@@ -151,30 +148,28 @@ def _step(folder: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
-class WholeCheckpoints(_HooksBase):
-    """The hooks of `transformers.Trainer` that write whole checkpoints and resume from them."""
+class Checkpoints(Part):
+    """Writes the checkpoints of a run whole or not at all, and deletes the oldest.
 
-    args: Any
+    Args:
+        trainer: the trainer.
+    """
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', and `resume_from_checkpoint` may be "last"; true means the same, the last whole one.
-
-        Raises:
-            CheckpointError: there is no such checkpoint, or it is not whole or not readable.
-            FolderError: another run holds output_dir, or it cannot be written to.
-            RunError: a checkpoint could not be written, or too many steps in a row were not finite.
-        """
-        with self._own_folder():
-            return super().train(self._agreed_checkpoint(resume_from_checkpoint), *args, **kwargs)
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self._accelerator = trainer, trainer.accelerator
 
     @contextmanager
-    def _own_folder(self) -> Iterator[None]:
-        """While active, the main process holds output_dir for all."""
+    def own_folder(self) -> Iterator[None]:
+        """While active, the main process holds output_dir for all.
+
+        Raises:
+            FolderError: another run holds it, or it cannot be written to.
+        """
         refusals: list[str | None] = [None]
         with ExitStack() as held:
-            if self.accelerator.is_main_process:
+            if self._accelerator.is_main_process:
                 try:
-                    held.enter_context(run_folder(self.args.output_dir))
+                    held.enter_context(run_folder(self._trainer.args.output_dir))
                 except FolderError as error:
                     refusals[0] = str(error)
             broadcast_object_list(refusals)
@@ -182,14 +177,14 @@ class WholeCheckpoints(_HooksBase):
                 raise FolderError(refusals[0])
             yield
 
-    def _agreed_checkpoint(self, wanted: str | bool | None) -> str | None:
-        """What the main process finds, on every process."""
+    def agreed(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint to resume from, as the main process finds it, on every process."""
         if not wanted:
             return None
         found: list[str | None] = [None, None]
-        if self.accelerator.is_main_process:
+        if self._accelerator.is_main_process:
             try:
-                found[0] = resolve_checkpoint(wanted, self.args.output_dir)
+                found[0] = resolve_checkpoint(wanted, self._trainer.args.output_dir)
             except CheckpointError as error:
                 found[1] = str(error)
         broadcast_object_list(found)
@@ -197,91 +192,64 @@ class WholeCheckpoints(_HooksBase):
             raise CheckpointError(found[1])
         return found[0]
 
-    def _checkpoint_state(self) -> dict[str, Any]:
-        """What the state file holds."""
-        return {}
+    def rotating_nothing(self) -> AbstractContextManager[None]:
+        """Rotating is ours: transformers would delete old checkpoints before a new one is whole, and at the end of a
+        run all but the best, also what the budget keeps and what is to be resumed from."""
+        return swapped(self._trainer.args, save_total_limit=None)
 
-    def _load_checkpoint_state(self, state: dict[str, Any]) -> None:
-        """Take what the state file holds; what an older one does not hold starts afresh."""
+    @contextmanager
+    def writing(self, folder: Path) -> Iterator[None]:
+        """While active, transformers writes this checkpoint, in place of an earlier run's or a half-written one.
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        run = Path(self._get_output_dir(trial=trial))
-        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save and (folder.is_symlink() or folder.exists()) and not is_own(folder, run):
+        Raises:
+            NotSavedError: it could not; what was written of it is deleted.
+        """
+        run, should_save = folder.parent, self._trainer.args.should_save
+        if should_save and (folder.is_symlink() or folder.exists()) and not is_own(folder, run):
             raise NotSavedError(
                 f"{folder} is no folder but a link or a file, which a run does not write over: move it out of "
                 f"{run}, and resume from the last checkpoint."
             )
-        with self._failure_named(folder):
-            if self.args.should_save:
-                discard(folder, run)  # of an earlier run, or half-written
-            self.accelerator.wait_for_everyone()
-            with self._rotating_nothing():
-                super()._save_checkpoint(model, trial)
-            self._complete(folder)
-            self._wrote_checkpoint(folder)
-            if self.args.should_save:
-                rotate(run, self.args.save_total_limit, {folder} | self._kept_checkpoints())
-
-    @contextmanager
-    def _rotating_nothing(self) -> Iterator[None]:
-        """Rotating is ours: transformers would delete old checkpoints before a new one is whole, and at the end of a
-        run all but the best, also what the budget keeps and what is to be resumed from."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            yield
-        finally:
-            self.args.save_total_limit = limit
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        with self._rotating_nothing():
-            return super()._finalize_training(*args, **kwargs)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._find_best(checkpoint)
-
-    def _run_of(self, checkpoint: str | os.PathLike) -> Path | None:
-        """output_dir, where the checkpoint lies in it: only then do the names in its files mean folders there."""
-        run = Path(self.args.output_dir)
-        return run if Path(checkpoint).parent.resolve() == run.resolve() else None
-
-    def _find_best(self, checkpoint: str) -> None:
-        """Take the best checkpoint for the folder of its name in output_dir: the path is of where the run once was."""
-        state, run = self.state, self._run_of(checkpoint)
-        if run is None and state.best_metric is not None:
-            logger.warning(f"{checkpoint} is of another run than {self.args.output_dir}: the best is looked for anew.")
-            state.best_metric = state.best_global_step = None
-        name = state.best_model_checkpoint or f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-        best = None if run is None else own_checkpoint(name, run)
-        state.best_model_checkpoint = None if best is None else str(best)
-
-    def _wrote_checkpoint(self, folder: Path) -> None:
-        """Take note of a whole checkpoint."""
-
-    def _kept_checkpoints(self) -> set[Path]:
-        """Which checkpoints rotation must not delete, besides the one just written."""
-        best = self.state.best_model_checkpoint
-        return set() if best is None else {Path(best)}
-
-    def _complete(self, folder: Path) -> None:
-        self.accelerator.wait_for_everyone()  # until all processes have written their files
-        if self.args.should_save:
-            write_state(folder, self._checkpoint_state())
-
-    @contextmanager
-    def _failure_named(self, folder: Path) -> Iterator[None]:
-        try:
+            if should_save:
+                discard(folder, run)
+            self._accelerator.wait_for_everyone()
             yield
         except Exception as error:  # a full disk is an OSError, RuntimeError or SafetensorError, by who writes
-            free = shutil.disk_usage(folder.parent).free / 1e6 if folder.parent.is_dir() else 0.0
-            if self.args.should_save:
-                discard(folder, folder.parent)
-            earlier = whole_checkpoints(folder.parent)[-1:]
+            free = shutil.disk_usage(run).free / 1e6 if run.is_dir() else 0.0
+            if should_save:
+                discard(folder, run)
+            earlier = whole_checkpoints(run)[-1:]
             remedy = f"resume from {earlier[0]}, the last whole one" if earlier else "start again: there is none before"
             reason = " ".join(str(error).split())[:300]
             raise NotSavedError(
                 f"the checkpoint {folder} could not be written ({type(error).__name__}: {reason}; {free:.1f} MB were "
                 f"free): make room, and {remedy}."
             ) from error
+
+    def complete(self, folder: Path, state: dict[str, Any]) -> None:
+        """Make the folder a whole checkpoint, once all processes have written their files."""
+        self._accelerator.wait_for_everyone()
+        if self._trainer.args.should_save:
+            write_state(folder, state)
+
+    def keeps(self) -> set[Path]:
+        best = self._trainer.state.best_model_checkpoint
+        return set() if best is None else {Path(best)}
+
+    def run_of(self, checkpoint: str | os.PathLike) -> Path | None:
+        """output_dir, where the checkpoint lies in it: only then do the names in its files mean folders there."""
+        run = Path(self._trainer.args.output_dir)
+        return run if Path(checkpoint).parent.resolve() == run.resolve() else None
+
+    def load(self, state: dict[str, Any], checkpoint: Path, run: Path | None) -> None:
+        """Take the best checkpoint for the folder of its name in output_dir: the path is of where the run once was."""
+        trainer_state = self._trainer.state
+        if run is None and trainer_state.best_metric is not None:
+            logger.warning(
+                f"{checkpoint} is of another run than {self._trainer.args.output_dir}: the best is looked for anew."
+            )
+            trainer_state.best_metric = trainer_state.best_global_step = None
+        name = trainer_state.best_model_checkpoint or f"{PREFIX_CHECKPOINT_DIR}-{trainer_state.best_global_step}"
+        best = None if run is None else own_checkpoint(name, run)
+        trainer_state.best_model_checkpoint = None if best is None else str(best)

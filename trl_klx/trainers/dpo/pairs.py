@@ -1,8 +1,9 @@
 """What DPO's pairs say about length: does the log-ratio margin follow the difference of the answers' lengths?"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +11,40 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ...monitor.metrics import finite
+from ..parts import Part
+from ..seams import swapped
 from ..session.metrics import PooledSums
+from ..session.prompts import prompt_numbers
 
 _FEWEST_PAIRS = 16  # a correlation of fewer says nothing
 
 
-class PairStatistics:
+class WithPromptNumbers:
+    """A collator of DPO's pairs that adds `kl_prompts`, (2B,): a number per row, equal for rows of one prompt.
+
+    Args:
+        collate: TRL's collator, or the user's.
+    """
+
+    def __init__(self, collate: Callable[[list], dict[str, Any]]) -> None:
+        self._collate = collate
+
+    def __call__(self, rows: list) -> dict[str, Any]:
+        batch = self._collate(rows)
+        return {**batch, "kl_prompts": prompt_numbers(_pair_prompts(batch), batch["input_ids"].device).repeat(2)}
+
+
+def _pair_prompts(inputs: Mapping[str, Tensor]) -> list[list[int]]:
+    """Token ids of each pair's prompt in a DPO batch, or all of the chosen row where text is not the whole prompt."""
+    pairs = len(inputs["input_ids"]) // 2
+    ids, real = inputs["input_ids"][:pairs], inputs["attention_mask"][:pairs].bool()
+    of_prompt = real & (inputs["completion_mask"][:pairs] == 0)
+    whole = ~of_prompt.any(1, keepdim=True) if "pixel_values" not in inputs else torch.ones_like(real[:, :1])
+    known = of_prompt | (real & whole)
+    return [row[kept].tolist() for row, kept in zip(ids, known, strict=True)]
+
+
+class PairStatistics(Part):
     """Log-ratios and lengths of the pairs of training, pooled over micro-batches, steps and processes.
 
     TRL logs means only. The log-ratios of the single pairs are seen where TRL gathers them to take these means, so that
@@ -23,10 +52,12 @@ class PairStatistics:
 
     Args:
         accelerator: TRL gathers by it.
+        is_watched: whether anything is to be recorded.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, *, is_watched: bool) -> None:
+        self._accelerator, self._is_watched = accelerator, is_watched
+        self._is_first = True  # whether no step was taken yet
         self._gathered: list[tuple[Tensor, Tensor]] = []
         names = ("pairs", "chosen", "rejected", "margin", "margin_squared", "difference_squared", "product")
         self._sums = PooledSums(accelerator, (*names, "distance"))
@@ -43,11 +74,8 @@ class PairStatistics:
                 self._gathered.append((tensor, result))
             return result
 
-        self._accelerator.gather = keep
-        try:
+        with swapped(self._accelerator, gather=keep):
             yield
-        finally:
-            del self._accelerator.gather  # the method itself again
 
     def add(self, lengths: Tensor, means: tuple[float, float], beta: float) -> None:
         """Add a micro-batch.
@@ -79,12 +107,21 @@ class PairStatistics:
             distance=distance.sum() / 2,
         )
 
-    def distance(self) -> float:
-        """Mean over answers of |log-ratio| per token, nats, of the pairs so far. Call on every process."""
-        self._pool()
-        return self._kept["distance"] / max(self._kept["pairs"], 1.0)
+    def begin(self) -> None:
+        self._is_first = True
 
-    def metrics(self) -> dict[str, float]:
+    def end_step(self) -> dict[str, float]:
+        """Before the first update, the mean over answers of |log-ratio| per token, in nats."""
+        if not (self._is_first and self._is_watched):
+            return {}
+        self._is_first = False
+        self._pool()
+        return {"log_ratio/start": self._kept["distance"] / max(self._kept["pairs"], 1.0)}
+
+    def log(self, mode: str, found: dict[str, float], evaluation: str | None) -> dict[str, float]:
+        return self._lengths() if mode == "train" and self._is_watched else {}
+
+    def _lengths(self) -> dict[str, float]:
         """Since the last call that gave some: mean lengths, and slope (nats of margin per token) and correlation of the
         margin on the length difference, where they are defined. Call on every process.
         """
@@ -106,13 +143,12 @@ class PairStatistics:
             out["length/margin_correlation"] = covariance / math.sqrt(margin_variance * length_variance)
         return finite(out)
 
-    def state(self) -> dict[str, float]:
-        """What a checkpoint keeps: the pairs that were pooled and not yet logged; the same on every process."""
-        return dict(self._kept)
+    def state(self) -> dict[str, Any]:
+        return {"pairs": dict(self._kept)}  # pooled and not yet logged
 
-    def load(self, state: dict[str, float]) -> None:
-        """Continue from `state`."""
-        self._kept = {name: float(value) for name, value in state.items()}
+    def load(self, state: dict[str, Any], checkpoint: Path, run: Path | None) -> None:
+        self._is_first = False
+        self._kept = {name: float(value) for name, value in state.get("pairs", {}).items()}
 
     def _pool(self) -> None:
         new = self._sums.take()

@@ -4,7 +4,7 @@ Shape legend: B answers, L tokens of prompt and answer, V vocabulary.
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ...kl import kl_estimate, masked_sum
 from ...kl.estimators import SAMPLED_ESTIMATORS
@@ -21,6 +30,19 @@ from ..exact.forward import ExactKLForward
 from ..seams import FUSED_LM_HEAD
 from ..session.metrics import PooledSums
 from ..shared.generation import end_tokens, generating_with
+
+
+class ProbeSteps(TrainerCallback):
+    """Calls `probe` before the first micro-batch of every `every`-th optimizer step, the first included."""
+
+    def __init__(self, probe: Callable[[], None], every: int) -> None:
+        self._probe, self._every = probe, every
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.global_step % self._every == 0:
+            self._probe()
 
 
 @dataclass

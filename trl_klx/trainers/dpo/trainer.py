@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import DPOTrainer
@@ -17,8 +16,6 @@ from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import dpo_trainer
 
-from ...monitor.metrics import finite
-from ...monitor.moments import prompt_moments, prompt_sums, sequence_rows, summarise
 from ..checks.inputs import check_inputs, check_kept, check_lengths
 from ..checks.rows import PAIRS
 from ..checks.start import check_start
@@ -26,21 +23,20 @@ from ..checks.vocabulary import check_pairs, check_vocabularies, known_tokens, t
 from ..exact.forward import ExactKLForward, exact_kl_between, is_fsdp1
 from ..reference.adapters import as_reference, trainable_as_before
 from ..reference.build import reference_is_a_copy
+from ..reference.resumed import ReferenceKeeper, print_of
 from ..seams import check_reference_head, check_trl_version, check_virtual_tokens, swapped
-from ..session.applied import KL_IN_LOSS, KL_ON_DATA, STEP_ENDED, the_only
+from ..session.applied import KL_IN_LOSS, KL_ON_DATA, the_only
 from ..session.coefficient import KLCoefficient
-from ..session.prompts import pair_prompts, prompt_numbers
-from ..session.session import KLControl
-from ..shared.lifecycle import KLControlledTrainer
-from ..shared.step_guard import KL, POLICY, REFERENCE, StepGuard
+from ..shared.lifecycle import Lifecycle
+from ..shared.step_guard import KL, POLICY, REFERENCE
 from .config import KLXDPOConfig
-from .pairs import PairStatistics
-from .probe import KLProbe, distinct_prompts
+from .pairs import PairStatistics, WithPromptNumbers
+from .probe import KLProbe, ProbeSteps, distinct_prompts
 
 check_trl_version()
 
 
-class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
+class KLXDPOTrainer(Lifecycle, DPOTrainer):
     r"""`DPOTrainer` with an exact KL in the loss, a probe of the policy's own KL and controllers: see `KLXDPOConfig`.
 
         loss = DPO's loss + kl_coef * mean over completion tokens of KL(policy(.|s_t) || reference(.|s_t))
@@ -68,8 +64,6 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
 
     _tag_names = ["trl", "dpo", "trl_klx"]
     _name = "KLX-DPO"
-    _takes_ref_model = True
-    _has_reference = True
     args: KLXDPOConfig
     model: PreTrainedModel
     beta = KLCoefficient(may_be_zero=False)
@@ -113,17 +107,19 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         check_kept(train_dataset, self.train_dataset, args.max_length)
         check_lengths(PAIRS, args, train_dataset, eval_dataset, self._tokenizer, self.model.config)
         self.kl_coef = args.kl_coef
-        if args.precompute_ref_log_probs and self.ref_model is None:
-            self._start_print = self._print_of(self.model)
-        self.kl = KLControl(args, self.accelerator)
-        self.guard = StepGuard(self.accelerator)
+        is_used_up = args.precompute_ref_log_probs and self.ref_model is None
+        given = print_of(self.model, self.accelerator) if is_used_up else None
+        self._pairs = PairStatistics(self.accelerator, is_watched=args.kl_health)
+        wanted_kl = ({KL_ON_DATA} if args.kl_on_data else set()) | ({KL_IN_LOSS} if args.kl_in_loss else set())
+        keeper = ReferenceKeeper(self, is_an_argument=True, given=given)
+        self._hold_parts(keeper, wanted=wanted_kl, more=[self._pairs])
         self.kl_term = args.kl_term()
-        self._data_kl: dict[str, Tensor] = {}  # sums per prompt of all processes, since the last log
         self._exact = self._exact_forward() if args.kl_needs_exact else None
-        self._probed_at: int | None = None
-        self._evaluates_splits = False  # one after the other
         self._probe = self._make_probe() if args.kl_probe_steps is not None else None
-        self._pairs = PairStatistics(self.accelerator)
+        if args.kl_probe_steps is not None:
+            self.add_callback(ProbeSteps(lambda: self._run_probe("train"), args.kl_probe_steps))
+        if args.kl_on_data:
+            self.data_collator = WithPromptNumbers(self.data_collator)
         self._watch_health(self.model, gain="log_ratio/margin", entropy="probe/entropy", tokenizer=self._tokenizer)
 
     def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
@@ -162,24 +158,17 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
         )
 
     def _checkpoint_state(self) -> dict[str, Any]:
-        kept = {"num_tokens": int(self._total_train_tokens), "pairs": self._pairs.state()}
-        return {**super()._checkpoint_state(), **kept}
+        return {**super()._checkpoint_state(), "num_tokens": int(self._total_train_tokens)}
 
     def _load_checkpoint_state(self, state: dict[str, Any]) -> None:
-        """Also TRL's count of tokens, which it does not keep, and the pairs that are not yet logged."""
-        super()._load_checkpoint_state(state)
-        self._pairs.load(state.get("pairs", {}))
+        """TRL's count of tokens, which it does not keep."""
         self._total_train_tokens = int(state.get("num_tokens", 0))
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
         watched = self.model.training and self.args.kl_health
         with self._pairs.watching() if watched else nullcontext(), trainable_as_before(self.model):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-        metrics = self._metrics[self._mode]
+        metrics = self.metrics.means[self.mode]
         if not metrics.get("rewards/chosen"):  # it is not TRL's loss: `AppliedKLCheck` says so where a KL was wanted
             return loss
         if watched:
@@ -205,16 +194,16 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
             if self.precompute_ref_logps or self.ref_model is not None:
                 return super()._compute_loss(model, inputs, return_outputs)
             # TRL below 1.16 sees no adapter in a policy that is wrapped, compiled say, and calls a reference of None.
-            inputs = {**inputs, **self._reference_logps(inputs)}
-            with self._trl_takes_ref_logps():
-                return super()._compute_loss(model, inputs, return_outputs)
-        mask = inputs["completion_mask"][:, 1:].bool()
+            with swapped(self, precompute_ref_logps=True):
+                return super()._compute_loss(model, self._with_reference_logps(inputs), return_outputs)
+        inputs = dict(inputs)
+        prompts, mask = inputs.pop("kl_prompts"), inputs["completion_mask"][:, 1:].bool()
         with self._exact.hidden_states(self._reference_model, mask.size(1)) as ref_hidden:
-            inputs = {**inputs, **self._reference_logps(inputs)}
+            inputs = self._with_reference_logps(inputs)
         exact = self._exact.exact_kl(model, ref_hidden[0], mask, with_grad=self.args.kl_in_loss)
-        with exact as exact_kl, self._trl_takes_ref_logps():
+        with exact as exact_kl, swapped(self, precompute_ref_logps=True):
             result = super()._compute_loss(model, inputs, return_outputs)
-        kl_loss = self._kl_loss(the_only(exact_kl, self), mask, prompt_numbers(pair_prompts(inputs), mask.device))
+        kl_loss = self._kl_loss(the_only(exact_kl, self), mask, prompts)
         if not self.args.kl_in_loss:
             return result
         return (result[0] + kl_loss, result[1]) if return_outputs else result + kl_loss
@@ -223,90 +212,49 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
     def _reference_model(self) -> nn.Module:
         return self.model if self.ref_model is None else self.ref_model
 
-    def _reference_logps(self, inputs: dict) -> dict[str, Tensor]:
+    def _with_reference_logps(self, inputs: dict) -> dict:
+        """The inputs as TRL reads them where it is not to run the reference itself (`precompute_ref_logps`)."""
         chosen, rejected = self.compute_ref_log_probs(self._reference_model, inputs)
-        return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-
-    @contextmanager
-    def _trl_takes_ref_logps(self) -> Iterator[None]:
-        """TRL reads the reference's log-probs from the inputs, and does not run it a second time."""
-        with swapped(self, precompute_ref_logps=True):
-            yield
+        return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
     def _kl_loss(self, exact_kl: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:
         """`kl_coef` times the mean of the (2B, L-1) exact KL over the tokens of all processes; logs both,
-        the KL with a standard error that counts `prompts`, the (B,) numbers of the pairs', as independent."""
+        the KL with a standard error that counts `prompts`, (2B,), as independent."""
         # The exact KL reads no log-probs: it takes no importance weight.
-        self.kl.reached.add(KL_ON_DATA)
         per_token = self.kl_term.loss(exact_kl, exact_kl, mask, exact=exact_kl)
         tokens = self.accelerator.reduce(mask.sum(), reduction="sum").clamp(min=1) / self.accelerator.num_processes
         loss = self.kl_coef * per_token.sum() / tokens
-        rows = sequence_rows({"exact": exact_kl}, mask, prompts.repeat(2))
-        rows = torch.cat([rows, loss.detach().to(rows).expand(len(rows), 1)], dim=1)
-        gathered = self.accelerator.gather(rows).cpu()
+        self.kl.measure_data(self.mode, exact_kl, mask, prompts)
         if self.model.training:
             self.guard.watch(KL, exact_kl, mask)
-        sums = prompt_sums(gathered[:, :-1])
-        if sums.isfinite().all():  # one infinite KL would hide all others until the next log
-            earlier = [self._data_kl[self._mode]] if self._mode in self._data_kl else []
-            self._data_kl[self._mode] = prompt_sums(torch.cat([*earlier, sums]))
         if self.args.kl_in_loss:
             self.kl.reached.add(KL_IN_LOSS)
-            self._metrics[self._mode]["kl/loss"].append(gathered[:, -1].mean().item())
+            self.metrics.add(self.mode, "kl/loss", self.accelerator.gather(loss.detach()).mean().item())
         return loss
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        sums = self._data_kl.pop(self._mode, None)
-        if sums is not None:
-            prefix = "" if self._mode == "train" else f"{self._eval_prefix}_"
-            name = "data_exact" if self.kl_term.direction == "reverse" else "data_exact_forward"
-            summary = summarise(prompt_moments(sums), ("exact",))["exact"]
-            numbers = {f"kl/{name}": summary.per_token, f"kl/{name}_se": summary.per_token_se}
-            logs.update({f"{prefix}{key}": value for key, value in finite(numbers).items()})
-        super().log(logs, *args, **kwargs)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._probed_at = None
-        return super().train(*args, **kwargs)
-
-    def _wanted_kl(self) -> set[str]:
-        wanted = {STEP_ENDED} | ({KL_ON_DATA} if self.args.kl_on_data else set())
-        return wanted | ({KL_IN_LOSS} if self.args.kl_in_loss else set())
-
-    def _end_kl_step(self) -> None:
-        if self.args.kl_health and self.state.global_step == 0:
-            self._metrics["train"]["log_ratio/start"].append(self._pairs.distance())
+    def _end_step(self) -> None:
         if self.args.kl_coef_name != "beta" and self.beta != self.args.beta:  # set from outside
-            self._metrics["train"]["beta"].append(self.beta)
-        super()._end_kl_step()
-
-    def _health_metrics(self) -> dict[str, float]:
-        return self._pairs.metrics()
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        step, every = self.state.global_step, self.args.kl_probe_steps
-        if every is not None and step % every == 0 and step != self._probed_at:
-            self._probed_at = step  # once, at the first micro-batch
-            self._run_probe("train")
-        return super().training_step(*args, **kwargs)
+            self.metrics.add("train", "beta", self.beta)
+        super()._end_step()
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        # Trainer comes back here once for each named split, by its name.
-        if self._probe is None or isinstance(eval_dataset, str) or self._evaluates_splits:
+        """As transformers'; the probe comes before, once for all splits together. One split by its name has none."""
+        if self._probe is None or isinstance(eval_dataset, str):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._run_probe("eval")
-        if not isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(datasets, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        of_all: dict[str, float] = {}  # the probe's prompts are those of all splits together
-        self._eval_prefix, self._evaluates_splits = metric_key_prefix, True
-        try:
-            with self._evaluating():
-                self.log(of_all)
-            return {**super().evaluate(eval_dataset, ignore_keys, metric_key_prefix), **of_all}
-        finally:
-            self._evaluates_splits = False
+        with self._evaluating():
+            found = self._measured(metric_key_prefix)
+            self.log(found)
+        of_splits: dict[str, float] = {}
+        for name, dataset in datasets.items():
+            split = name if eval_dataset is None else dataset
+            of_splits |= super().evaluate(split, ignore_keys, f"{metric_key_prefix}_{name}")
+        return of_splits | found
 
     def _run_probe(self, mode: str) -> None:
         """Sample with the policy as it is now, measure the KL there, and leave everything else as it was."""
@@ -321,7 +269,7 @@ class KLXDPOTrainer(KLControlledTrainer, DPOTrainer):
                 values = self._probe.values(self.model, self._reference(), batch)
                 self.kl.measure(mode, values, batch.target_mask, batch.prompts)
             for name, value in self._probe.answer_metrics().items():
-                self._metrics[mode][name].append(value)
+                self.metrics.add(mode, name, value)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

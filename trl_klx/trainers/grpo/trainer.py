@@ -22,16 +22,16 @@ from ..checks.start import check_start
 from ..exact.forward import ExactKLForward, exact_kl_between
 from ..reference.adapters import as_reference
 from ..reference.build import reference_as_given
-from ..rewarding.gold import GOLD, GoldWatch, check_gold_reward
+from ..reference.resumed import ReferenceKeeper
+from ..rewarding.gold import GOLD, check_gold_reward
 from ..seams import check_trl_version, swapped
 from ..session.applied import KL_IN_LOSS, KL_IN_REWARD, KL_MEASURED, check_rollout, not_applied
 from ..session.coefficient import KLCoefficient
 from ..session.groups import group_names
 from ..session.metrics import PooledSums
 from ..session.prompts import RolloutPrompts
-from ..session.session import KLControl
-from ..shared.lifecycle import KLControlledTrainer
-from ..shared.step_guard import KL, POLICY, REFERENCE, REWARDS, StepGuard
+from ..shared.lifecycle import Lifecycle
+from ..shared.step_guard import KL, POLICY, REFERENCE, REWARDS
 from .aggregation import TOKEN_MEANS, mean_as_trl
 from .batch import (
     VISION_INPUTS,
@@ -50,7 +50,7 @@ from .tape import Ask, Scoring, Tape
 check_trl_version()
 
 
-class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
+class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
     """`GRPOTrainer` whose KL to the reference you choose: see `KLXGRPOConfig` and the table in the README.
 
     Takes `GRPOTrainer`'s arguments, with a `KLXGRPOConfig` as `args`. Where the policy is given in memory rather than
@@ -96,9 +96,8 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
         data = train_dataset, eval_dataset, processing_class
         with reference_as_given(args, model, kwargs.get("peft_config")):
             super().__init__(model, reward_funcs, args, *data, *positional, **kwargs)
-        self.kl = KLControl(args, self.accelerator, kl_groups)
+        self._hold_parts(ReferenceKeeper(self, in_policy=args.kl_is_measured), kl_groups, gold_reward_func)
         self._prompts = RolloutPrompts(self.accelerator)
-        self.guard = StepGuard(self.accelerator)
         self.kl_term = args.kl_term()
         self._exact: ExactKLForward | None = None
         if args.kl_needs_exact:
@@ -107,7 +106,6 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
         self._health_sums = PooledSums(self.accelerator, ("seen", "hidden", "answers", "sampler_kl", "sampled"))
         scale = None if self.scale_rewards == "none" else 1.0
         self._watch_health(self.model, gain="reward", entropy="entropy", tokenizer=self._tokenizer, reward_scale=scale)
-        self._watch_gold(gold_reward_func)
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {**super()._checkpoint_state(), "micro_batches": self._step}
@@ -157,11 +155,11 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
         return scoring
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with self._sampling():
+        with self.guard.sampling():
             return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs):
-        self._check_weights()
+        self.guard.check_weights()
         if not self.args.kl_is_measured:
             return super()._generate_and_score_completions(inputs)
         in_reward = self.kl_term.in_reward and self.args.kl_is_penalised
@@ -225,12 +223,12 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: list, *given: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, *given)
-        if self.gold_reward_func is not None and not self.model.training:
+        if self.gold is not None and not self.model.training:
             proxy = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
-            only_gold = {"reward_funcs": [self.gold_reward_func], "reward_processing_classes": [None]}
+            only_gold = {"reward_funcs": [self.gold.reward], "reward_processing_classes": [None]}
             with swapped(self, **only_gold, reward_func_names=[GOLD]):
                 gold = self._rewards_as_given(inputs, prompts, *given)[:, 0]
-            self._measure_gold(prompts, proxy.masked_fill(rewards.isnan().all(1), torch.nan), gold)
+            self.gold.measure(prompts, proxy.masked_fill(rewards.isnan().all(1), torch.nan), gold)
         return rewards
 
     def _compute_loss(self, model, inputs):
@@ -260,7 +258,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
         )
         kl_loss = self._aggregate(self._beta_of(inputs) * per_token_kl, mask, inputs)
         shown = kl_loss.detach() * self._accumulation
-        self._metrics[self._mode]["kl/loss"].append(self.accelerator.gather(shown).mean().item())
+        self.metrics.add(self.mode, "kl/loss", self.accelerator.gather(shown).mean().item())
         return loss + kl_loss
 
     def _beta_of(self, inputs: dict) -> Tensor | float:
@@ -316,9 +314,9 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
             sampled = {name: weighted(token_weights, values) for name, values in sampled.items()}
             if self._is_first_use:
                 scored = scored_by_sampler(inputs, mask)
-                self.kl.weight_mean.add(self._mode, token_weights, scored, inputs["kl_prompts"])
+                self.kl.weight_mean.add(self.mode, token_weights, scored, inputs["kl_prompts"])
         exact = {} if policy.exact is None else {"exact": policy.exact.detach()}
-        self.kl.measure(self._mode, sampled | exact, mask, inputs["kl_prompts"], inputs.get("kl_groups"))
+        self.kl.measure(self.mode, sampled | exact, mask, inputs["kl_prompts"], inputs.get("kl_groups"))
         if self.model.training:
             if self.args.kl_health:
                 self._health_sums.add(**health_sums(logps, inputs, self._tokenizer.pad_token_id))
@@ -326,7 +324,7 @@ class KLXGRPOTrainer(KLControlledTrainer, GoldWatch, CheckedGRPOTrainer):
                 self.guard.watch(what, measured, mask)
         if weights is not None:
             for name, value in self.kl.weight_metrics(weights, mask).items():
-                self._metrics[self._mode][name].append(value)
+                self.metrics.add(self.mode, name, value)
 
     def _health_metrics(self) -> dict[str, float]:
         has_mask = self.mask_truncated_completions or bool(self.tools) or self.rollout_func is not None

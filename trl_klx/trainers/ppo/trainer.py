@@ -24,14 +24,12 @@ from trl.trainer.utils import entropy_from_logits
 from ...kl import importance_weights, kl_credit, kl_estimate, last_token_index, leave_one_out_baseline, masked_sum
 from ...kl.estimators import SAMPLED_ESTIMATORS
 from ..exact.forward import exact_kl_between
+from ..reference.resumed import ReferenceKeeper
 from ..rewarding.functions import RewardFunctions
-from ..rewarding.gold import GoldWatch
 from ..session.applied import KL_IN_LOSS, KL_IN_REWARD
 from ..session.coefficient import KLCoefficient
-from ..session.metrics import Metrics
-from ..session.session import KLControl
-from ..shared.lifecycle import KLControlledTrainer
-from ..shared.step_guard import ADVICE, KL, LOSS, POLICY, REFERENCE, VALUES, StepGuard
+from ..shared.lifecycle import Lifecycle
+from ..shared.step_guard import KL, LOSS, POLICY, REFERENCE, VALUES
 from .config import KLXPPOConfig
 from .loop import PPOLoop
 from .loss import Clipping, generalized_advantages, mean_and_std, next_token_values, policy_loss, value_loss
@@ -42,7 +40,7 @@ from .sampler import PPOSampler
 from .scorer import Scorer
 
 
-class KLXPPOTrainer(KLControlledTrainer, GoldWatch, PPOLoop):
+class KLXPPOTrainer(Lifecycle, PPOLoop):
     r"""`PPOTrainer` whose KL to the reference you choose: see `KLXPPOConfig` and the table in the README.
 
     Maximises E[reward] - kl_coef * KL(policy || reference). With the KL in the reward each token is charged, through
@@ -111,10 +109,10 @@ class KLXPPOTrainer(KLControlledTrainer, GoldWatch, PPOLoop):
         super().__init__(args, made.model, made.reference, made.tokenizer, train_dataset, eval_dataset, **own)
         rewards, self.reward_func_names = made.rewards, made.rewards.names
         rewards.rewards = [self.frozen(r) if isinstance(r, nn.Module) else r for r in rewards.rewards]
-        self.metrics = Metrics(self.accelerator)
-        self._metrics = self.metrics.means
-        self.kl = KLControl(self.args, self.accelerator, made.kl_groups)
-        self.guard = StepGuard(self.accelerator)
+        keeper = ReferenceKeeper(
+            self, is_an_argument=True, in_policy=args.kl_is_measured, adapter=args.ref_adapter_name
+        )
+        self._hold_parts(keeper, made.kl_groups, gold_reward_func)
         self.kl_term = self.args.kl_term()
         like: dict[str, Any] = {"temperature": self.args.temperature, "direction": self.kl_term.direction}
         exact = exact_kl_between(self, self.model.policy, **like) if self.args.kl_needs_exact else None
@@ -122,41 +120,31 @@ class KLXPPOTrainer(KLControlledTrainer, GoldWatch, PPOLoop):
         self.sampler = PPOSampler(self, made.prompts, rewards, rollout_func, self.metrics, self.guard)
         self._clipping = Clipping(args.cliprange, args.cliprange_value)
         self._watch_health(made.model.policy, gain="reward", entropy="policy/entropy_avg", tokenizer=made.tokenizer)
-        self._watch_gold(gold_reward_func)
 
     @property
     def _saved_model(self) -> Any:
         return self._policy  # without the value model beside it
 
-    @property
-    def _reference_adapter(self) -> str | None:
-        return self.args.ref_adapter_name or super()._reference_adapter
-
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One rollout and all its optimizer steps but the last, which transformers' loop clips, takes and logs."""
         self.kl.start(self.state.max_steps)
         model.train()
-        self._check_weights()
+        self.guard.check_weights()
         rollout = self._make_rollout(inputs)
         self._watch(rollout)
-        if self._step_is_finite(model, decisive=ADVICE):
+        if self.guard.skips(model):
+            loss = torch.zeros((), device=self.accelerator.device)
+        else:
             loss, outputs = self._update(model, self._shape(rollout))
             self._record_update(outputs)
-        else:
-            self._judged, loss = True, torch.zeros((), device=self.accelerator.device)
         self.metrics.set("train", "episode", (self.state.global_step + 1) * (self.args.batch_size or 0))
-        self._end_kl_step()
+        self._end_step()
         return loss
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
         """Sample, reward and score an answer to each prompt; there is no loss to report."""
         self._make_rollout(inputs)
         return None, None, None
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        prefix = "" if self.mode == "train" else f"{self._eval_prefix}_"
-        logs.update({f"{prefix}{name}": value for name, value in self.metrics.take(self.mode).items()})
-        super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
     def generate_completions(self, sampling: bool = False) -> None:
@@ -169,7 +157,7 @@ class KLXPPOTrainer(KLControlledTrainer, GoldWatch, PPOLoop):
                     break
 
     def generate(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        with self._sampling():
+        with self.guard.sampling():
             return super().generate(prompt_ids)
 
     def _sum(self, tensor: Tensor) -> Tensor:
@@ -185,10 +173,10 @@ class KLXPPOTrainer(KLControlledTrainer, GoldWatch, PPOLoop):
         with self.without_checkpointing():
             answers = self.sampler.answers(rows)
             rewarded = self.sampler.rewarded(answers, self.kl.group_numbers(rows))
-            if self.gold_reward_func is not None and self.mode == "eval":
-                gold = RewardFunctions([self.gold_reward_func], None, None, self.processing_class)
+            if self.gold is not None and self.mode == "eval":
+                gold = RewardFunctions([self.gold.reward], None, None, self.processing_class)
                 gold_rewards, _ = self.sampler.rewards_of(answers, gold)
-                self._measure_gold(answers.prompts, *self.accelerator.gather((rewarded.scores, gold_rewards[:, 0])))
+                self.gold.measure(answers.prompts, *self.accelerator.gather((rewarded.scores, gold_rewards[:, 0])))
             parts = [rewarded.rows(slice(i, i + size)) for i in range(0, len(rows), size)]
             rollout = Rollout.joined([self.scorer.rollout(self.model, part) for part in parts])
         self._record_kl(rollout)
@@ -276,7 +264,7 @@ class KLXPPOTrainer(KLControlledTrainer, GoldWatch, PPOLoop):
             with nullcontext() if is_last or is_deepspeed else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     output = self._loss(model, experience, part, is_first_use=is_first_use)
-                    loss = self._loss_for_deepspeed(output.loss / tokens)
+                    loss = self.guard.for_deepspeed(output.loss / tokens)
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
             total += loss.detach()
             outputs.append(replace(output, loss=loss.detach()))

@@ -3,19 +3,19 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ...config.choices import unknown
 from ...monitor.overoptimisation.monitor import OveroptimisationMonitor
-from ..checkpoints.resumed_run import ResumedRun
 from ..errors import RunError
+from ..parts import Part
 from ..session.prompts import prompt_numbers
 
 if TYPE_CHECKING:
     from ...config.options import KLArguments
-    from ..session.session import KLControl
 
 GOLD = "gold"  # of the gold reward among the metrics
 METRIC = f"eval_rewards/{GOLD}/mean"
@@ -72,84 +72,68 @@ def check_gold_reward(args: Any, gold_reward_func: Any) -> None:
         )
 
 
-class GoldWatch(ResumedRun):
-    """The hooks of `transformers.Trainer` that follow a gold reward.
+class GoldWatch(Part):
+    """Follows a gold reward: `monitor` says where it is best, and the budget of the KL may come of it.
 
-    Mix in between `KLControlledTrainer`, whose logs of the KL it reads, and the trainer class.
+    Args:
+        trainer: the trainer, with its `kl`.
+        reward: the gold reward, which has passed `check_gold_reward`.
 
-    Attributes:
-        overoptimisation: the monitor of the run; None without a gold reward.
+    Raises:
+        ValueError: it cannot be followed in this trainer's evaluations.
     """
 
-    overoptimisation: OveroptimisationMonitor | None
-    gold_reward_func: Callable[..., Any] | None = None
-    reward_func_names: list[str]
-    kl: "KLControl"
-    _eval_prefix: str
-
-    def _watch_gold(self, gold_reward_func: Callable[..., Any] | None) -> None:
-        """Follow it. Call at the end of `__init__`; the function has passed `check_gold_reward`."""
-        if gold_reward_func is None:
-            return
-        if isinstance(self.eval_dataset, dict):
+    def __init__(self, trainer: Any, reward: Callable[..., Any]) -> None:
+        args, datasets = trainer.args, trainer.eval_dataset
+        if isinstance(datasets, dict):
             raise ValueError(
-                f"eval_dataset holds {len(self.eval_dataset)} datasets and gold_reward_func is followed on one: give "
-                "one dataset."
+                f"eval_dataset holds {len(datasets)} datasets and gold_reward_func is followed on one: give one "
+                "dataset."
             )
-        if GOLD in self.reward_func_names:
+        if GOLD in trainer.reward_func_names:
             raise ValueError(f"a reward function is called {GOLD!r}, as the gold reward is in the logs: rename it.")
         # transformers sets "loss" where nobody chose; the loss of reinforcement learning says nothing about a model.
-        if self.args.metric_for_best_model in (None, "loss"):
-            self.args.metric_for_best_model, self.args.greater_is_better = METRIC, True
-        self.gold_reward_func = gold_reward_func
-        self.overoptimisation = OveroptimisationMonitor(self.args.gold_action)
-        self.add_callback(self.overoptimisation)
+        if args.metric_for_best_model in (None, "loss"):
+            args.metric_for_best_model, args.greater_is_better = METRIC, True
+        self._trainer, self.reward = trainer, reward
+        self.monitor = OveroptimisationMonitor(args.gold_action)
+        trainer.add_callback(self.monitor)
 
-    def _measure_gold(self, prompts: list, proxy: Tensor, gold: Tensor) -> None:
+    def measure(self, prompts: list, proxy: Tensor, gold: Tensor) -> None:
         """Add the answers of an evaluation batch: this process's prompts, and the (B,) rewards of all processes."""
-        if self.overoptimisation is not None:
-            numbers = prompt_numbers(prompts, self.accelerator.device)
-            self.overoptimisation.measure(self.accelerator.gather(numbers), proxy, gold)
+        accelerator = self._trainer.accelerator
+        self.monitor.measure(accelerator.gather(prompt_numbers(prompts, accelerator.device)), proxy, gold)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self.overoptimisation is not None:
-            self.overoptimisation.restart()
-        return super().train(*args, **kwargs)
+    def begin(self) -> None:
+        self.monitor.restart()
 
-    def _knows_its_start(self) -> bool:
-        # A checkpoint of a run without a gold reward holds no evaluation: the curve begins where it is.
-        return super()._knows_its_start() and (self.overoptimisation is None or bool(self.overoptimisation.evaluations))
+    def is_over(self) -> bool:
+        return self.monitor.ends_run
 
-    def _is_over(self) -> bool:
-        return (self.overoptimisation is not None and self.overoptimisation.ends_run) or super()._is_over()
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.overoptimisation is not None and self.overoptimisation.is_measuring:
-            prefix = self._eval_prefix
-            # Evaluation of another dataset, under another name, is no point of the run's curve.
-            kl = logs.get("eval_kl/sequence") if "eval_runtime" in logs else None
-            numbers = self.overoptimisation.end_evaluation(self.state.global_step, kl, logs.get("eval_kl/sequence_se"))
-            if f"rewards/{GOLD}/mean" not in numbers:
-                raise RunError(
-                    f"at step {self.state.global_step} gold_reward_func gave no answer of the evaluation a finite "
-                    "reward: look at what it returns, and resume from the last checkpoint."
-                )
-            self._set_budget()
-            logs.update({f"{prefix}_{name}": value for name, value in numbers.items()})
-        super().log(logs, *args, **kwargs)
+    def log(self, mode: str, found: dict[str, float], evaluation: str | None) -> dict[str, float]:
+        if not self.monitor.is_measuring:
+            return {}
+        # Evaluation of another dataset, under another name, is no point of the run's curve.
+        kl = found.get("kl/sequence") if evaluation == "eval" else None
+        step = self._trainer.state.global_step
+        numbers = self.monitor.end_evaluation(step, kl, found.get("kl/sequence_se"))
+        if f"rewards/{GOLD}/mean" not in numbers:
+            raise RunError(
+                f"at step {step} gold_reward_func gave no answer of the evaluation a finite reward: look at what it "
+                "returns, and resume from the last checkpoint."
+            )
+        self._set_budget()
+        return numbers
 
     def _set_budget(self) -> None:
         """With `kl_budget: auto`, take the safe budget as soon as the evaluations show it, and follow its estimate."""
-        budget = None if self.overoptimisation is None else self.overoptimisation.safe_budget
-        if self.args.kl_budget == "auto" and budget is not None:
-            self.kl.budget.set_limit(budget)
+        if self._trainer.args.kl_budget == "auto" and self.monitor.safe_budget is not None:
+            self._trainer.kl.budget.set_limit(self.monitor.safe_budget)
 
-    def _checkpoint_state(self) -> dict[str, Any]:
-        followed = {} if self.overoptimisation is None else {"overoptimisation": self.overoptimisation.state_dict()}
-        return {**super()._checkpoint_state(), **followed}
+    def state(self) -> dict[str, Any]:
+        return {"overoptimisation": self.monitor.state_dict()}
 
-    def _load_checkpoint_state(self, state: dict[str, Any]) -> None:
-        super()._load_checkpoint_state(state)
-        if self.overoptimisation is not None and "overoptimisation" in state:
-            self.overoptimisation.load_state_dict(state["overoptimisation"])
+    def load(self, state: dict[str, Any], checkpoint: Path, run: Path | None) -> None:
+        if "overoptimisation" in state:
+            self.monitor.load_state_dict(state["overoptimisation"])
             self._set_budget()

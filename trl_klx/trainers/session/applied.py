@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import RunError
 
-# What may be missing, as the KL's code notes it in `KLControl.reached`.
+# What may be missing, as the KL's code notes it in `KLSession.reached`.
 KL_IN_LOSS = "a KL in the loss"
 KL_IN_REWARD = "a KL in the reward"
 KL_MEASURED = "a measured KL"
@@ -33,16 +33,25 @@ _METHODS = (
 _OURS = ("trl_klx", "trl", "transformers")
 
 
+def wanted_kl(args: Any) -> set[str]:
+    """Which parts of the KL every step of GRPO or PPO has to compute, by its config."""
+    wanted = {KL_MEASURED} if args.kl_is_measured else set()
+    if not args.kl_is_penalised:
+        return wanted
+    term = args.kl_term()
+    return wanted | ({KL_IN_LOSS} if term.in_loss else set()) | ({KL_IN_REWARD} if term.in_reward else set())
+
+
 class AppliedKLCheck(TrainerCallback):
     """Ends the run after its first step where a part of the KL was never reached.
 
     Args:
-        trainer: with its `kl`, a `KLControl`.
-        wanted: which of the parts above.
+        trainer: with its `kl`, a `KLSession`.
+        wanted: which of the parts above, besides the step's end.
     """
 
     def __init__(self, trainer: Any, wanted: set[str]) -> None:
-        self._trainer, self._wanted = trainer, wanted
+        self._trainer, self._wanted = trainer, {STEP_ENDED, *wanted}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -35,6 +35,7 @@ class KLBudget:
         self._unconfirmed: tuple[str, bool] | None = None  # written since the last reading; whether for this alone
         self._before_limit: list[tuple[str, float]] = []  # checkpoints and their KL, while there was no limit
         self.superseded: list[str] = []  # written for the budget alone, and no longer the last within it
+        self.wants_checkpoint = False  # of this step
 
     @property
     def kl(self) -> float:
@@ -83,6 +84,15 @@ class KLBudget:
     def ends_run(self) -> bool:
         """Whether training ends here."""
         return self._ends_run and self.exceeded
+
+    def end_step(self) -> None:
+        """Decide whether a checkpoint of this step is wanted, after its reading."""
+        self.wants_checkpoint = self.ends_run or self.checkpoint_is_due()
+
+    def take_superseded(self) -> list[Path]:
+        """The checkpoints written for the budget alone that nothing needs any more, once."""
+        folders, self.superseded = self.superseded, []
+        return [Path(folder) for folder in folders]
 
     def checkpoint_is_due(self) -> bool:
         """Whether the KL has come so much closer to the budget that a checkpoint should be written now."""

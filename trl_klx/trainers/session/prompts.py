@@ -25,16 +25,6 @@ def prompt_numbers(prompts: Sequence[Any], device: torch.device) -> Tensor:
     return torch.tensor([prompt_number(prompt) for prompt in prompts], device=device)
 
 
-def pair_prompts(inputs: Mapping[str, Tensor]) -> list[list[int]]:
-    """Token ids of each pair's prompt in a DPO batch, or all of the chosen row where text is not the whole prompt."""
-    pairs = len(inputs["input_ids"]) // 2
-    ids, real = inputs["input_ids"][:pairs], inputs["attention_mask"][:pairs].bool()
-    of_prompt = real & (inputs["completion_mask"][:pairs] == 0)
-    whole = ~of_prompt.any(1, keepdim=True) if "pixel_values" not in inputs else torch.ones_like(real[:, :1])
-    known = of_prompt | (real & whole)
-    return [row[kept].tolist() for row, kept in zip(ids, known, strict=True)]
-
-
 class RolloutPrompts:
     """Numbers the prompts of GRPO's rollouts.
 

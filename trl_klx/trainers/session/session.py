@@ -1,7 +1,6 @@
 """What all trainers share: measuring the KL, steering beta with it, logging it and saving the controller's state."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from ...control.controllers import KINDS, Controller, make_controller
 from ...kl import effective_sample_size
 from ...monitor.metrics import finite
 from ...monitor.moments import KLSummary, prompt_moments, prompt_sums, sequence_count, sequence_rows, summarise
-from ..checkpoints.whole import STATE_FILE, read_state, unreadable, write_state
+from ..checkpoints.own_folders import STATE_FILE
 from ..errors import RunError
-from .applied import KL_MEASURED
+from ..parts import Part
+from .applied import KL_MEASURED, KL_ON_DATA, STEP_ENDED
 from .budget import KLBudget
 from .coefficient import coefficient
 from .groups import group_numbers
@@ -30,7 +30,7 @@ logger = get_logger(__name__)
 _ALL = ""  # the name of the one group where there are none
 
 
-class KLControl:
+class KLSession(Part):
     """Beta, its controller and the statistics of one run. The same on every process.
 
     One row per sequence is gathered from all processes once per optimizer step and summed in one order, so that beta is
@@ -53,7 +53,8 @@ class KLControl:
         self._window: dict[str, list[Tensor]] = {"train": [], "eval": []}
         self._pools: dict[str, Tensor] = {}  # sums per prompt of all processes, since the last log, by group
         self.weight_mean = PromptMean(accelerator)  # of answers that another policy sampled
-        self.restart()
+        self._data_mean = PromptMean(accelerator)  # the exact KL on DPO's data
+        self.begin()
 
     def start(self, total_steps: int) -> None:
         """Build the controllers, once the length of the run is known: `total_steps`, the optimizer steps of a schedule.
@@ -69,13 +70,13 @@ class KLControl:
             own = settings if name == _ALL else {**settings, "target": self._args.kl_target_of(name)}
             self.controllers[name] = make_controller(self._args.kl_controller, self._coefs[name], **own)
 
-    def restart(self) -> None:
-        """Begin a run: whatever an earlier call of `train` left, learning rate and beta start anew."""
+    def begin(self) -> None:
+        """Begin a run, with the beta of the config, or the one set from outside."""
         self._coefs = dict.fromkeys(self._steered, self._start)
         self.controllers: dict[str, Controller] = {}
         limit = None if isinstance(self._args.kl_budget, str) else self._args.kl_budget  # auto: not known yet
         self.budget = KLBudget(limit, ends_run=self._args.kl_budget_action == "stop")
-        self.reached: set[str] = set()  # what of the KL this run's code has come by: see `kl_applied`
+        self.reached: set[str] = set()  # what of the KL this run's code has computed: see `applied.py`
         self._is_first = True  # whether the next reading is of the policy before its first update
 
     def set_coef(self, value: float) -> None:
@@ -167,12 +168,24 @@ class KLControl:
         group = torch.zeros_like(prompts) if groups is None else groups
         self._window[mode].append(torch.cat([group.to(rows).unsqueeze(1), rows], dim=1))
 
-    def step(self) -> dict[str, float]:
-        """End an optimizer step: gather its KL, move beta. Returns the step's metrics; call on every process.
+    def measure_data(self, mode: str, exact: Tensor, mask: Tensor, prompts: Tensor) -> None:
+        """Add the exact KL of a batch of DPO's data, (B, T), which no controller reads. Call on every process."""
+        self.reached.add(KL_ON_DATA)
+        self._data_mean.add(mode, exact, mask, prompts)
+        self._data_mean.pool(mode)
+
+    def end_step(self) -> dict[str, float]:
+        """Gather the step's KL and move beta. Returns the step's metrics; call on every process.
 
         Without a measurement (DPO measures now and then) only a schedule moves: it counts steps, not readings.
         """
+        self.reached.add(STEP_ENDED)
         self.check_args(self._args)
+        metrics = self._end_step()
+        self.budget.end_step()
+        return metrics
+
+    def _end_step(self) -> dict[str, float]:
         sums = self._gather("train")
         if not sums:
             return self._step_unmeasured()
@@ -221,8 +234,11 @@ class KLControl:
             self._coefs[name] = controller.update(math.nan)  # counts in a schedule; the others skip it
         return metrics
 
+    def log(self, mode: str, found: dict[str, float], evaluation: str | None) -> dict[str, float]:
+        return self.metrics(mode)
+
     def metrics(self, mode: str) -> dict[str, float]:
-        """KL statistics since the last call, pooled over processes, steps and micro-batches; then start afresh.
+        """KL statistics since the last call, pooled over processes, steps and micro-batches.
 
         Errors count prompts as independent: all answers to one prompt since the last call are one.
 
@@ -236,9 +252,10 @@ class KLControl:
             sums, self._pools = self._pools, {}
         else:
             sums = self._gather(mode)
-        weights = named("kl/weight_mean", self.weight_mean.take(mode))
+        data = "kl/data_exact" if self._args.kl_direction == "reverse" else "kl/data_exact_forward"
+        means = named("kl/weight_mean", self.weight_mean.take(mode)) | named(data, self._data_mean.take(mode))
         if not sums:
-            return weights
+            return means
         moments = {name: prompt_moments(part) for name, part in sums.items()}
         summary = summarise(moments[_ALL], self.names)
         headline = self._args.kl_estimator if self._args.kl_estimator in summary else self._args.kl_reading
@@ -254,7 +271,7 @@ class KLControl:
             out[f"{place}/sequences"] = sequence_count(part)
             if group != _ALL:
                 out |= {f"{place}/token": reading.per_token, f"{place}/token_se": reading.per_token_se}
-        return finite(out) | weights
+        return finite(out) | means
 
     def weight_metrics(self, weights: Tensor, mask: Tensor) -> dict[str, float]:
         """`kl/ess` (mean over processes) and `kl/weight_max` (largest anywhere) of untruncated importance weights."""
@@ -280,44 +297,38 @@ class KLControl:
         return {name: prompt_sums(part[:, 1:]) for name, part in {_ALL: rows, **parts}.items() if len(part)}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON-serialisable."""
         states = {name: controller.state_dict() for name, controller in self.controllers.items()}
         kept = {"controller": states.pop(_ALL, None), "groups": states, "budget": self.budget.state()}
         if self._is_set:
             kept["set_coef"] = {"coef": self.coef, "configured": self._configured}
         return kept
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Write the state into a checkpoint folder, whole or not at all."""
-        write_state(folder, self.state())
+    def wrote(self, folder: Path, *, regular: bool) -> None:
+        self.budget.wrote(folder, extra=self.budget.wants_checkpoint and not regular)
 
-    def load(self, folder: str | os.PathLike, run: Path | None) -> None:
-        """Continue from a checkpoint; where its file holds {}, start afresh. Call after `start`.
+    def keeps(self) -> set[Path]:
+        return {Path(self.budget.checkpoint)} if self.budget.checkpoint else set()
 
-        `run` is output_dir where the checkpoint lies in it, else None: a run deletes no folder of another.
+    def is_over(self) -> bool:
+        return self.budget.ends_run
 
-        Raises:
-            CheckpointError: the file is unreadable.
-        """
+    def load(self, state: dict[str, Any], checkpoint: Path, run: Path | None) -> None:
+        """Continue from a checkpoint; where its file holds {}, beta starts from the beginning. Call after `start`."""
         self._is_first = False
-        state = read_state(folder)
         if not state:
-            logger.warning(f"{STATE_FILE} in {folder} is empty: beta starts at {self.coef:g}.")
+            logger.warning(f"{STATE_FILE} in {checkpoint} is empty: beta starts at {self.coef:g}.")
             return
-        try:
-            self.budget.load(state["budget"], run)
-            saved = {_ALL: state["controller"], **state.get("groups", {})}
-            for name, controller in self.controllers.items():
-                self._load_controller(name, controller, saved.get(name))
-            outside = state.get("set_coef")
-            # A beta that the recipe or the user has changed since is the one that is meant.
-            is_meant = not self._is_set and self._args.kl_controller == "fixed"
-            if outside is not None and is_meant and outside["configured"] == self._configured:
-                self.set_coef(outside["coef"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise unreadable(folder, str(error)) from error
+        self.budget.load(state["budget"], run)
+        saved = {_ALL: state["controller"], **state.get("groups", {})}
+        for name, controller in self.controllers.items():
+            self._load_controller(name, controller, saved.get(name))
+        outside = state.get("set_coef")
+        # A beta that the recipe or the user has changed since is the one that is meant.
+        is_meant = not self._is_set and self._args.kl_controller == "fixed"
+        if outside is not None and is_meant and outside["configured"] == self._configured:
+            self.set_coef(outside["coef"])
         if run is not None:
-            self.budget.wrote(Path(folder), extra=False)
+            self.budget.wrote(checkpoint, extra=False)
 
     def _load_controller(self, name: str, controller: Controller, saved: dict[str, Any] | None) -> None:
         """Take what the controller had learnt, and the settings (gains, target, start, length) from today's recipe."""

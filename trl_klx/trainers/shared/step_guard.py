@@ -1,23 +1,18 @@
 """Steps that are not finite: seen on any process, skipped on all, counted, and the run's end when they do not cease."""
 
-import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ..checkpoints.whole import whole_checkpoints
 from ..errors import NonFiniteError
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _HooksBase
-else:
-    _HooksBase = object
+from ..parts import Part
 
 logger = get_logger(__name__)
 
@@ -37,23 +32,36 @@ REWARDS, REFERENCE, POLICY, VALUES, KL, LOSS, GRADIENT = ADVICE
 DECISIVE = (REWARDS, LOSS, GRADIENT)
 
 
-class StepGuard:
-    """Watches the numbers of a step. The verdict is the same on every process.
+class StepGuard(Part):
+    """Watches the numbers of a step, and skips the step where they are not finite. The same on every process.
+
+    A skipped step has no gradients: every optimizer leaves parameters without one as they are, with their moments.
+    Learning rate, schedules of beta and the step's number go on.
+
+    DeepSpeed takes its step within the backward pass and skips for itself what is not finite: whatever else is to be
+    skipped gets such a loss, and the step is counted here.
 
     Args:
-        accelerator: for the one reduction per step.
+        trainer: the trainer.
+        reward_names: of the reward functions, for the message when no answer has a reward.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+    def __init__(self, trainer: Any, reward_names: Collection[str] = ()) -> None:
+        self._trainer, self._accelerator, self._reward_names = trainer, trainer.accelerator, reward_names
         self._bad: dict[str, Tensor] = {}
+        self._is_skipped = False  # whether the step that the loop is about to take was judged already, and skipped
         self.skipped = 0  # steps, so far
         self.in_a_row = 0
 
-    def restart(self, skipped: int = 0) -> None:
-        """Begin a run, or continue one that had skipped so many steps."""
+    def begin(self) -> None:
         self._bad.clear()
-        self.skipped, self.in_a_row = skipped, 0
+        self.skipped = self.in_a_row = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"skipped_steps": self.skipped}
+
+    def load(self, state: dict[str, Any], checkpoint: Path, run: Path | None) -> None:
+        self.skipped = int(state.get("skipped_steps", 0))
 
     def watch(self, what: str, values: Tensor | float, mask: Tensor | None = None) -> None:
         """Note whether `values` are all finite, where `mask` says that they count; `what` is a key of `ADVICE`."""
@@ -62,29 +70,73 @@ class StepGuard:
         bad = ~values.isfinite() if mask is None else ~values.isfinite() & mask.bool()
         self._bad[what] = self._bad.get(what, torch.zeros((), dtype=torch.bool, device=device)) | bad.any()
 
-    def noticed(self, decisive: Collection[str] = DECISIVE) -> Tensor:
-        """Whether this process has noted since the last verdict what that will be about; a bool scalar."""
-        flags = [flag for what, flag in self._bad.items() if what in decisive]
-        return torch.stack(flags).any() if flags else torch.zeros((), dtype=torch.bool, device=self._accelerator.device)
+    def for_deepspeed(self, loss: Tensor) -> Tensor:
+        """DeepSpeed skips a gradient that is not finite: make it one, everywhere, where the step is to be skipped."""
+        if self._accelerator.distributed_type != DistributedType.DEEPSPEED:
+            return loss
+        bad = ~loss.detach().isfinite()
+        for what in set(DECISIVE) & set(self._bad):
+            bad = bad | self._bad[what]
+        return loss * torch.where(bad, torch.nan, 1.0)
 
-    def verdict(self, decisive: Collection[str] = DECISIVE) -> list[str]:
-        """What was not finite on any process since the last verdict, if the step cannot be taken; counts it then.
+    def takes_step(self, model: nn.Module, norm: Any) -> bool:
+        """Judge the step that is about to be taken, whose gradients have this norm. Call on every process."""
+        if self._is_skipped:
+            self._is_skipped = False
+            return False
+        # In fp16 the scaler tries out a scale, skips what overflows, and counts for itself.
+        if norm is not None and self._accelerator.mixed_precision != "fp16":
+            self.watch(GRADIENT, norm.item() if isinstance(norm, Tensor) else norm)
+        if self._drops(model, DECISIVE):
+            return False
+        self.in_a_row = 0
+        return True
 
-        Call on every process. `decisive` is what must be finite.
-        """
+    def skips(self, model: nn.Module) -> bool:
+        """Judge a step by all that was watched, before it has gradients; the loop is then to take it in vain."""
+        self._is_skipped = self._drops(model, ADVICE)
+        return self._is_skipped
+
+    def _drops(self, model: nn.Module, decisive: Collection[str]) -> bool:
+        """Whether something decisive was not finite on any process since the last call; then no gradient is left."""
+        bad = self._verdict(decisive)
+        if bad:
+            self.skipped += 1
+            self.in_a_row += 1
+            self.check_weights()  # no later step could be finite
+            most = self._trainer.args.max_skipped_steps
+            if self.in_a_row > most:
+                self._end_run(bad, f"{self.in_a_row} in a row, beyond max_skipped_steps={most}")
+            model.zero_grad()
+            step = self._trainer.state.global_step + 1
+            logger.warning(f"Step {step} is skipped ({self.in_a_row} in a row); not finite: {', '.join(bad)}.")
+        if self.skipped:
+            self._trainer.metrics.set("train", "skipped_steps", float(self.skipped))
+        return bool(bad)
+
+    def _verdict(self, decisive: Collection[str]) -> list[str]:
+        """All that was not finite, if some of it is decisive."""
         none = torch.zeros((), device=self._accelerator.device)
         flags = torch.stack([self._bad.get(what, none).float() for what in ADVICE])
         self._bad.clear()
         flags = self._accelerator.reduce(flags, reduction="sum")
         bad = [what for what, flag in zip(ADVICE, flags.tolist(), strict=True) if flag > 0]
-        bad = bad if set(bad) & set(decisive) else []
-        self.skipped += bool(bad)
-        self.in_a_row += bool(bad)
-        return bad
+        return bad if set(bad) & set(decisive) else []
 
-    def stepped(self) -> None:
-        """Note that a step is taken."""
-        self.in_a_row = 0
+    def check_weights(self, when: str | None = None) -> None:
+        """End the run where the weights themselves are spoilt; they would spoil checkpoints, too.
+
+        Raises:
+            NonFiniteError: they are. Call on every process.
+        """
+        trainer = self._trainer
+        name = self.bad_weight(self._accelerator.unwrap_model(trainer.model))
+        if name is not None:
+            when = f"at step {trainer.state.global_step + 1}" if when is None else when
+            raise NonFiniteError(
+                f"{when} the weights of the model are not finite (first {name}): "
+                f"{self._where_to_resume()}, with a lower learning_rate or in bf16 or float32."
+            )
 
     def bad_weight(self, model: nn.Module) -> str | None:
         """A parameter that is trained and not finite, on any process; None where all are. Call on every process.
@@ -101,106 +153,19 @@ class StepGuard:
             return None
         return next((weights[i][0] for i in here.nonzero().flatten().tolist()), "one that another process holds")
 
-
-def _local(parameter: Any) -> Tensor:
-    """The part of a parameter that this process holds."""
-    if hasattr(parameter, "ds_tensor"):  # ZeRO-3
-        return parameter.ds_tensor.detach()
-    return parameter.to_local().detach() if hasattr(parameter, "to_local") else parameter.detach()
-
-
-def drop_non_finite(metrics: dict[str, list[float]]) -> None:
-    """Take NaN and infinity out of collected metrics, and with them the names that have nothing else."""
-    for name in list(metrics):
-        kept = [value for value in metrics[name] if math.isfinite(value)]
-        if kept:
-            metrics[name] = kept
-        else:
-            del metrics[name]
-
-
-class GuardedSteps(_HooksBase):
-    """The hooks of `transformers.Trainer` that skip an optimizer step which is not finite.
-
-    A skipped step has no gradients: every optimizer leaves parameters without one as they are, with their moments.
-    Learning rate, schedules of beta and the step's number go on. The trainer sets `self.guard`.
-
-    DeepSpeed takes its step within the backward pass and skips for itself what is not finite: whatever else is to be
-    skipped gets such a loss, and the step is counted here.
-    """
-
-    guard: StepGuard
-    args: Any
-    reward_func_names: list[str]  # as TRL's GRPO has them
-    _judged = False  # whether the step that the loop is about to take was skipped already
-
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(model, *args, **kwargs)
-        if not self.model.training:  # type: ignore[union-attr]
-            return result
-        if isinstance(result, tuple):
-            return self._loss_for_deepspeed(result[0]), *result[1:]
-        return self._loss_for_deepspeed(result)
-
-    def _loss_for_deepspeed(self, loss: Tensor) -> Tensor:
-        """DeepSpeed skips a gradient that is not finite: make it one, everywhere, where the step is to be skipped."""
-        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
-            return loss
-        return loss * torch.where(self.guard.noticed() | ~loss.detach().isfinite(), torch.nan, 1.0)
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Of the step that is about to be taken; None where it is skipped."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        if self._judged:
-            self._judged = False
-            return None
-        # In fp16 the scaler tries out a scale, skips what overflows, and counts for itself.
-        if norm is not None and self.accelerator.mixed_precision != "fp16":
-            self.guard.watch(GRADIENT, norm.item() if isinstance(norm, Tensor) else norm)
-        if not self._step_is_finite(model):
-            return None
-        self.guard.stepped()
-        return norm
-
-    def _step_is_finite(self, model: Any, decisive: Collection[str] = DECISIVE) -> bool:
-        """Judge the step; if it is not finite, drop its gradients. Call on every process."""
-        bad = self.guard.verdict(decisive)
-        if bad:
-            self._check_weights()  # no later step could be finite
-            if self.guard.in_a_row > self.args.max_skipped_steps:
-                self._end_run(
-                    bad, f"{self.guard.in_a_row} in a row, beyond max_skipped_steps={self.args.max_skipped_steps}"
-                )
-            model.zero_grad()
-            step, row = self.state.global_step + 1, self.guard.in_a_row
-            logger.warning(f"Step {step} is skipped ({row} in a row); not finite: {', '.join(bad)}.")
-        if self.guard.skipped:
-            self._metrics["train"]["skipped_steps"] = [float(self.guard.skipped)]  # type: ignore[attr-defined]
-        return not bad
-
-    def _check_weights(self, when: str | None = None) -> None:
-        """End the run where the weights themselves are spoilt; they would spoil checkpoints, too."""
-        name = self.guard.bad_weight(self.accelerator.unwrap_model(self.model))
-        if name is not None:
-            when = f"at step {self.state.global_step + 1}" if when is None else when
-            raise NonFiniteError(
-                f"{when} the weights of the model are not finite (first {name}): "
-                f"{self._where_to_resume()}, with a lower learning_rate or in bf16 or float32."
-            )
-
     def _end_run(self, bad: list[str], why: str) -> None:
-        detail = f" (of {', '.join(map(repr, self.reward_func_names))})" if bad[0] == REWARDS else ""
+        detail = f" (of {', '.join(map(repr, self._reward_names))})" if bad[0] == REWARDS else ""
         raise NonFiniteError(
-            f"not finite at step {self.state.global_step + 1}: {', '.join(bad)}{detail} ({why}); {ADVICE[bad[0]]}, and "
-            f"{self._where_to_resume()}."
+            f"not finite at step {self._trainer.state.global_step + 1}: {', '.join(bad)}{detail} ({why}); "
+            f"{ADVICE[bad[0]]}, and {self._where_to_resume()}."
         )
 
     def _where_to_resume(self) -> str:
-        last = whole_checkpoints(self.args.output_dir)[-1:]
+        last = whole_checkpoints(self._trainer.args.output_dir)[-1:]
         return f"resume from {last[0]}" if last else "start again, for there is no checkpoint"
 
     @contextmanager
-    def _sampling(self) -> Iterator[None]:
+    def sampling(self) -> Iterator[None]:
         """Name the policy's logits where `generate` cannot sample from them."""
         try:
             yield
@@ -208,6 +173,13 @@ class GuardedSteps(_HooksBase):
             if "probability tensor contains" not in str(error):
                 raise
             raise NonFiniteError(
-                f"at step {self.state.global_step + 1} the policy's logits are not finite, so that no answer can be "
-                f"sampled: {self._where_to_resume()}, with a lower learning_rate or in bf16 or float32."
+                f"at step {self._trainer.state.global_step + 1} the policy's logits are not finite, so that no answer "
+                f"can be sampled: {self._where_to_resume()}, with a lower learning_rate or in bf16 or float32."
             ) from error
+
+
+def _local(parameter: Any) -> Tensor:
+    """The part of a parameter that this process holds."""
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3
+        return parameter.ds_tensor.detach()
+    return parameter.to_local().detach() if hasattr(parameter, "to_local") else parameter.detach()

@@ -1,12 +1,13 @@
 # %% [markdown]
-# # What moves beta: the controllers on a policy that is only an equation
+# # What moves beta: controllers on a policy that is only an equation
 #
-# A controller reads the KL and answers with the beta to use next. Here it controls a plant in place of a policy: the KL
-# that beta allows, approached with a lag, and read with noise. Halfway the reward pulls twice as hard. One second:
+# A controller reads the KL and returns the beta to use next. Here an equation stands in for the policy: the KL nears
+# the level that beta allows, with a lag, and is read with noise. Halfway through, the reward pulls twice as hard. It
+# takes a second:
 #
 #     python examples/controllers_on_a_plant.py
 #
-# `scripts/benchmark_controllers.py` does this on hundreds of plants, and docs/controllers.md has its figures.
+# `scripts/benchmark_controllers.py` does this on hundreds of such equations, and docs/controllers.md has its figures.
 
 # %%
 import random
@@ -14,7 +15,7 @@ import random
 from trl_klx.control import Controller, make_controller
 
 UPDATES, TARGET, START = 400, 0.4, 0.05  # nats per sequence; beta starts at a tenth of what is needed
-LAG = 0.05  # the share of the way that the KL goes in one update
+LAG = 0.05  # how much of the remaining distance the KL covers in one update
 
 CONTROLLERS = {
     "fixed": make_controller("fixed", START),

@@ -2,12 +2,12 @@
 # # Which KL estimator? Every answer of a tiny policy, enumerated
 #
 # A policy over five tokens that writes three of them has 125 answers, so every expectation is a finite sum. This prints
-# what each estimator's value is off by and how noisy it is, then the same for the gradient of each placement, near the
-# reference and far from it. No training, no sampling, two seconds:
+# the bias and the noise of each estimator's value, then the same for the gradient of each placement, near the reference
+# and far from it. No training, no sampling, two seconds:
 #
 #     python examples/estimators_by_enumeration.py
 #
-# Opens as a notebook in Jupyter (with jupytext) and in VS Code.
+# It opens as a notebook in Jupyter (with jupytext) and in VS Code.
 
 # %%
 import itertools

@@ -6,7 +6,7 @@
 #
 #     python examples/grpo_in_python.py
 #
-# `recipes/starter/grpo_exact_both_pid.yaml` is the same thing as a recipe, with enough steps to reach its target.
+# `recipes/starter/grpo_exact_both_pid.yaml` is the same as a recipe, with enough steps to reach its target.
 
 # %%
 from datasets import load_dataset
@@ -15,7 +15,7 @@ from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
 from trl_klx.rewards import exact_match
 from trl_klx.tasks.starter import make_starter
 
-starter = make_starter("runs/starter")  # a folder that holds one is left as it is
+starter = make_starter("runs/starter")  # an existing starter is kept
 data = load_dataset(starter.data_dir)
 
 # %% [markdown]

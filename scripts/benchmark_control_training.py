@@ -12,7 +12,7 @@ repeated while its line is there: an interrupted benchmark continues. Delete the
 
 The shares *within 25 %* are of logged batches (5 steps each), whose KL is noisy. A run has *settled* at the first step
 from which on the mean KL of the last 25 steps stays within 25 % of the target for `--window` steps. *Overshoot* is the
-largest of these means over the target, less 1, from the first one at or above the target on.
+largest of these means divided by the target, minus 1, from the first one at or above the target on.
 """
 
 import argparse

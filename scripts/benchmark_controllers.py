@@ -2,9 +2,9 @@
 
 python scripts/benchmark_controllers.py --output controllers.json
 
-Plants, courses and figures are those of `trl_klx/control/plants.py`. All controllers are at their default settings
-where the name gives none, and meet the same plants and noise. `trl-klx controllers` compares settings with them;
-here are, besides, a PID with constant gains and ours without each of its parts.
+Plants, courses and figures are those of `trl_klx/control/plants.py`. All controllers have default
+settings where their name gives none, and meet the same plants and noise. `trl-klx controllers` compares settings on
+them; this script adds a PID with constant gains, and ours without each of its parts.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""What an exact KL costs: extra peak memory and time, forward and backward, by route, vocabulary and tokens.
+"""Measures what an exact KL costs: extra peak memory and time, forward and backward, by route, vocabulary and tokens.
 
 python scripts/benchmark_exact_kl.py --tokens 256 1024 --vocabularies 32000 49152 128000 152000
 
 Every route goes from the hidden states of policy and reference, (N, H), and two output heads, (V, H), to the gradients
 of the policy's hidden states and head. `dense` projects both and calls `exact_kl`; `logits` projects the policy's and
-gives them to `chunked_exact_kl_from_logits`, as a trainer does that has them anyway; `chunked` is `chunked_exact_kl`;
+gives them to `chunked_exact_kl_from_logits`, as a trainer does that has them already; `chunked` is `chunked_exact_kl`;
 `trl` is TRL's own `ChunkedDivergenceFunction` where it is installed.
 
-Peak memory is what a route takes on top of inputs and returned gradients. On a CPU it is the peak resident size of a
-fresh process for each case, less that of a process that makes only inputs and gradients; on CUDA it is the allocator's
+Peak memory is what a route takes beyond inputs and returned gradients. On a CPU it is the peak resident size of a
+fresh process for each case, minus that of a process that makes only inputs and gradients; on CUDA it is the allocator's
 peak. Time is the median of interleaved repeats in one process.
 """
 

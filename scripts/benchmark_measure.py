@@ -1,16 +1,16 @@
-"""What measuring costs over running two models, whether it computes the same, and how much memory it takes.
+"""Compares measuring with running two models: time, memory, and whether both compute the same.
 
 python scripts/benchmark_measure.py --reference runs/sums/model --policy runs/smollm2-135m/dpo_exact_loss/checkpoint-36
 python scripts/benchmark_measure.py --memory --vocabulary 152000 --tokens 4096
 
 `plain` is the forward of both models on the same padded batch, with the logits of all positions and nothing else.
 `first` measures one policy: both models' hidden states, the reference's written and read, all statistics, the rows
-written. `next` is a further policy against the same reference, whose hidden states are there: its plain form is the
-forward of that one model. They take turns; a ratio is taken within a round. Then every number is compared with plain
-logits.
+written. `next` is a further policy against the same reference, whose hidden states are stored: its plain form is
+the forward of that one model. They take turns; a ratio is taken within a round. Then every number is compared with
+plain logits.
 
-`--memory` makes a head of that vocabulary (hidden size 896, random weights) and prints the peak over what the process
-held before, for one response of so many tokens.
+`--memory` makes a head of that vocabulary (hidden size 896, random weights) and prints the peak above what the process
+held before, for one response of that many tokens.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a KL costs a GRPO step: stock `GRPOTrainer` (k3 in its loss) against `KLXGRPOTrainer`, in time and peak memory.
+"""Measures what a KL costs a GRPO step, in time and memory: stock `GRPOTrainer` (k3 loss) against `KLXGRPOTrainer`.
 
 trl-klx starter --output_dir runs/starter
 python scripts/benchmark_overhead.py --model runs/starter/model
@@ -7,9 +7,9 @@ python scripts/benchmark_overhead.py --model runs/sums/model --prompt "Write a s
 
 `--model` is any causal language model that `from_pretrained` loads; recipes/smollm2-135m/prepare.py fetches a real one.
 
-All trainers share policy, reference and optimizer in one process and take turns; a ratio compares with stock in that
+All trainers share policy, reference and optimizer in one process and take turns; a ratio is taken to stock within a
 round. `step` is loss, backward, clipping and optimizer on one fixed rollout, the same answers for all; `whole` samples,
-scores and rewards a rollout first. Memory is the peak over a step, in a process of its own, on top of what it held
+scores and rewards a rollout first. Memory is the peak during a step, in a process of its own, above what it held
 before.
 """
 

@@ -1,4 +1,4 @@
-"""What checkpoints predict, token by token, for `accelerate launch`.
+"""Compares checkpoints with a reference on given responses, token by token, for `accelerate launch`.
 
 accelerate launch --num_cpu_threads_per_process 1 --config_file recipes/accelerate/cpu.yaml scripts/measure_kl.py \
     --reference runs/starter/model --policies 'runs/grpo_exact_both_pid/checkpoint-*' --data responses.jsonl

@@ -1,4 +1,4 @@
-"""How often the over-optimisation monitor is wrong, on simulated runs whose truth is known.
+"""Counts how often the over-optimisation monitor is wrong, on simulated runs whose truth is known.
 
 python scripts/simulate_overoptimisation.py --runs 2000
 

@@ -171,7 +171,7 @@ def requirement_known(command: str) -> None:
         assert own[1] in extras if own else any(pin.startswith(f"{requirement}==") for pin in locked)
 
 
-def tests_exist(command: str) -> None:
+def named_tests_exist(command: str) -> None:
     """Its files are there, and pytest or tests/conftest.py knows its options."""
     for word in words(command)[1][3:]:
         known = word == "-x" or (ROOT / word).is_file() or word in (ROOT / "tests" / "conftest.py").read_text()
@@ -204,7 +204,7 @@ RULES = [
     Rule(r"trl-klx .*", parsed, "takes minutes or a model to fetch; the command's own tests run it in small"),
     Rule(r"python recipes/[\w.-]+/prepare\.py", parsed, "fetches a model; tests/test_stories.py, tests/test_sums.py"),
     Rule(r"(OMP_NUM_THREADS=1 )?python scripts/\w+\.py.*", parsed, "minutes to hours; tests/test_benchmarks.py"),
-    Rule(r"python -m pytest .*", tests_exist, "is what runs this test"),
+    Rule(r"python -m pytest .*", named_tests_exist, "is what runs this test"),
     Rule(r"make [\w-]+", make_dry_run, "these are what CI runs, or make an environment"),
     Rule(r"bash \.ci/run", shell_parsed, "is what runs this test"),
     Rule(r"pip install .*", requirement_known, "needs a network"),

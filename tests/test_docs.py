@@ -157,3 +157,19 @@ def test_tests_named_in_the_ppo_page_exist() -> None:
 
 def test_ci_calls_the_readmes_test_command() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_what_moved_is_where_the_changelog_says() -> None:
+    """The right column of the table: its modules and functions can be imported, its files exist."""
+    table = (ROOT / "CHANGELOG.md").read_text().split("### What moved")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| `")]
+    now = " ".join(row[1] for row in rows)
+    names, paths = (
+        re.findall(r"`(trl_klx\.[\w.]+)`", now),
+        re.findall(r"`(?:python )?((?:recipes|scripts)/[\w./-]+)", now),
+    )
+    assert len(names) > 6 and len(paths) > 4
+    for name in names:
+        pkgutil.resolve_name(name)
+    for path in paths:
+        assert (ROOT / path).exists(), path

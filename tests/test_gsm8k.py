@@ -67,7 +67,7 @@ def test_final_number(completion: object, answer: str, reward: float) -> None:
 
 
 def test_what_the_dataset_must_hold() -> None:
-    with pytest.raises(ValueError, match="is no number"):
+    with pytest.raises(ValueError, match="is not a number"):
         final_number(["p"], ["1"], answer=["none"])
     with pytest.raises(ValueError, match="zip"):
         final_number(["p"], ["1"], answer=[])

@@ -77,7 +77,7 @@ def test_the_last_number_is_compared_as_a_number(completion: str, answer: str, r
 
 
 def test_an_expected_answer_without_a_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="column 'answer' holds 'twelve', which is no number"):
+    with pytest.raises(ValueError, match="column 'answer' holds 'twelve', which is not a number"):
         final_number(["?"], ["12"], answer=["twelve"])
 
 

@@ -1,4 +1,4 @@
-"""Reward functions for the examples, in the form that TRL's trainers call them."""
+"""Reward functions in the form that TRL's trainers call: prompts, completions and dataset columns by name."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ def exact_match(
 ) -> list[float]:
     """Reward 1.0 for a completion that is the expected answer and 0.0 for any other.
 
-    White space around the completion is ignored; the answer is compared as it stands. Pass the function to
-    `GRPOTrainer(reward_funcs=exact_match)`: TRL hands over every dataset column by its name.
+    White space around the completion is ignored; the answer is compared as it stands.
 
     Args:
-        prompts: the B prompts. TRL passes them to every reward function; this one does not read them.
-        completions: the B completions, each a string or, for conversational data, a list of messages
-            `{"role": ..., "content": ...}` whose last message is compared.
+        prompts: the B prompts, not read.
+        completions: the B completions, each a string or a list of messages whose last is compared.
         answer: the dataset column `answer`, B strings.
         **kwargs: the other columns and what else TRL passes, not read.
 
@@ -29,26 +27,26 @@ def exact_match(
         B floats, each 0.0 or 1.0.
 
     Raises:
-        TypeError: if an answer is not a string.
-        ValueError: if `completions` and `answer` differ in length.
+        TypeError: an answer is not a string.
+        ValueError: `completions` and `answer` differ in length.
 
     Example:
         >>> exact_match(["53331=", "201="], ["13335", "021"], answer=["13335", "012"])
         [1.0, 0.0]
     """
-    return [_score(completion, expected) for completion, expected in zip(completions, answer, strict=True)]
+    for expected in answer:
+        # A number would never equal the text, and a reward that is always 0.0 looks like a model that does not learn.
+        if not isinstance(expected, str):
+            raise TypeError(
+                f"exact_match: the dataset column 'answer' holds {expected!r} of type {type(expected).__name__}: "
+                "store the answers as strings"
+            )
+    return [float(_text(c).strip() == expected) for c, expected in zip(completions, answer, strict=True)]
 
 
-def _score(completion: Completion, expected: str) -> float:
-    # A number would never equal the text, and a reward that is always 0.0 looks like a model that does not learn.
-    if not isinstance(expected, str):
-        raise TypeError(
-            f"exact_match: the dataset column 'answer' holds {expected!r} of type {type(expected).__name__}: "
-            "store the answers as strings"
-        )
-    # A message that only calls a tool has the content None.
-    text = completion if isinstance(completion, str) else completion[-1]["content"] or ""
-    return float(text.strip() == expected)
+def _text(completion: Completion) -> str:
+    """What a completion says; a message that only calls a tool has the content None."""
+    return completion if isinstance(completion, str) else completion[-1]["content"] or ""
 
 
 # A minus belongs to a number unless it follows one, or a word: "10-12" is a range.
@@ -75,7 +73,7 @@ def final_number(
         B floats, each 0.0 or 1.0.
 
     Raises:
-        ValueError: an expected answer is no number, or `completions` and `answer` differ in length.
+        ValueError: an expected answer is not a number, or `completions` and `answer` differ in length.
 
     Example:
         >>> final_number(["", ""], [r"So \boxed{1,234}.", "7 or 8"], answer=["1234", "7"])
@@ -85,9 +83,8 @@ def final_number(
     for completion, expected in zip(completions, answer, strict=True):
         wanted = _last_number(expected)
         if wanted is None:
-            raise ValueError(f"final_number: the dataset column 'answer' holds {expected!r}, which is no number.")
-        text = completion if isinstance(completion, str) else completion[-1]["content"] or ""
-        rewards.append(float(_final_number(text) == wanted))
+            raise ValueError(f"final_number: the dataset column 'answer' holds {expected!r}, which is not a number.")
+        rewards.append(float(_final_number(_text(completion)) == wanted))
     return rewards
 
 

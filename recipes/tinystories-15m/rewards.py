@@ -47,13 +47,13 @@ def cheerful_story(completions: Sequence[str], corpus: Sequence[str], **kwargs: 
 
 
 class StoryJudge:
-    r"""Judges a text by three measures between 0 and 1, none of which can make up for another: their product.
+    r"""Judges a text by the product of three measures between 0 and 1, so that none can make up for another.
 
     - cheer: the share of good in its sentiment. With g and b the sums of the good and the bad valences (1 to 5) of its
       *distinct* words in AFINN-165, (g + 2) / (g + b + 4); a word said twice counts once, a text without sentiment 0.5.
     - fluency: min(1, exp(l - l_typical)), where l is the mean log-probability of a word given the two before it, under
-      a trigram model of the corpus, and l_typical the same of stories that the model has not read. 1 for whatever
-      reads as smoothly as a typical story; smoother is no better.
+      a trigram model of the corpus, and l_typical the same of stories that the model has not read. It is
+      1 for a text that reads as smoothly as a typical story, and no more for a smoother one.
     - variety: the share of distinct pairs among its pairs of neighbouring words (Li et al., 2016, distinct-2).
 
     Source of AFINN: Nielsen, "A new ANEW: evaluation of a word list for sentiment analysis in microblogs" (2011).

@@ -173,9 +173,9 @@ def requirement_known(command: str) -> None:
 
 def named_tests_exist(command: str) -> None:
     """Its files are there, and pytest or tests/conftest.py knows its options."""
+    own = (ROOT / "tests" / "conftest.py").read_text()
     for word in words(command)[1][3:]:
-        known = word == "-x" or (ROOT / word).is_file() or word in (ROOT / "tests" / "conftest.py").read_text()
-        assert known, word
+        assert word in ("-x", "--markers") or (ROOT / word).is_file() or word in own, word
 
 
 def not_run(command: str) -> None:
@@ -191,7 +191,7 @@ class Rule(NamedTuple):
 
 
 RULES = [
-    Rule(r"trl-klx (starter|starter --output_dir runs/starter|\w+ --help)", as_it_is),
+    Rule(r"trl-klx (starter|starter --output_dir runs/starter|(\w+ )?--help)", as_it_is),
     Rule(r"trl-klx (explain .*|grpo .* --dry_run)", looked_at),
     Rule(r"trl-klx measure --reference runs/sft .*", as_it_is),
     Rule(r"python (tests/test_oracle|examples/\w+)\.py", as_it_is),
@@ -205,7 +205,7 @@ RULES = [
     Rule(r"python recipes/[\w.-]+/prepare\.py", parsed, "fetches a model; tests/test_stories.py, tests/test_sums.py"),
     Rule(r"(OMP_NUM_THREADS=1 )?python scripts/\w+\.py.*", parsed, "minutes to hours; tests/test_benchmarks.py"),
     Rule(r"python -m pytest .*", named_tests_exist, "is what runs this test"),
-    Rule(r"make [\w-]+", make_dry_run, "these are what CI runs, or make an environment"),
+    Rule(r"make [\w-]+( [A-Z]+=\d+)?", make_dry_run, "these are what CI runs, or make an environment"),
     Rule(r"bash \.ci/run", shell_parsed, "is what runs this test"),
     Rule(r"pip install .*", requirement_known, "needs a network"),
     Rule(r"apt install chromium", not_run, "needs a network and root"),

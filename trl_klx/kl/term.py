@@ -12,7 +12,7 @@ from .gradients import Gradient, credit_in_use, expected_gradient
 from .importance import WeightMode, bounded_weights, importance_weights
 from .loss import kl_loss, value_with_slope
 from .masking import fill_masked
-from .reward import kl_credit
+from .reward import Credit, kl_credit
 
 EstimatorOrExact = Literal["k1", "k2", "k3", "exact"]
 Placement = Literal["none", "loss", "reward", "both"]
@@ -108,9 +108,10 @@ class KLTerm:
         return torch.where(mask.bool(), per_token, 0.0)
 
     @property
-    def credit_kind(self) -> str:
+    def credit_kind(self) -> Credit:
         """What the reward charges a token for, `reward_credit` or "future" where the loss has the token's own KL."""
-        return credit_in_use(self.estimator, self.placement, self.reward_credit, self.weighted)
+        used = credit_in_use(self.estimator, self.placement, self.reward_credit, self.weighted)
+        return "future" if used == "future" else self.reward_credit
 
     def penalty(self, logps: Tensor, ref_logps: Tensor, mask: Tensor, *, exact: Tensor | None = None) -> Tensor:
         """(B, T) KL of each token as a penalty in the reward: nats, without gradient, 0 on masked positions."""
@@ -123,4 +124,4 @@ class KLTerm:
     def credit(self, logps: Tensor, ref_logps: Tensor, mask: Tensor, *, exact: Tensor | None = None) -> Tensor:
         """(B, T) nats that each token is charged for in the reward; subtract `beta` times it from the advantage."""
         penalty = self.penalty(logps, ref_logps, mask, exact=exact)
-        return kl_credit(penalty, mask, credit=self.credit_kind)  # type: ignore[arg-type]
+        return kl_credit(penalty, mask, credit=self.credit_kind)

@@ -129,7 +129,7 @@ def _samples(here: World, term: KLTerm, *, on_policy: bool, baseline: bool = Tru
     if term.in_reward:
         exact = exact_kl(sampler[here.states], ref_logits, term.direction)
         penalty = term.penalty(sampler_logps, ref_logps, mask, exact=exact)
-        credit = kl_credit(penalty, mask, credit=term.credit_kind)  # type: ignore[arg-type]
+        credit = kl_credit(penalty, mask, credit=term.credit_kind)
         if baseline:
             credit = credit - (here.probs(sampler)[:, None] * credit).sum(0)
         ratio = importance_weights(logps, sampler_logps, mask, level="token")

@@ -100,7 +100,7 @@ def _too_long(kind: RowKind, args: Any, length: int, limit: int) -> str:
 
 def _chat_arguments(args: Any) -> dict[str, Any]:
     given = getattr(args, "chat_template_kwargs", None)
-    return given if isinstance(given, Mapping) else {}  # type: ignore[return-value]
+    return dict(given) if isinstance(given, Mapping) else {}
 
 
 def _sides(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -23,9 +23,9 @@ class TokenError(RunError, ValueError):
     """The tokens of a prompt or an answer cannot be read by the model; the message says why, and what to do."""
 
 
-def vocabulary_size(model: nn.Module) -> int:
+def vocabulary_size(model: Any) -> int:
     """Entries of a model's embedding, as its config declares them (sharded weights do not tell)."""
-    return int(model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+    return int(model.config.get_text_config().vocab_size)
 
 
 def check_tokens(rows: Iterable[Sequence[int]], vocabulary: int, what: str) -> None:
@@ -103,7 +103,7 @@ def check_vocabularies(policy: nn.Module, other: nn.Module, name: str, *, tokens
         )
 
 
-def check_value_vocabulary(policy: nn.Module, value_model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_value_vocabulary(policy: Any, value_model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a value model that reads the policy's tokens as others.
 
     A larger embedding is that of one vocabulary with rows for more tokens, where the tokenizer at the model's path
@@ -113,7 +113,7 @@ def check_value_vocabulary(policy: nn.Module, value_model: nn.Module, tokenizer:
         ValueError: with the difference.
     """
     check_vocabularies(policy, value_model, "value model")
-    path, own_path = (get_config_model_id(model.config) for model in (value_model, policy))  # type: ignore[arg-type]
+    path, own_path = (get_config_model_id(model.config) for model in (value_model, policy))
     theirs = saved_tokenizer(path) if path and path != own_path else None
     size, own = vocabulary_size(value_model), vocabulary_size(policy)
     if theirs is None and size != own:

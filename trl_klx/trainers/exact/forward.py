@@ -142,7 +142,8 @@ class ExactKLForward:
             ValueError: it is not.
         """
         policy, training, call = self._policy, self._policy.training, _Call(self._policy)
-        ids = torch.arange(4, device=policy.get_input_embeddings().weight.device).unsqueeze(0)  # type: ignore[arg-type]
+        embedding: Any = policy.get_input_embeddings()
+        ids = torch.arange(4, device=embedding.weight.device).unsqueeze(0)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         policy.eval()
         try:
@@ -310,7 +311,7 @@ def _scattered(kl_N: Tensor, mask: Tensor) -> Tensor:
 
 
 @functools.cache
-def _output_class(base: type) -> type:
+def _output_class(base: type) -> Any:
     return dataclasses.make_dataclass(
         f"{base.__name__}WithExactKL", [("exact_kl", Tensor | None, dataclasses.field(default=None))], bases=(base,)
     )

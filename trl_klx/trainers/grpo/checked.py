@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from ..checks.inputs import check_inputs, check_lengths
 from ..checks.rows import PROMPTS, check_prompts
 from ..checks.vocabulary import check_tokens, known_tokens
-from ..rewarding.calls import checked
+from ..rewarding.calls import checked_for_trl
 from ..rewarding.functions import distinct_names, finite_rewards
 from ..rewarding.models import loaded_rewards, loading_of, model_rewards, with_padding_of_its_own
 from ..seams import ONE_END_TOKEN, swapped
@@ -43,6 +44,8 @@ class CheckedGRPOTrainer(GRPOTrainer):
         ValueError: a dataset or a reward function cannot be used.
     """
 
+    model: PreTrainedModel
+    reward_funcs: list[Any]
     _notes = _RolloutNotes()  # of the rollout that runs
 
     def __init__(
@@ -70,7 +73,7 @@ class CheckedGRPOTrainer(GRPOTrainer):
                 own = self.reward_processing_classes[index]
                 self.reward_processing_classes[index] = with_padding_of_its_own(reward, own)
         self.reward_func_names = distinct_names(self.reward_func_names, self.reward_funcs)
-        check_lengths(PROMPTS, args, train_dataset, eval_dataset, self._tokenizer, self.model.config)  # type: ignore[union-attr]
+        check_lengths(PROMPTS, args, train_dataset, eval_dataset, self._tokenizer, self.model.config)
         self.sampling = Sampling(self, may_change=args.kl_is_measured)
         self.eos_token_ids = self.sampling.ends  # what TRL 1.16 reads
 
@@ -90,7 +93,7 @@ class CheckedGRPOTrainer(GRPOTrainer):
 
     @property
     def _mode(self) -> str:
-        return "train" if self.model.training else "eval"  # type: ignore[union-attr]
+        return "train" if self.model.training else "eval"
 
     @property
     def _ends_are_miscounted(self) -> bool:
@@ -149,7 +152,7 @@ class CheckedGRPOTrainer(GRPOTrainer):
         functions = [
             functools.partial(self._model_rewards, reward, tokenizer)
             if isinstance(reward, nn.Module)
-            else checked(reward, name, can_wait=self._has_async_funcs)  # type: ignore[arg-type]
+            else checked_for_trl(name, reward, can_wait=self._has_async_funcs)
             for reward, tokenizer, name in scored_by
         ]
         with swapped(self, reward_funcs=functions):
@@ -158,5 +161,5 @@ class CheckedGRPOTrainer(GRPOTrainer):
     def _model_rewards(
         self, model: nn.Module, tokenizer: Any, prompts: list, completions: list, **_: Any
     ) -> list[float]:
-        device, kwargs = self.accelerator.device, self.chat_template_kwargs
-        return model_rewards(model, tokenizer, prompts, completions, kwargs, device).tolist()  # type: ignore[arg-type]
+        kwargs: Any = self.chat_template_kwargs
+        return model_rewards(model, tokenizer, prompts, completions, kwargs, self.accelerator.device).tolist()

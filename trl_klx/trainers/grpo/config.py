@@ -51,6 +51,10 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
     def kl_coef_name(self) -> str:
         return "beta"
 
+    @property
+    def micro_batches_per_rollout(self) -> int:
+        return self.steps_per_generation or 1
+
     def choices(self) -> Choices:
         return {**super().choices(), **_CHOICES}
 

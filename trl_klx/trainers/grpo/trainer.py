@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from trl.models.utils import disable_gradient_checkpointing
 
 from ...kl import importance_weights, kl_estimate, leave_one_out_baseline
@@ -69,7 +68,6 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
     _tag_names = ["trl", "grpo", "trl_klx"]
     _name = "KLX-GRPO"
     args: KLXGRPOConfig
-    model: PreTrainedModel
     beta = KLCoefficient()
     _tape: Tape | None = None  # of the call of TRL's code that runs
 
@@ -192,7 +190,8 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
     @property
     def _group_size(self) -> int:
         """Answers per prompt."""
-        return self.num_generations if self.model.training else self.num_generations_eval  # type: ignore[return-value]
+        answers = self.num_generations if self.model.training else self.num_generations_eval
+        return answers or 1
 
     @torch.no_grad()
     def _credit(self, batch: dict, policy: Scoring | None) -> Tensor:
@@ -298,7 +297,7 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
     @property
     def _is_first_use(self) -> bool:
         """Whether the policy has not been trained on the answers of this micro-batch (`num_iterations`)."""
-        earlier_uses = self._step // self.args.steps_per_generation % self.num_iterations  # type: ignore[operator]
+        earlier_uses = self._step // self.args.micro_batches_per_rollout % self.num_iterations
         return not self.model.training or earlier_uses == 0
 
     def _measure(
@@ -337,6 +336,6 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         if kind in TOKEN_MEANS:
             # num_items_in_batch counts the tokens of the generation batch, on all processes.
             tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-            share = accumulation / self.args.steps_per_generation if self.model.training else 1.0  # type: ignore[operator]
+            share = accumulation / self.args.micro_batches_per_rollout if self.model.training else 1.0
             return per_token.sum() / (tokens * share)
         return mean_as_trl(per_token, mask, kind, self.max_completion_length) / accumulation  # type: ignore[arg-type]

@@ -50,32 +50,31 @@ def _is_a_way_there(file: str) -> bool:
     return "importlib" in file or Path(file).parts[-3:] in _CALLERS
 
 
-def checked(reward: Callable, name: str, *, can_wait: bool) -> Callable:
-    """A reward function that raises nothing but `RewardError`, and returns floats only.
+def checked(name: str, reward: Callable) -> Callable[..., Any]:
+    """A reward function that raises nothing but `RewardError`, and returns floats or an awaitable of them."""
 
-    Args:
-        reward: the user's function.
-        name: of the function, for the sentence.
-        can_wait: whether the trainer awaits coroutine functions; otherwise what they return is awaited here.
-    """
-    if can_wait and _is_async(reward):
-
-        async def wait(**given: Any) -> list[float]:
-            try:
-                values = await reward(**given)
-            except (Exception, SystemExit) as error:
-                raise failed(name, error, given) from error
-            return reward_values(name, values, len(given["prompts"]))
-
-        return wait
-
-    def call(**given: Any) -> list[float]:
+    def call(**given: Any) -> Any:
         values = called(name, reward, given)
         if inspect.isawaitable(values):
-            (values,) = run_together([named(name, values, given)])
+            return _awaited(name, values, given)
         return reward_values(name, values, len(given["prompts"]))
 
     return call
+
+
+def checked_for_trl(name: str, reward: Callable, *, can_wait: bool) -> Callable[..., Any]:
+    """The same, as TRL calls it: a coroutine function where it awaits those (`can_wait`), else one that waits here."""
+    call = checked(name, reward)
+
+    async def wait(**given: Any) -> list[float]:
+        return await call(**given)
+
+    def wait_here(**given: Any) -> list[float]:
+        values = call(**given)
+        return run_together([values])[0] if inspect.isawaitable(values) else values
+
+    is_async = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
+    return wait if can_wait and is_async else wait_here
 
 
 def called(name: str, reward: Callable, given: Mapping[str, Any]) -> Any:
@@ -86,12 +85,12 @@ def called(name: str, reward: Callable, given: Mapping[str, Any]) -> Any:
         raise failed(name, error, given) from error
 
 
-async def named(name: str, awaitable: Any, given: Mapping[str, Any]) -> Any:
-    """Await what a reward function returned. Raises `RewardError` from whatever it raises."""
+async def _awaited(name: str, values: Any, given: Mapping[str, Any]) -> list[float]:
     try:
-        return await awaitable
+        found = await values
     except (Exception, SystemExit) as error:
         raise failed(name, error, given) from error
+    return reward_values(name, found, len(given["prompts"]))
 
 
 def run_together(coroutines: list) -> list:
@@ -142,7 +141,3 @@ def _number(name: str, value: Any, row: int, wanted: str) -> float:
         raise RewardError(
             f"the reward function {name!r} returned {repr(value)[:100]} for answer {row}, which is no number: {wanted}."
         ) from error
-
-
-def _is_async(reward: Any) -> bool:
-    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
-from .calls import called, named, reward_values, run_together
+from .calls import checked, run_together
 from .models import model_rewards, with_padding_of_its_own
 
 RewardFunction = Callable[..., Any]
@@ -62,22 +62,18 @@ class RewardFunctions:
     ) -> Tensor:
         """(B, F) rewards; NaN where a function returned None: it does not apply to that answer."""
         given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        out = torch.full((len(prompts), len(self.rewards)), torch.nan, device=device)
-        found: dict[int, Any] = {}
-        pending: dict[int, Any] = {}
-        for index, reward in enumerate(self.rewards):
+        found: list[Any] = []
+        for name, reward, tokenizer in zip(self.names, self.rewards, self._tokenizers, strict=True):
             if isinstance(reward, nn.Module):
                 kwargs = self._chat_template_kwargs
-                out[:, index] = model_rewards(reward, self._tokenizers[index], prompts, completions, kwargs, device)
-                continue
-            values = called(self.names[index], reward, given)
-            if inspect.isawaitable(values):
-                pending[index] = named(self.names[index], values, given)
+                found.append(model_rewards(reward, tokenizer, prompts, completions, kwargs, device))
             else:
-                found[index] = values
-        found |= dict(zip(pending, run_together(list(pending.values())), strict=True))
-        for index, values in found.items():
-            out[:, index] = out.new_tensor(reward_values(self.names[index], values, len(prompts)))
+                found.append(checked(name, reward)(**given))
+        pending = [index for index, values in enumerate(found) if inspect.isawaitable(values)]
+        for index, values in zip(pending, run_together([found[index] for index in pending]), strict=True):
+            found[index] = values
+        columns_of = [torch.as_tensor(values, dtype=torch.float32, device=device) for values in found]
+        out = torch.stack(columns_of, dim=1)
         unscored = out.isnan().all(1)
         if unscored.any():
             row = int(unscored.nonzero()[0])
@@ -116,9 +112,8 @@ def distinct_names(names: Sequence[str], rewards: Sequence[Any]) -> list[str]:
 
 
 def _name(reward: Any) -> str:
-    if isinstance(reward, nn.Module):
-        return get_config_model_id(reward.config).split("/")[-1]  # type: ignore[arg-type]
-    return get_callable_name(reward)
+    is_model = isinstance(reward, nn.Module)
+    return get_config_model_id(reward.config).split("/")[-1] if is_model else get_callable_name(reward)
 
 
 def _tokenizer(model: Any, own: Any, policy_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -72,17 +72,17 @@ def check_reward_model(model: nn.Module) -> None:
     Raises:
         ValueError: with what it is.
     """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not type(inner).__module__.startswith("transformers."):
         return
     name = type(inner).__name__
     if "SequenceClassification" not in name:
         raise ValueError(f"the reward model is a {name}, which gives no number per answer: {_ONE}.")
-    if inner.config.num_labels != 1:  # type: ignore[union-attr]
-        raise ValueError(f"the reward model {name} has {inner.config.num_labels} outputs: {_ONE}.")  # type: ignore[union-attr]
+    if inner.config.num_labels != 1:
+        raise ValueError(f"the reward model {name} has {inner.config.num_labels} outputs: {_ONE}.")
 
 
-def with_padding_of_its_own(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def with_padding_of_its_own(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer with a padding token that the model knows; by it the model finds an answer's last token.
 
     Raises:
@@ -90,12 +90,12 @@ def with_padding_of_its_own(model: nn.Module, tokenizer: PreTrainedTokenizerBase
     """
     if not has_tokens(tokenizer):
         raise ValueError(
-            f"the reward model {get_config_model_id(model.config)} comes without a tokenizer, so that it could read no "  # type: ignore[arg-type]
+            f"the reward model {get_config_model_id(model.config)} comes without a tokenizer, so that it could read no "
             "answer: save its tokenizer beside it, or give the model among reward_funcs and the tokenizer among "
             "reward_processing_classes."
         )
     tokenizer = with_known_padding(tokenizer, vocabulary_size(model), "the reward model")
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # type: ignore[operator, union-attr]
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return tokenizer
 
 

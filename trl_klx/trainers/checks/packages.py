@@ -38,18 +38,14 @@ _LIGER = Package("liger-kernel", ("liger_kernel",))
 _VLLM = Package("'trl_klx[vllm]'", ("vllm",), "vLLM")
 _TRACKERS = {
     "azure_ml": Package("azureml-sdk", ("azureml",)),
-    "clearml": Package("clearml", ("clearml",)),
-    "codecarbon": Package("codecarbon", ("codecarbon",)),
     "comet_ml": Package("comet-ml", ("comet_ml",)),
-    "dagshub": Package("dagshub", ("dagshub",)),
-    "dvclive": Package("dvclive", ("dvclive",)),
     "flyte": Package("flytekit", ("flytekit",)),
-    "mlflow": Package("mlflow", ("mlflow",)),
-    "neptune": Package("neptune", ("neptune",)),
-    "swanlab": Package("swanlab", ("swanlab",)),
     "tensorboard": Package("tensorboard", ("tensorboard", "tensorboardX")),
     "trackio": Package("'trl_klx[trackio]'", ("trackio",)),
-    "wandb": Package("wandb", ("wandb",)),
+    **{
+        name: Package(name, (name,))
+        for name in ("clearml", "codecarbon", "dagshub", "dvclive", "mlflow", "neptune", "swanlab", "wandb")
+    },
 }
 # By what the name of the optimizer matches; the first that does.
 _OPTIMIZERS = {

@@ -12,30 +12,16 @@ from transformers import GenerationConfig
 # Settings of `generate` and of vLLM that change the distribution of the next token, with the values that do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_k": (0, -1, None),
-    "top_p": (1, None),
-    "min_p": (0, None),
-    "top_h": (None,),
-    "typical_p": (1, None),
-    "epsilon_cutoff": (0, None),
-    "eta_cutoff": (0, None),
-    "repetition_penalty": (1, None),
-    "encoder_repetition_penalty": (1, None),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "no_repeat_ngram_size": (0, None),
-    "encoder_no_repeat_ngram_size": (0, None),
-    "min_length": (0, None),
-    "min_new_tokens": (0, None),
-    "min_tokens": (0,),
-    "guidance_scale": (1, None),
     **dict.fromkeys(
-        ("bad_words_ids", "bad_words", "sequence_bias", "logit_bias", "suppress_tokens", "begin_suppress_tokens"),
-        (None, [], {}),
+        ("top_p", "typical_p", "repetition_penalty", "encoder_repetition_penalty", "guidance_scale"), (1, None)
     ),
-    **dict.fromkeys(
-        ("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "watermarking_config"),
-        (None,),
-    ),
+    **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "min_length", "min_new_tokens"), (0, None)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0, None)),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_tokens"), (0,)),
+    **dict.fromkeys(("bad_words_ids", "bad_words", "sequence_bias", "logit_bias"), (None, [], {})),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), (None, [], {})),
+    **dict.fromkeys(("top_h", "forced_bos_token_id", "forced_eos_token_id"), (None,)),
+    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config"), (None,)),
     **dict.fromkeys(("allowed_token_ids", "structured_outputs"), (None,)),
 }
 # Settings under which answers are no samples of the policy, or that TRL cannot read, with the values that are harmless.

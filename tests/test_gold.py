@@ -107,7 +107,7 @@ def test_a_run_is_followed_over_its_turn(
     assert len(messages) == 1
     assert f"at step {PEAK + 1}" in messages[0]
     assert f"at step {PEAK} (KL" in messages[0]
-    assert "training goes on" in messages[0]
+    assert "training continues" in messages[0]
     assert "no checkpoint of the best was written" in messages[0]
     assert not any("gold" in name for entry in trainer.state.log_history if "loss" in entry for name in entry)
     with (tmp_path / TABLE).open() as file:

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class HistoryCallback(TrainerCallback):
-    """Appends each log entry to `<output_dir>/metrics.jsonl`, from the main process; a fresh run starts it afresh."""
+    """Appends each log entry to `<output_dir>/metrics.jsonl`, from the main process; a new run starts a new file."""
 
     _end: dict | None = None  # the last entry of a run that had ended, until it trains on
 
@@ -24,12 +24,11 @@ class HistoryCallback(TrainerCallback):
             return
         path = Path(args.output_dir or ".") / HISTORY_FILE
         # On resume, drop what an interrupted run logged past its last checkpoint: those steps are run again. So is the
-        # end of a run that goes on after all.
+        # end of a run that continues after all.
         known = [e for e in read_history(path) if state.global_step > 0 and e.get("step", 0) <= state.global_step]
         kept = [entry for entry in known if "train_runtime" not in entry]
         self._end = known[-1] if known and known[-1] not in kept and known[-1]["step"] == state.global_step else None
-        with whole(path) as partial:
-            partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        write_entries(path, kept)
 
     def on_log(
         self,
@@ -43,12 +42,26 @@ class HistoryCallback(TrainerCallback):
             entry = {"step": state.global_step, **logs}
             if self._end is not None and self._end["step"] == state.global_step and "train_runtime" in logs:
                 entry = self._end  # nothing was trained since: its time and loss are the run's
-            path = Path(args.output_dir or ".") / HISTORY_FILE
-            try:
-                with path.open("a") as file:
-                    file.write(json.dumps(entry, default=str) + "\n")
-            except OSError as error:  # a full disk is no reason to lose the step; the next checkpoint says so
-                logger.warning("step %d is missing in %s (%s)", state.global_step, path, error)
+            append_entries(Path(args.output_dir or ".") / HISTORY_FILE, [entry])
+
+
+def write_entries(path: Path, entries: list[dict]) -> None:
+    """Write a file of entries, one JSON line each."""
+    with whole(path) as partial:
+        partial.write_text(_lines(entries))
+
+
+def append_entries(path: Path, entries: list[dict]) -> None:
+    """Add entries, which have a `step`, to such a file; where it cannot be written, warn."""
+    try:
+        with path.open("a") as file:
+            file.write(_lines(entries))
+    except OSError as error:  # a full disk is no reason to lose the step; the next checkpoint says so
+        logger.warning("step %d is missing in %s (%s)", entries[-1]["step"], path, error)
+
+
+def _lines(entries: list[dict]) -> str:
+    return "".join(json.dumps(entry, default=str) + "\n" for entry in entries)
 
 
 def read_history(path: Path) -> list[dict]:

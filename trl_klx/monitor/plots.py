@@ -1,6 +1,7 @@
 """The two pictures of a run: what reward was bought at which KL, and how the KL was held."""
 
 import math
+from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -47,13 +48,11 @@ def plot_run(
         reading: the estimator that the target is about, for the unit "token".
         coef_name: what the trainer's config calls the weight of the KL.
     """
-    train = [entry for entry in history if is_number(entry.get("kl/sequence"))]
+    train = _with(history, "kl/sequence")
     if not train:
         return []
-    gain = _MARGIN if any(is_number(entry.get(_MARGIN.metric)) for entry in train) else _REWARD
-    written = []
-    if any(is_number(entry.get(gain.metric)) for entry in train):
-        written.append(_reward_vs_kl(history, folder / REWARD_VS_KL, gain))
+    gain = _MARGIN if _with(train, _MARGIN.metric) else _REWARD
+    written = [_reward_vs_kl(history, folder / REWARD_VS_KL, gain)] if _with(train, gain.metric) else []
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(6, 5), sharex=True, layout="constrained", height_ratios=(2, 1))
     name = "kl/sequence" if target_unit == "sequence" else f"kl/{reading}"
     _draw_kl(upper, history, name, gain.source)
@@ -65,37 +64,36 @@ def plot_run(
     return [*written, _save(figure, folder / KL_CONTROL)]
 
 
-def _draw_group(upper: plt.Axes, lower: plt.Axes, history: list[dict], group: str, unit: str, color: str) -> None:
-    """A group's KL with its target, and its own beta where it has one."""
-    name = f"kl_groups/{group}"
-    train = [entry for entry in history if is_number(entry.get(f"{name}/{unit}"))]
-    upper.plot(_column(train, "step"), _column(train, f"{name}/{unit}"), color=color, linewidth=1, label=group)
-    upper.plot(_column(train, "step"), _column(train, f"{name}/target"), "--", color=color, linewidth=1)
-    upper.legend(fontsize="small")
-    lower.plot(_column(train, "step"), _column(train, f"{name}/coef"), color=color, linewidth=1)
+def _with(entries: list[dict], *names: str) -> list[dict]:
+    """The entries that have all of these numbers."""
+    return [entry for entry in entries if all(is_number(entry.get(name)) for name in names)]
 
 
 def _column(entries: list[dict], name: str) -> list[float]:
     return [entry[name] if is_number(entry.get(name)) else math.nan for entry in entries]
 
 
+def _root(entries: list[dict], name: str) -> list[float]:
+    return [math.sqrt(max(kl, 0.0)) for kl in _column(entries, name)]
+
+
+def _held_out_sets(history: list[dict], *metrics: str) -> Iterator[tuple[str, list[dict], str, str]]:
+    """(prefix, entries, colour, label) of each evaluation set that has the first metric, and entries with all."""
+    prefixes = evaluated_sets([{n: v for n, v in e.items() if is_number(v)} for e in history], metrics[0])
+    for prefix, color in zip(prefixes, cycle(_SET_COLORS), strict=False):
+        entries = _with(history, *(f"{prefix}{metric}" for metric in metrics))
+        if entries:
+            yield prefix, entries, color, f"held out: {set_name(prefix)}" if set_name(prefix) else "held out"
+
+
 def _reward_vs_kl(history: list[dict], path: Path, gain: _Gain) -> Path:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    train = [entry for entry in history if is_number(entry.get("kl/sequence"))]
-    points = axes.scatter(
-        [math.sqrt(max(kl, 0.0)) for kl in _column(train, "kl/sequence")],
-        _column(train, gain.metric),
-        c=_column(train, "step"),
-        s=16,
-        cmap="viridis",
-        label=gain.source,
-    )
-    for prefix, color, label in _held_out_sets(history, "kl/sequence"):
-        names = (f"{prefix}kl/sequence", f"{prefix}{gain.metric}")
-        held_out = [entry for entry in history if all(is_number(entry.get(name)) for name in names)]
-        kl = [math.sqrt(max(value, 0.0)) for value in _column(held_out, f"{prefix}kl/sequence")]
-        if held_out:
-            axes.plot(kl, _column(held_out, f"{prefix}{gain.metric}"), "o-", color=color, markersize=7, label=label)
+    train = _with(history, "kl/sequence")
+    kl, steps = _root(train, "kl/sequence"), _column(train, "step")
+    points = axes.scatter(kl, _column(train, gain.metric), c=steps, s=16, cmap="viridis", label=gain.source)
+    for prefix, entries, color, label in _held_out_sets(history, "kl/sequence", gain.metric):
+        kl, values = _root(entries, f"{prefix}kl/sequence"), _column(entries, f"{prefix}{gain.metric}")
+        axes.plot(kl, values, "o-", color=color, markersize=7, label=label)
     figure.colorbar(points, ax=axes, label="step")
     axes.set_xlabel("square root of the KL to the reference (nats per sequence)")
     axes.set_ylabel(gain.label)
@@ -104,34 +102,34 @@ def _reward_vs_kl(history: list[dict], path: Path, gain: _Gain) -> Path:
     return _save(figure, path)
 
 
-def _held_out_sets(history: list[dict], metric: str) -> list[tuple[str, str, str]]:
-    """(prefix, colour, label) of each evaluation set that has a metric."""
-    prefixes = evaluated_sets([{n: v for n, v in e.items() if is_number(e.get(n))} for e in history], metric)
-    names = [set_name(prefix) for prefix in prefixes]
-    labels = [f"held out: {name}" if name else "held out" for name in names]
-    return list(zip(prefixes, cycle(_SET_COLORS), labels, strict=False))
+def _draw_group(upper: plt.Axes, lower: plt.Axes, history: list[dict], group: str, unit: str, color: str) -> None:
+    """A group's KL with its target, and its own beta where it has one."""
+    name = f"kl_groups/{group}"
+    train = _with(history, f"{name}/{unit}")
+    steps = _column(train, "step")
+    upper.plot(steps, _column(train, f"{name}/{unit}"), color=color, linewidth=1, label=group)
+    upper.plot(steps, _column(train, f"{name}/target"), "--", color=color, linewidth=1)
+    upper.legend(fontsize="small")
+    lower.plot(steps, _column(train, f"{name}/coef"), color=color, linewidth=1)
 
 
 def _draw_kl(axes: plt.Axes, history: list[dict], name: str, source: str) -> None:
-    train = [entry for entry in history if is_number(entry.get(name))]
+    train = _with(history, name)
     steps, kl = _column(train, "step"), _column(train, name)
     axes.plot(steps, kl, ".-", markersize=3, color="tab:blue", label=source)
     error = _column(train, f"{name}_se")
-    low = [value - 2 * e for value, e in zip(kl, error, strict=True)]
-    high = [value + 2 * e for value, e in zip(kl, error, strict=True)]
+    low, high = ([value + sign * 2 * e for value, e in zip(kl, error, strict=True)] for sign in (-1, 1))
     axes.fill_between(steps, low, high, alpha=0.2, color="tab:blue", label="± 2 standard errors")
-    for prefix, color, label in _held_out_sets(history, name):
-        held_out = [entry for entry in history if is_number(entry.get(f"{prefix}{name}"))]
-        axes.plot(_column(held_out, "step"), _column(held_out, f"{prefix}{name}"), "o", color=color, label=label)
-    targets = [entry for entry in history if is_number(entry.get("kl/target"))]
-    if targets:
+    for prefix, entries, color, label in _held_out_sets(history, name):
+        axes.plot(_column(entries, "step"), _column(entries, f"{prefix}{name}"), "o", color=color, label=label)
+    if targets := _with(history, "kl/target"):
         axes.step(_column(targets, "step"), _column(targets, "kl/target"), "--", color="black", label="target")
     axes.legend()
     axes.grid(alpha=0.3)
 
 
 def _draw_coef(axes: plt.Axes, history: list[dict], name: str) -> None:
-    logged = [entry for entry in history if is_number(entry.get("kl/coef"))]
+    logged = _with(history, "kl/coef")
     coefs = _column(logged, "kl/coef")
     axes.plot(_column(logged, "step"), coefs, color="tab:orange")
     if coefs and min(coefs) > 0:
@@ -141,7 +139,7 @@ def _draw_coef(axes: plt.Axes, history: list[dict], name: str) -> None:
     axes.grid(alpha=0.3, which="both")
 
 
-def _save(figure, path: Path) -> Path:
+def _save(figure: plt.Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

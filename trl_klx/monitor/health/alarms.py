@@ -1,10 +1,9 @@
 """Health alarms: what a trainer logs is watched, and what is wrong said once, with its cause and remedy.
 
 Only logged numbers are read, which are reduced over all processes, so that the alarms are the same on each; and all
-that is remembered follows from the log history, so that a resumed run goes on where its checkpoint stood.
+that is remembered follows from the log history, so that a resumed run continues from where its checkpoint stood.
 """
 
-import json
 import logging
 import math
 from collections import deque
@@ -15,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...files import whole
+from ..history import append_entries, write_entries
 from ..metrics import is_number, is_training
 from . import course as detect_course
 from . import setup as detect_setup
@@ -101,17 +100,18 @@ class HealthMonitor:
         return {f"health/{name}": float(name in self._quiet) for name in self._raised}
 
     def _verdicts(self) -> dict[str, Finding | None]:
+        read = self._readings
         return {
             "runaway": self._runaway(),
             "collapse": self._collapse(),
             "mode_collapse": self._mode_collapse(),
             "wrong_reference": self._wrong_reference(),
-            "stale_sampler": detect_setup.stale_sampler(self._readings("kl/ess"), self._readings("kl/sampler")),
+            "stale_sampler": detect_setup.stale_sampler(read("kl/ess"), read("kl/sampler")),
             "wrong_weights": detect_setup.wrong_weights(
-                *(self._readings(f"kl/{name}") for name in ("weight_mean", "weight_mean_se", "ess"))
+                read("kl/weight_mean"), read("kl/weight_mean_se"), read("kl/ess")
             ),
             "length_bias": self._length_bias(),
-            "hidden_kl": detect_setup.hidden_kl(self._readings("kl/masked_share"), self._readings("kl/masked")),
+            "hidden_kl": detect_setup.hidden_kl(read("kl/masked_share"), read("kl/masked")),
         }
 
     def _take(self, step: int, numbers: dict[str, float]) -> None:
@@ -126,16 +126,17 @@ class HealthMonitor:
         if {"kl/coef", "kl/sequence"} <= set(numbers):
             self._paid.append(Reading(step, numbers["kl/coef"] * numbers["kl/sequence"]))
         if {"kl/target", "kl/error", "kl/coef"} <= set(numbers):
-            self._take_target(step, "", numbers["kl/target"], numbers["kl/error"], numbers["kl/coef"])
-        for name in [name for name in numbers if name.startswith("kl_groups/") and name.endswith("/target")]:
+            kl, target = numbers["kl/target"] + numbers["kl/error"], numbers["kl/target"]
+            self._take_target("", detect_course.Target(step, kl, target, numbers["kl/coef"]))
+        for name, target in numbers.items():
             group = name.removesuffix("/target")
-            kl, coef = numbers.get(f"{group}/{self._sources.target_unit}"), numbers.get(f"{group}/coef")
-            if kl is not None and coef is not None:
-                self._take_target(step, group, numbers[name], kl - numbers[name], coef)
+            if name.startswith("kl_groups/") and group != name:
+                own, coef = numbers.get(f"{group}/{self._sources.target_unit}"), numbers.get(f"{group}/coef")
+                if own is not None and coef is not None:
+                    self._take_target(group, detect_course.Target(step, own, target, coef))
 
-    def _take_target(self, step: int, group: str, target: float, error: float, coef: float) -> None:
-        entry = detect_course.Target(step, target + error, target, coef)
-        self._targets.setdefault(group, deque(maxlen=SEVERAL)).append(entry)
+    def _take_target(self, group: str, reading: detect_course.Target) -> None:
+        self._targets.setdefault(group, deque(maxlen=SEVERAL)).append(reading)
 
     def _readings(self, name: str) -> list[Reading]:
         return list(self._series.get(name, ()))
@@ -145,16 +146,11 @@ class HealthMonitor:
         return readings[-1].value if readings else None
 
     def _runaway(self) -> Finding | None:
-        per_token, per_sequence = self._readings(self._sources.per_token), self._readings("kl/sequence")
+        kl = self._readings(self._sources.per_token), self._readings("kl/sequence")
+        coef_max, coef_name = self._sources.coef_max(), self._sources.coef_name
+        ongoing = "runaway" in self._quiet
         for group, targets in (self._targets or {"": deque()}).items():
-            found = detect_course.runaway(
-                list(targets),
-                per_token,
-                per_sequence,
-                coef_max=self._sources.coef_max(),
-                coef_name=self._sources.coef_name,
-                ongoing="runaway" in self._quiet,
-            )
+            found = detect_course.runaway(list(targets), *kl, coef_max=coef_max, coef_name=coef_name, ongoing=ongoing)
             if found is not None:
                 return found if not group else found._replace(evidence=f"{group}: {found.evidence}")
         return None
@@ -207,16 +203,12 @@ class HealthMonitor:
         )
 
     def _length_bias(self) -> Finding | None:
-        answers = self._readings("probe/mean_length")
+        read = self._readings
+        answers = read("probe/mean_length")
         if answers and answers[0] != self._first["probe/mean_length"]:
             answers = [self._first["probe/mean_length"], *answers]
-        return detect_setup.length_bias(
-            self._readings("length/margin_correlation"),
-            self._readings("length/margin_slope"),
-            self._readings("length/chosen"),
-            self._readings("length/rejected"),
-            answers,
-        )
+        correlation, slope = read("length/margin_correlation"), read("length/margin_slope")
+        return detect_setup.length_bias(correlation, slope, read("length/chosen"), read("length/rejected"), answers)
 
 
 class HealthCallback(TrainerCallback):
@@ -239,8 +231,7 @@ class HealthCallback(TrainerCallback):
             return
         path = _path(args)
         if events:
-            with whole(path) as partial:
-                partial.write_text(_lines(events))
+            write_entries(path, events)
         else:
             path.unlink(missing_ok=True)
         if state.global_step == 0:
@@ -262,19 +253,11 @@ class HealthCallback(TrainerCallback):
         state.log_history[-1].update(metrics)
         if state.is_world_process_zero and events:
             _warn(events)
-            try:
-                with _path(args).open("a") as file:
-                    file.write(_lines(events))
-            except OSError as error:  # a full disk is no reason to lose the step
-                logger.warning("step %d is missing in %s (%s)", state.global_step, _path(args), error)
+            append_entries(_path(args), events)
 
 
 def _path(args: TrainingArguments) -> Path:
     return Path(args.output_dir or ".") / HEALTH_FILE
-
-
-def _lines(events: Sequence[dict]) -> str:
-    return "".join(json.dumps(event) + "\n" for event in events)
 
 
 def _warn(events: Sequence[dict]) -> None:

@@ -143,7 +143,8 @@ def collapse(
         return None
     threshold = max(NOTHING, NOISE_MARGIN * first_kl)
     largest, costs = max(values_of(per_sequence)), values_of(paid)[-SEVERAL:]
-    too_dear = spread is not None and lasts(costs, lambda cost: cost > PAID * spread)
+    worth = math.inf if spread is None else PAID * spread
+    too_dear = lasts(costs, lambda cost: cost > worth)
     if largest > threshold and not too_dear:
         return None
     early, late = (sum(values_of(part)) / len(part) for part in (first_gain, gain))
@@ -152,7 +153,7 @@ def collapse(
         seen += f"at most {largest:.2g} nats per sequence (threshold {threshold:.2g}) "
         seen += over(per_sequence, len(per_sequence))
     else:
-        seen += f"paid for with at least {min(costs):.2g} (threshold {PAID * spread:.2g}, the reward's deviation) "  # type: ignore[operator]
+        seen += f"paid for with at least {min(costs):.2g} (threshold {worth:.2g}, the reward's deviation) "
         seen += over(paid)
     seen += f"; {weight}"
     if same_reward is not None and same_reward >= NO_SIGNAL:

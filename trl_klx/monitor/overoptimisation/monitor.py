@@ -1,6 +1,6 @@
 """Over-optimisation of one run: gold and proxy reward against the KL, as table, picture and verdict.
 
-The numbers come from evaluations; `overoptimisation_law` has the laws, `overoptimisation_turn` the test.
+The numbers come from evaluations; `law` has the laws, `turn` the test.
 """
 
 import csv
@@ -157,15 +157,14 @@ class OveroptimisationMonitor(TrainerCallback):
         return [e for e in self.evaluations if self.turned_at is None or e.step <= self.turned_at]
 
     def _metrics(self) -> dict[str, float]:
-        metrics = {"overoptimisation/turned": float(self.turn is not None)}
+        numbers = {"turned": float(self.turn is not None)}
         if self.fit is not None:
             low, high = self.fit.peak_kl_interval
-            numbers = {"alpha": self.fit.alpha, "beta": self.fit.beta, "peak_kl": self.fit.peak_kl}
+            numbers |= {"alpha": self.fit.alpha, "beta": self.fit.beta, "peak_kl": self.fit.peak_kl}
             numbers |= {"peak_kl_low": low, "peak_kl_high": high}
-            metrics |= {f"overoptimisation/{name}": value for name, value in numbers.items()}
         if self.safe_budget is not None:
-            metrics["overoptimisation/safe_budget"] = self.safe_budget
-        return metrics
+            numbers["safe_budget"] = self.safe_budget
+        return {f"overoptimisation/{name}": number for name, number in numbers.items()}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -181,31 +180,27 @@ class OveroptimisationMonitor(TrainerCallback):
     ) -> None:
         if not self.evaluations:
             return
+        folder = Path(args.output_dir or ".")
         if state.is_world_process_zero:
-            self._write(Path(args.output_dir or "."))
-        if self.turn is None:
-            return
-        if self.turned_at == self.evaluations[-1].step and state.is_world_process_zero:
-            logger.warning(self._announcement(Path(args.output_dir or ".")))
+            self._write(folder)
+            if self.turn is not None and self.turned_at == self.evaluations[-1].step:
+                logger.warning(self._announcement(self.turn, folder))
         if self.ends_run:
-            control.should_save = True
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
 
-    def _announcement(self, folder: Path) -> str:
-        turn: Any = self.turn
+    def _announcement(self, turn: Turn, folder: Path) -> str:
         best, now = self.evaluations[turn.best], self.evaluations[-1]
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{best.step}"
+        kept = "no checkpoint of the best was written (save_strategy='best' writes one)"
         if best.step == 0:
             kept = "the best is where the run started"
         elif checkpoint.is_dir():
             kept = f"the best is kept in {checkpoint}"
-        else:
-            kept = "no checkpoint of the best was written (save_strategy='best' writes one)"
         return (
             f"The gold reward has turned: {now.gold:.3g} at step {now.step} (KL {now.kl:.3g} nats per sequence), "
             f"{turn.fall:.2g} ± {turn.fall_se:.2g} below the {best.gold:.3g} at step {best.step} (KL {best.kl:.3g}), "
             f"while the reward that is trained on went from {best.proxy:.3g} to {now.proxy:.3g}; {kept}; "
-            f"{'training stops here' if self._action == 'stop' else 'training goes on'}. (In a run whose gold reward "
+            f"{'training stops here' if self._action == 'stop' else 'training continues'}. (In a run whose gold reward "
             f"never falls, the chance of this message is at most {100 * FALSE_ALARM_RATE:g} %.)"
         )
 
@@ -213,11 +208,8 @@ class OveroptimisationMonitor(TrainerCallback):
         """What the run did to the gold reward, in two or three sentences."""
         if not self.evaluations or self.best is None:
             return "Over-optimisation: there was no evaluation."
-        start, best, now = self.evaluations[0], self.best, self.evaluations[-1]
-        texts = [
-            f"{e.gold:.3f} ± {e.gold_se:.3f} {where} (step {e.step}, KL {e.kl:.3g})"
-            for where, e in (("first", start), ("at its best", best), ("last", now))
-        ]
+        named = {"first": self.evaluations[0], "at its best": self.best, "last": self.evaluations[-1]}
+        texts = [f"{e.gold:.3f} ± {e.gold_se:.3f} {where} (step {e.step}, KL {e.kl:.3g})" for where, e in named.items()]
         text = f"Gold reward: {', '.join(texts)}; it has {'turned' if self.turn else 'not turned'}."
         if self.fit is None:
             return f"{text} There are too few evaluations for a law."
@@ -243,10 +235,9 @@ class OveroptimisationMonitor(TrainerCallback):
 
     def table(self) -> list[dict[str, float]]:
         """One row per evaluation: step, KL, d, both rewards with errors; up to the turn, the law with its band."""
-        rows = []
-        for evaluation in self.evaluations:
-            row = {name: value for name, value in asdict(evaluation).items() if name != "by_prompt"}
-            rows.append(row | {"d": evaluation.d})
+        rows = [{**asdict(evaluation), "d": evaluation.d} for evaluation in self.evaluations]
+        for row in rows:
+            del row["by_prompt"]
         if self.fit is not None:
             d = np.array([evaluation.d for evaluation in self._fitted])
             columns = zip(self.fit.gold(d), *self.fit.band(d), strict=True)

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,8 @@ RECIPE_FILE, VERSIONS_FILE = "resolved_recipe.yaml", "versions.json"
 Settings = dict[str, Any]
 # Computed by TRL from other fields and the number of processes: refused beside them, or wrong, when run again.
 _DERIVED = {
-    "generation_batch_size",
-    "world_size",
-    "num_total_batches",
-    "micro_batch_size",
-    "local_batch_size",
-    "batch_size",
-    "local_mini_batch_size",
-    "mini_batch_size",
+    *("generation_batch_size", "world_size", "num_total_batches", "micro_batch_size"),
+    *("local_batch_size", "batch_size", "local_mini_batch_size", "mini_batch_size"),
 }
 _VOCABULARY_TOKENS = {"pad_token", "eos_token", "stop_token"}
 _SECRETS = ("token", "api_key", "password", "secret")  # as a name, or its last part
@@ -37,27 +32,25 @@ def plain_settings(args: Any, *others: Any) -> Settings:
     settings |= args.to_dict()
     # `to_dict` puts a placeholder wherever a name ends in token: right for secrets, wrong for a vocabulary's tokens.
     settings |= {name: getattr(args, name) for name in _VOCABULARY_TOKENS & set(settings)}
-    return {
-        name: _without_secrets(value)
-        for name, value in settings.items()
-        if _plain(value) and name not in _DERIVED and not _is_secret(name)
-    }
+    plain = {name: value for name, value in settings.items() if _is_plain(value) and name not in _DERIVED}
+    return _cleaned(plain, lambda value: value if _is_plain(value) else str(value))  # a dtype, say
 
 
-def _plain(value: object) -> bool:
+def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, list, dict))
+
+
+def _cleaned(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A value without the secrets in it, and with all others changed."""
+    if isinstance(value, dict):
+        return {name: _cleaned(part, change) for name, part in value.items() if not _is_secret(name)}
+    if isinstance(value, (list, tuple)):
+        return [_cleaned(part, change) for part in value]
+    return change(value)
 
 
 def _is_secret(name: object) -> bool:
     return name not in _VOCABULARY_TOKENS and str(name).lower().endswith(_SECRETS)
-
-
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_secrets(part) for name, part in value.items() if not _is_secret(name)}
-    if isinstance(value, (list, tuple)):
-        return [_without_secrets(part) for part in value]
-    return value if _plain(value) else str(value)  # a dtype, say
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
@@ -86,16 +79,7 @@ def as_yaml(settings: Settings) -> str:
 
 def public_settings(settings: Settings) -> Settings:
     """The settings without secrets, and without where this machine keeps its files."""
-    kept = {name: value for name, value in settings.items() if not _is_secret(name)}
-    return {name: _without_paths(_without_secrets(value)) for name, value in kept.items()}
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_paths(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(part) for part in value]
-    return without_path(value) if isinstance(value, str) else value
+    return _cleaned(settings, lambda value: without_path(value) if isinstance(value, str) else value)
 
 
 def without_path(text: str) -> str:

@@ -1,6 +1,6 @@
 """Alarms about what a run is made of: its reference, its sampler, its pairs and its mask.
 
-Functions of plain numbers, as in `detect_course`.
+Functions of plain numbers, as in `course`.
 """
 
 import math

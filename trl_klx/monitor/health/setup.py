@@ -94,16 +94,20 @@ def wrong_weights(mean: Readings, error: Readings, ess: Readings) -> Finding | N
     error_of_average = math.sqrt(sum(e * e for e in errors)) / len(errors)
     if abs(average - 1) <= max(WEIGHTS_OFF, WEIGHTS_ERRORS * error_of_average):
         return None
-    below = average < 1
-    return Finding(
+    seen = (
         f"the importance weights average {average:.3f} +- {error_of_average:.2g} (threshold 1 +- {WEIGHTS_OFF:g} and "
-        f"{WEIGHTS_ERRORS:g} standard errors) {over(mean, WEIGHTS_READINGS)}",
-        "the sampler never gives what the policy might (top_k, top_p, min_p, banned or forced tokens)"
-        if below
-        else "the sampler's log-probs are not those it sampled by (raw ones at a temperature, another model's)",
-        "sample from the whole policy at its temperature: top_p 1, top_k 0, no generation_kwargs that change it"
-        if below
-        else "have the engine report processed log-probs (logprobs_mode), at the policy's temperature",
+        f"{WEIGHTS_ERRORS:g} standard errors) {over(mean, WEIGHTS_READINGS)}"
+    )
+    if average < 1:
+        return Finding(
+            seen,
+            "the sampler never gives what the policy might (top_k, top_p, min_p, banned or forced tokens)",
+            "sample from the whole policy at its temperature: top_p 1, top_k 0, no generation_kwargs that change it",
+        )
+    return Finding(
+        seen,
+        "the sampler's log-probs are not those it sampled by (raw ones at a temperature, another model's)",
+        "have the engine report processed log-probs (logprobs_mode), at the policy's temperature",
     )
 
 
@@ -124,28 +128,27 @@ def length_bias(
     relative = difference / max((chosen[-1].value + rejected[-1].value) / 2, 1.0)
     if abs(relative) < LENGTHS_DIFFER:
         return None
-    data = f"chosen answers have {chosen[-1].value:.3g} tokens and rejected ones {rejected[-1].value:.3g}"
-    cause = f"the pairs prefer {'longer' if difference > 0 else 'shorter'} answers, whatever else they prefer"
-    remedy = "balance the lengths of the pairs, set ld_alpha below 1, or use a loss that divides by length"
-    values, slopes = values_of(correlation), values_of(slope)
+    values, slopes, seen = values_of(correlation), values_of(slope), ""
     explained = lasts(values, lambda r: r * r >= EXPLAINED)
     if explained and lasts(slopes, lambda nats: abs(nats * difference) >= MARGIN_BY_LENGTH):
-        return Finding(
-            f"{data}; the length difference explains at least {min(r * r for r in values[-SEVERAL:]):.0%} of the "
-            f"margin's variance (threshold {EXPLAINED:.0%}), {slopes[-1]:+.2g} nats per token {over(correlation)}",
-            cause,
-            remedy,
+        seen = (
+            f"the length difference explains at least {min(r * r for r in values[-SEVERAL:]):.0%} of the margin's "
+            f"variance (threshold {EXPLAINED:.0%}), {slopes[-1]:+.2g} nats per token {over(correlation)}"
         )
-    if answers and answers[0].value > 0:
+    elif answers and answers[0].value > 0:
         first, factor = answers[0].value, ANSWERS_GREW if difference > 0 else 1 / ANSWERS_GREW
         if lasts(values_of(answers[1:]), lambda n: n > factor * first if difference > 0 else n < factor * first):
-            return Finding(
-                f"{data}; the policy's own answers went from {first:.3g} tokens to {answers[-1].value:.3g} (threshold "
-                f"{factor * first:.3g}) {over(answers)}",
-                cause,
-                remedy,
+            seen = (
+                f"the policy's own answers went from {first:.3g} tokens to {answers[-1].value:.3g} (threshold "
+                f"{factor * first:.3g}) {over(answers)}"
             )
-    return None
+    if not seen:
+        return None
+    return Finding(
+        f"chosen answers have {chosen[-1].value:.3g} tokens and rejected ones {rejected[-1].value:.3g}; {seen}",
+        f"the pairs prefer {'longer' if difference > 0 else 'shorter'} answers, whatever else they prefer",
+        "balance the lengths of the pairs, set ld_alpha below 1, or use a loss that divides by length",
+    )
 
 
 def hidden_kl(share: Readings, nats: Readings) -> Finding | None:

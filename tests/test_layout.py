@@ -79,7 +79,7 @@ ALLOWED = {
     "run/check": (
         {
             *("cli", "config", "recipe_files", "run/explain", "run/recipe", "run/sources"),
-            *("trainers/checkpoints", "trainers/checks", "trainers/errors", "trainers/reference"),
+            *("trainers/checkpoints", "trainers/checks", "trainers/errors", "trainers/reference", "trainers/seams"),
         },
         {"torch", "transformers", "datasets", "huggingface_hub", "rich", "yaml"},
     ),

@@ -48,5 +48,5 @@ def whole_parser() -> argparse.ArgumentParser:
         for action in added._actions:
             action.help = None if action.help is None else action.help.split(". ")[0].replace("\n", " ")
             if not action.choices and action.nargs != 0:
-                action.complete = shtab.FILE  # type: ignore[attr-defined]
+                vars(action)["complete"] = shtab.FILE
     return whole

@@ -5,6 +5,7 @@ What may be combined with what is in `rules.py`.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..kl.term import KLTerm
 from .choices import CHOICES, CONTROLLER_SETTINGS, ESTIMATOR_ALIASES, ESTIMATORS, with_aliases
@@ -150,15 +151,16 @@ class KLArguments:
 
     def kl_term(self) -> KLTerm:
         """The estimator, placement, credit and weight as the pure function that trainers use."""
+        given: Any = self  # whose names the rules have checked
         return KLTerm(
-            estimator=self.kl_estimator,  # type: ignore[arg-type]
-            placement=self.kl_placement,  # type: ignore[arg-type]
-            reward_credit=self.kl_credit,  # type: ignore[arg-type]
-            weight_level=self.kl_importance_sampling or "none",  # type: ignore[arg-type]
-            weight_mode=self.kl_is_mode,  # type: ignore[arg-type]
-            weight_cap=self.kl_is_cap,
-            value_cap=self.kl_value_cap,
-            direction=self.kl_direction,  # type: ignore[arg-type]
+            estimator=given.kl_estimator,
+            placement=given.kl_placement,
+            reward_credit=given.kl_credit,
+            weight_level=given.kl_importance_sampling or "none",
+            weight_mode=given.kl_is_mode,
+            weight_cap=given.kl_is_cap,
+            value_cap=given.kl_value_cap,
+            direction=given.kl_direction,
         )
 
     def choices(self) -> Choices:

@@ -77,6 +77,8 @@ SWAPPED = {
     "save_total_limit": "of the config: rotating checkpoints is ours",
     "dataloader_drop_last": "of the config: rollouts of full size only (PPO)",
     "model": "transformers' loading asks it which weights are tied (PPO)",
+    "world_size": "of TrainingArguments: a dry run computes the batches of the processes that it plans for",
+    "HF_HUB_OFFLINE": "of huggingface_hub and datasets: a dry run that cannot reach the Hub looks at what is cached",
     "_save": "a checkpoint holds the value model, and what is saved at the end does not (PPO)",
 }
 

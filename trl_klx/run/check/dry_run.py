@@ -3,14 +3,17 @@
 import os
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
+import datasets
 import torch
 from huggingface_hub import constants
 from rich.console import Console
+from transformers import TrainingArguments
 
 from ...cli.words import CommandLine
+from ...trainers.seams import swapped
 from ..explain.choices import advice
 from ..explain.notes import sentence
 from ..recipe.algorithm import Algorithm
@@ -19,12 +22,10 @@ from ..recipe.arguments import Recipe, starts_no_process
 from ..recipe.parse import parse
 from ..sources.read import Findings, read_inputs, start_problems
 from . import page
-from .layout import Layout, as_if_on, read_layout
-from .machine import check_machine
-from .memory import Memory, estimate
-from .parameters import Models, count_models
+from .layout import Layout, read_layout
+from .machine import check_machine, unreachable
+from .memory import Memory, Models, count_models, estimate
 from .problems import check_run, rows_of_training
-from .reach import from_the_cache_only, hub_answers, on_the_hub
 
 
 class Plan(NamedTuple):
@@ -58,7 +59,8 @@ def make_plan(algorithm: Algorithm | str, words: Iterable[str]) -> Plan:
     layout = read_layout("".join(given[:1]) if given is not None else line.recipe.get("accelerate_config"))
     found = Findings(stops=False)
     has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
-    with as_if_on(layout.processes), warnings.catch_warnings():
+    processes = property(lambda self: layout.processes)  # by which training arguments compute their batches
+    with swapped(TrainingArguments, world_size=processes), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         recipe, complaints = parse(algorithm.config, line, **({} if has_accelerator else {"use_cpu": True}))
     for complaint in complaints:
@@ -67,14 +69,13 @@ def make_plan(algorithm: Algorithm | str, words: Iterable[str]) -> Plan:
         found.add(starts_no_process(line.recipe["accelerate_config"]))
     if recipe is None:
         return Plan(None, layout, None, None, None, found.sentences)
-    names = [] if constants.is_offline_mode() else on_the_hub(recipe)
-    hub_is_away = bool(names) and not hub_answers()
-    if hub_is_away:
-        found.add(
-            f"on this machine: {constants.ENDPOINT} cannot be reached, and only what is cached of {', '.join(names)} "
-            "was looked at."
-        )
-    with warnings.catch_warnings(), from_the_cache_only() if hub_is_away else nullcontext():
+    with ExitStack() as held:
+        away = unreachable(recipe)
+        if away is not None:
+            found.add(f"on this machine: {away}")
+            for settings in (constants, datasets.config):  # what is cached is looked at, as with that variable
+                held.enter_context(swapped(settings, HF_HUB_OFFLINE=True))
+        held.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         for problem in start_problems(recipe):
             found.add(f"on this machine: {problem}")

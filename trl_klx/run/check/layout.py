@@ -1,14 +1,11 @@
 """How many processes there would be and what they share out, read from an accelerate file without launching any."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import TrainingArguments
 
 from ...recipe_files import accelerate_file
 from ..recipe.arguments import BadInput
@@ -103,14 +100,3 @@ def _of_environment() -> Layout:
         version = int(os.environ.get("FSDP_VERSION", "1"))
         return Layout("FSDP", processes, fsdp_version=version, source="the launcher")
     return Layout("MULTI_GPU", processes, source="the launcher")
-
-
-@contextmanager
-def as_if_on(processes: int) -> Iterator[None]:
-    """While active, training arguments compute their batches for so many processes."""
-    kept = TrainingArguments.world_size
-    TrainingArguments.world_size = property(lambda self: processes)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        TrainingArguments.world_size = kept  # type: ignore[method-assign]

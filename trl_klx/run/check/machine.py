@@ -1,20 +1,45 @@
-"""What this machine lacks for a recipe: devices, packages, permissions, space."""
+"""What this machine lacks for a recipe: the Hub, devices, packages, permissions, space."""
 
 import os
 import shutil
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_token
+from huggingface_hub import constants, get_token
 
 from ...trainers.checkpoints.whole import whole_checkpoints
 from ...trainers.checks.packages import DEEPSPEED
 from ..recipe.arguments import Recipe
+from ..sources.models import CLASSIFIERS
 from .layout import Layout
-from .memory import optimizer_bytes
-from .parameters import Models
+from .memory import Models, optimizer_bytes
+
+_SECONDS = 5.0  # that the Hub may take to answer
+
+
+def unreachable(recipe: Recipe) -> str | None:
+    """A sentence where the recipe names what is on the Hub, and that does not answer.
+
+    It is asked once: the Hub's own client tries each missing file for minutes.
+    """
+    run, args, model = recipe
+    paths = [run.dataset_name, model.model_name_or_path]
+    paths += [getattr(args, option, None) for option in CLASSIFIERS]
+    names = [path for path in paths if path and not path.startswith((".", "/", "runs/")) and not Path(path).exists()]
+    if not names or constants.is_offline_mode():
+        return None
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=_SECONDS).close()
+    except urllib.error.HTTPError:  # it answers, with whatever
+        return None
+    except (OSError, ValueError):
+        named = ", ".join(names)
+        return f"{constants.ENDPOINT} cannot be reached, and only what is cached of {named} was looked at."
+    return None
 
 
 def check_machine(recipe: Recipe, layout: Layout, models: Models | None, *, on_cpu: bool) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a process would hold in its device's memory: what can be counted is counted, the rest is estimated.
+"""The models of a run, and what a process would hold in its device's memory: counted where it can be, else estimated.
 
 Counted exactly for one process and DDP: weights, gradients and the optimizer's state. DeepSpeed and FSDP share these
 out by the formulas of the ZeRO paper (Rajbhandari et al., 2020, section 3). Activations, logits and caches are
@@ -7,11 +7,12 @@ estimates: they depend on kernels and on how long prompts and answers really are
 
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedConfig
+
 from ..recipe.algorithm import Algorithm, Shape
 from ..recipe.arguments import Recipe
-from ..sources.models import Weights
+from ..sources.models import NamedModels, Weights, classifier_on_meta
 from .layout import Layout
-from .parameters import Models
 
 EXACT, FORMULA, ESTIMATE = "exact", "formula", "estimate"
 ALWAYS, TRAINING, GENERATION = "always", "training", "generation"
@@ -20,6 +21,36 @@ _CHUNKS = 512 * 2**20  # of the exact KL, both models' logits
 _OVERHEAD = 2 * _GIB  # context of the device, kernels, communication, fragmentation
 _VLLM_CACHE = 2 * _GIB  # the least that vLLM needs beside its weights
 _LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
+
+
+class Models(NamedTuple):
+    """The models of a run. `policy` includes an adapter, `base` does not; None where there is no such model."""
+
+    config: PreTrainedConfig  # of the policy: hidden size, layers, vocabulary
+    policy: Weights
+    base: Weights
+    reference: Weights | None
+    value: Weights | None
+    reward: Weights | None
+    adapts_head: bool  # whether the adapter sits on the output head
+
+    @property
+    def trained(self) -> Weights:
+        """What the optimizer sees, and what is loaded with it."""
+        if self.value is None:
+            return self.policy
+        return Weights(*map(sum, zip(self.policy, self.value, strict=True)))
+
+
+def count_models(algorithm: Algorithm, recipe: Recipe, named: NamedModels) -> Models:
+    """Count the models of a run, from those that its recipe names."""
+    value = named.classifiers.get("value_model_path")
+    if value is None and algorithm.has_value_model:
+        value = Weights.of(classifier_on_meta(named.config, named.dtype))
+    frozen = named.base._replace(trainable=0, trainable_bytes=0, trainable_tensors=0)
+    reference = frozen if algorithm.loads_reference(recipe.args) and not recipe.model.use_peft else None
+    reward = named.classifiers.get("reward_model_path")
+    return Models(named.config, named.policy, named.base, reference, value, reward, named.adapts_head)
 
 
 class Part(NamedTuple):

@@ -13,8 +13,7 @@ from ...config.options import KLArguments
 from ..recipe.algorithm import PROMPT_TOKENS, Algorithm
 from ..recipe.arguments import Recipe, RunArguments
 from .layout import Layout
-from .memory import Memory
-from .parameters import Models
+from .memory import Memory, Models
 
 _GIB = 2**30
 _NOT_SHOWN = {"dry_run", "accelerate_config"}

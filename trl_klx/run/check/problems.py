@@ -11,7 +11,7 @@ from ..recipe.algorithm import Algorithm, Inputs
 from ..recipe.arguments import Recipe
 from ..sources.read import Findings
 from .layout import Layout
-from .parameters import Models
+from .memory import Models
 
 # A bfloat16 weight has 8 bits: AdamW's step, about the learning rate, is lost below 1/512 of the weight, for weights of
 # typically 0.02 to 0.1.

@@ -1,7 +1,7 @@
 """A recipe's KL beside the choices it might be exchanged for, with figures that are enumerated, not remembered."""
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...kl.gradients import SOUND
 from ...kl.term import KLTerm
@@ -74,9 +74,10 @@ def _with_gradient(gradient: str) -> list[KLTerm]:
 
 def _all_terms() -> list[KLTerm]:
     terms = []
-    for estimator, placement in itertools.product(("exact", "k3", "k2", "k1"), ("both", "reward", "loss")):
-        weights = ("none",) if estimator == "exact" or placement == "reward" else ("token", "none")
-        terms += [KLTerm(estimator, placement, weight_level=weight) for weight in weights]  # type: ignore[arg-type]
+    places: Any = itertools.product(("exact", "k3", "k2", "k1"), ("both", "reward", "loss"))
+    for estimator, placement in places:
+        levels: Any = ("none",) if estimator == "exact" or placement == "reward" else ("token", "none")
+        terms += [KLTerm(estimator, placement, weight_level=level) for level in levels]
     terms += [KLTerm("exact", placement, weight_level="none", direction="forward") for placement in ("loss", "both")]
     return terms
 

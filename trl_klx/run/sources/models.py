@@ -60,9 +60,6 @@ class Weights(NamedTuple):
             len(trained),
         )
 
-    def __add__(self, other: "Weights") -> "Weights":  # type: ignore[override]
-        return Weights(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
-
 
 class NamedModels(NamedTuple):
     """What the models that a recipe names consist of; `policy` includes an adapter, `base` does not."""
@@ -192,12 +189,13 @@ def classifier_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Modul
         return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
 
 
-def _with_adapter(module: nn.Module, recipe: Recipe) -> nn.Module:
+def _with_adapter(module: Any, recipe: Recipe) -> nn.Module:
     """The module with the recipe's adapter. Raises BadInput where that fits no layer."""
+    adapter: Any = get_peft_config(recipe.model)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return get_peft_model(module, get_peft_config(recipe.model))  # type: ignore[arg-type]
+            return get_peft_model(module, adapter)
     except ValueError as error:
         targets = recipe.model.lora_target_modules
         raise BadInput(

@@ -28,7 +28,7 @@ from trl_klx.run.check.memory import EXACT, Memory, Part, training_state
 from trl_klx.run.check.page import memory_sentence
 from trl_klx.run.check.problems import count_rows
 from trl_klx.run.recipe.arguments import BadInput
-from trl_klx.run.sources.models import Weights
+from trl_klx.run.sources.named_models import Weights
 from trl_klx.trainers.seams import TRL_VERSION
 
 RECIPES = Path(__file__).parent.parent / "recipes"

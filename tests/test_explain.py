@@ -13,8 +13,8 @@ from trl_klx.cli import commands as cli
 from trl_klx.kl import KLTerm
 from trl_klx.kl.gradients import SOUND
 from trl_klx.kl.variance import DISTANCES, SAMPLER_DISTANCE, expected, figures, relative_variance, sequence_kl, world
-from trl_klx.run.explain import choices as table
-from trl_klx.run.explain.choices import advice, best_of, choices, gradient_name
+from trl_klx.run.explain import alternatives as table
+from trl_klx.run.explain.alternatives import advice, alternatives, best_of, gradient_name
 from trl_klx.trainers.seams import TRL_VERSION
 
 HAS_PPO = Version("1.13") > TRL_VERSION
@@ -82,7 +82,7 @@ def test_off_policy_error_is_nil_only_with_whole_weights() -> None:
 
 @pytest.mark.parametrize("own", all_terms(), ids=label)
 def test_rows_have_the_own_gradient_or_the_whole_one(own: KLTerm) -> None:
-    found = choices(own)
+    found = alternatives(own)
     assert found[0].term is own
     assert ("refused" in found[0].verdict) == (own.gradient not in SOUND)
     assert all(row.term.gradient in SOUND for row in found[1:])
@@ -217,7 +217,7 @@ def test_figures_are_computed_and_not_typed_in(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_pages_table_is_what_the_enumeration_gives() -> None:
     page = (Path(__file__).parent.parent / "docs" / "explain.md").read_text()
-    for row in [*choices(KLTerm()), *choices(KLTerm("k3", "loss", weight_level="none"))[:2]]:
+    for row in [*alternatives(KLTerm()), *alternatives(KLTerm("k3", "loss", weight_level="none"))[:2]]:
         variance = " ".join(f"{value:.1f}" for value in row.relative_variance)
         bias, error = (f"{100 * value:.0f} %" for value in (row.figures.bias, row.figures.off_policy_error))
         assert f"| {row.name} | {row.gradient} | {bias} | {error} | {variance} |" in page

@@ -3,7 +3,7 @@
 import sys
 from functools import partial
 
-from .recipe.dpo import DPO
+from .recipe.dpo_recipe import DPO
 from .train import run
 
 command_parser = DPO.command_parser

@@ -3,7 +3,7 @@
 import sys
 from functools import partial
 
-from .recipe.grpo import GRPO
+from .recipe.grpo_recipe import GRPO
 from .train import run
 
 command_parser = GRPO.command_parser

@@ -3,7 +3,7 @@
 import sys
 from functools import partial
 
-from .recipe.ppo import PPO
+from .recipe.ppo_recipe import PPO
 from .train import run
 
 command_parser = PPO.command_parser

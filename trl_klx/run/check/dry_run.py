@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from ...cli.words import CommandLine
 from ...trainers.seams import swapped
-from ..explain.choices import advice
+from ..explain.alternatives import advice
 from ..explain.notes import sentence
 from ..recipe.algorithm import Algorithm
 from ..recipe.algorithms import ALGORITHMS

@@ -14,7 +14,7 @@ from huggingface_hub import constants, get_token
 from ...trainers.checkpoints.whole import whole_checkpoints
 from ...trainers.checks.packages import DEEPSPEED
 from ..recipe.arguments import Recipe
-from ..sources.models import CLASSIFIERS
+from ..sources.named_models import CLASSIFIERS
 from .layout import Layout
 from .memory import Models, optimizer_bytes
 

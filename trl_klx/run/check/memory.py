@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from ..recipe.algorithm import Algorithm, Shape
 from ..recipe.arguments import Recipe
-from ..sources.models import NamedModels, Weights, classifier_on_meta
+from ..sources.named_models import NamedModels, Weights, classifier_on_meta
 from .layout import Layout
 
 EXACT, FORMULA, ESTIMATE = "exact", "formula", "estimate"

@@ -17,7 +17,7 @@ from ..recipe.algorithm import Algorithm
 from ..recipe.algorithms import ALGORITHMS, algorithm_for
 from ..recipe.arguments import Recipe
 from ..recipe.parse import parse
-from .choices import Choice, advice, choices, name_of
+from .alternatives import Alternative, advice, alternatives, name_of
 from .notes import notes, sentence
 
 _WIDTH = 116  # of the table; narrower terminals wrap its lines
@@ -95,7 +95,7 @@ def _print(console: Console, path: Path, algorithm: Algorithm, recipe: Recipe, r
         say(f"Refused: {refusal}")
     if not on_data and args.kl_placement != "none":
         say(advice(term))
-        console.print(_table(choices(term, scores_anyway=algorithm.scores_answers)))
+        console.print(_table(alternatives(term, scores_anyway=algorithm.scores_answers)))
         say(_LEGEND.format(kls=", ".join(f"{kl:g}" for kl in DISTANCES)))
     if on_data:
         console.print(_data_table(term, args.kl_in_loss))
@@ -103,7 +103,7 @@ def _print(console: Console, path: Path, algorithm: Algorithm, recipe: Recipe, r
         say(f"- {note}")
 
 
-def _table(found: list[Choice]) -> Table:
+def _table(found: list[Alternative]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for column in ("configuration", "gradient", "bias", "off-policy", "variance", "cost", "verdict"):
         is_number = column in ("bias", "off-policy", "variance")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from .algorithm import Algorithm
 from .arguments import BadInput
-from .dpo import DPO
-from .grpo import GRPO
-from .ppo import PPO
+from .dpo_recipe import DPO
+from .grpo_recipe import GRPO
+from .ppo_recipe import PPO
 
 ALGORITHMS: dict[str, Algorithm] = {algorithm.name: algorithm for algorithm in (GRPO, PPO, DPO)}
 

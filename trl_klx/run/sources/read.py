@@ -19,8 +19,8 @@ from ...wording import first_line
 from ..recipe.algorithm import Algorithm, Inputs
 from ..recipe.arguments import BadInput, Recipe
 from .data import open_dataset, wanted_splits
-from .models import NamedModels, named_models, trusts_code
-from .settings import setting_problems
+from .named_models import NamedModels, named_models, trusts_code
+from .tried_settings import setting_problems
 from .users_code import load_function, try_reward
 
 

@@ -10,7 +10,7 @@ from ...kl.variance import DISTANCES, Figures, figures
 _MIDDLE = list(DISTANCES).index(0.10)
 
 
-class Choice(NamedTuple):
+class Alternative(NamedTuple):
     """One configuration of the table."""
 
     term: KLTerm
@@ -53,7 +53,7 @@ def variance_ratio(term: KLTerm, other: KLTerm) -> float:
     return figures(term).variance[_MIDDLE] / figures(other).variance[_MIDDLE]
 
 
-def choices(own: KLTerm, *, scores_anyway: bool = False) -> list[Choice]:
+def alternatives(own: KLTerm, *, scores_anyway: bool = False) -> list[Alternative]:
     """The recipe's own configuration, then those with its gradient or with the whole one, the least noisy first.
 
     `scores_anyway` says whether the algorithm scores its answers under the policy after sampling, KL or not (PPO).
@@ -64,7 +64,7 @@ def choices(own: KLTerm, *, scores_anyway: bool = False) -> list[Choice]:
     else:
         gradients.append("P")
     others = [term for gradient in gradients for term in _with_gradient(gradient) if not _is_same(term, own)]
-    return [_choice(term, own, scores_anyway) for term in [own, *others]]
+    return [_alternative(term, own, scores_anyway) for term in [own, *others]]
 
 
 def _with_gradient(gradient: str) -> list[KLTerm]:
@@ -87,7 +87,7 @@ def _is_same(term: KLTerm, own: KLTerm) -> bool:
     return name_of(term) == name_of(own) and term.takes_weights == own.takes_weights
 
 
-def _choice(term: KLTerm, own: KLTerm, scores_anyway: bool) -> Choice:
+def _alternative(term: KLTerm, own: KLTerm, scores_anyway: bool) -> Alternative:
     gradient = gradient_name(term)
     found = figures(term)
     peers = _with_gradient(gradient)
@@ -95,7 +95,7 @@ def _choice(term: KLTerm, own: KLTerm, scores_anyway: bool) -> Choice:
     relative = tuple(mine / other for mine, other in zip(found.variance, best, strict=True))
     cost = "vocabulary" if term.estimator == "exact" else "log-probs"
     cost += " + scoring" if term.in_reward and not scores_anyway else ""
-    return Choice(term, name_of(term), gradient, found, relative, cost, _verdict(term, own))
+    return Alternative(term, name_of(term), gradient, found, relative, cost, _verdict(term, own))
 
 
 def _verdict(term: KLTerm, own: KLTerm) -> str:

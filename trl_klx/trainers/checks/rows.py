@@ -24,6 +24,7 @@ PROMPTS = RowKind((("prompt",),), "max_completion_length")  # GRPO
 PROMPTS_OR_TOKENS = RowKind((("prompt", "input_ids"),), "response_length", has_pictures=False)  # PPO
 PAIRS = RowKind((("chosen",), ("rejected",)))  # DPO
 _FIRST = 64  # rows of a stream that are looked at beforehand
+_passed: set[tuple[Any, ...]] = set()  # datasets and checks, see `once`
 
 
 def column_problems(kind: RowKind, split: str, columns: list[str]) -> Iterator[str]:
@@ -46,13 +47,31 @@ def rows_of(dataset: Dataset | IterableDataset, columns: list[str] | None = None
         yield from (dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
+def once(problems: Iterator[str], dataset: Dataset | IterableDataset, *check: Any) -> Iterator[str]:
+    """The problems of a dataset's rows; none, and no row is read, where this `check` has found none in this process.
+
+    What a run has checked its trainer checks again: the dataset is known by its fingerprint, which is of its content.
+    """
+    known = (dataset._fingerprint, *check) if isinstance(dataset, Dataset) else None
+    if known in _passed:
+        return
+    found = list(problems)
+    if known is not None and not found:
+        _passed.add(known)
+    yield from found
+
+
 def row_problems(kind: RowKind, split: str, dataset: Dataset | IterableDataset) -> Iterator[str]:
     """A sentence for the first row of each kind that a trainer cannot use."""
     if kind.is_pairs:
-        yield from _pair_problems(split, rows_of(dataset, ["prompt", "chosen", "rejected"]))
-        return
+        pairs = _pair_problems(split, rows_of(dataset, ["prompt", "chosen", "rejected"]))
+        return once(pairs, dataset, kind)
+    return once(_prompt_problems(split, rows_of(dataset, ["prompt", "input_ids"])), dataset, kind)
+
+
+def _prompt_problems(split: str, rows: Iterator[dict[str, Any]]) -> Iterator[str]:
     first: Any = None
-    for number, row in enumerate(rows_of(dataset, ["prompt", "input_ids"])):
+    for number, row in enumerate(rows):
         column = "prompt" if "prompt" in row else "input_ids"
         value = row.get(column)
         wrong = _not_tokens(value) if column == "input_ids" else _not_a_prompt(value)

@@ -16,10 +16,11 @@ from typing import Any
 from ...wording import first_line
 from ..errors import RunError
 
+# The package's own frames on the way to the user's code: what calls it, and what imports it.
 _CALLERS = [
     ("trainers", "rewarding", "calls.py"),
-    ("trl_klx", "run", "users_code.py"),
-    ("trl_klx", "run", "data.py"),
+    ("run", "sources", "users_code.py"),
+    ("run", "sources", "data.py"),
 ]
 
 

@@ -1,5 +1,6 @@
 """The docs say what the code does: tables as printed, paths that exist, commands that the Makefile has."""
 
+import builtins
 import inspect
 import pkgutil
 import re
@@ -7,8 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.commands import PAGES, ROOT, fenced
+import trl
+from support.commands import PAGES, ROOT
+from test_layout import ALLOWED
 from test_oracle import oracle_table
+from transformers import Trainer
 
 from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXPPOConfig, kl
 from trl_klx.config import KLArguments
@@ -20,6 +24,8 @@ from trl_klx.monitor.health import course as detect_course
 from trl_klx.monitor.health import setup as detect_setup
 from trl_klx.monitor.health.readings import Finding
 
+# Whose names the walks through the code may use.
+THEIRS = (builtins, trl, trl.GRPOTrainer, Trainer)
 FOLDERS = (".ci", ".github", "docs", "examples", "recipes", "scripts", "tests", "trl_klx")
 # What a run writes: named in the docs, not in the repository.
 WRITTEN_BY_RUNS = ("resolved_recipe.yaml", "README.md")
@@ -83,12 +89,26 @@ def test_names_of_the_package_in_the_docs_exist() -> None:
         assert pkgutil.resolve_name(name), name
 
 
-def test_the_tree_of_rooms_is_the_tree() -> None:
-    places = (ROOT, ROOT / "trl_klx", ROOT / "trl_klx" / "trainers", ROOT / "trl_klx" / "run")
-    [block] = [block for block in fenced(ROOT / "docs" / "how-it-works.md", "") if block.startswith("trl_klx/\n")]
-    for line in block.splitlines():
-        for name in re.findall(r"(?<!\S)(\w+/|\w+\.py)(?=\s)", line):
-            assert any((place / name).exists() for place in places), name
+def test_the_list_of_rooms_is_that_of_the_layout() -> None:
+    """In how-it-works.md, in both directions."""
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    listed = {name.rstrip("/").removesuffix(".py") for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert listed == set(ALLOWED) - {"__init__", "trainers"}
+
+
+def test_the_walks_name_what_the_code_has() -> None:
+    """In how-it-works.md: each `name()` and `ClassName` is defined in a file that its section names, or is TRL's."""
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    walks = [section for section in re.split(r"^## ", page, flags=re.MULTILINE) if section.startswith("One ")]
+    assert len(walks) == 4
+    for section in walks:
+        files = {path for path in re.findall(r"`([\w/.]+\.py)`", section) if (ROOT / path).is_file()}
+        code = "".join((ROOT / path).read_text() for path in files)
+        for span in re.findall(r"`([A-Za-z_][\w.]*\(\)|[A-Z]\w*[a-z]\w*(?:\.\w+)*)`", section):
+            for name in span.removesuffix("()").split("."):
+                is_ours = re.search(rf"\b(?:def|class) {name}\b", code)
+                assert is_ours or any(hasattr(owner, name) for owner in THEIRS), f"{span}: {section.splitlines()[0]}"
 
 
 def test_the_index_links_every_page() -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import is_peft_model
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from trl.trainer.utils import get_config_model_id
 
@@ -17,6 +17,7 @@ from ...hub.card import write_card
 from ...hub.push import HubError, create_repo, push_checkpoint, push_command, push_folder
 from ...hub.settings import Settings, plain_settings, write_settings
 from ..parts import Part
+from .whole import as_main_does
 
 logger = logging.getLogger(__name__)
 
@@ -27,21 +28,15 @@ def agreed_repo(args: Any, token: str | None, private: bool | None, *, is_main: 
     Raises:
         HubError: no token, a refused one, a name that is not allowed, or no way to the Hub.
     """
-    name, refusal = "", ""
-    if is_main:
-        try:
-            name = create_repo(
-                args.hub_model_id or Path(args.output_dir).absolute().name,
-                token=args.hub_token if token is None else token,
-                private=args.hub_private_repo if private is None else private,
-            )
-        except HubError as error:
-            refusal = str(error)
-    agreed = [name, refusal]
-    broadcast_object_list(agreed)
-    if agreed[1]:
-        raise HubError(agreed[1])
-    return agreed[0]
+
+    def create() -> str:
+        return create_repo(
+            args.hub_model_id or Path(args.output_dir).absolute().name,
+            token=args.hub_token if token is None else token,
+            private=args.hub_private_repo if private is None else private,
+        )
+
+    return as_main_does(is_main, create, HubError)
 
 
 class Pushes(Part):

@@ -8,10 +8,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
@@ -25,6 +25,7 @@ from .own_folders import STATE_FILE, discard, is_own, own_checkpoint
 from .run_lock import run_folder
 
 logger = get_logger(__name__)
+T = TypeVar("T")
 # Not needed to resume, and not pushed with a checkpoint: a pickle of all arguments, and PEFT's card.
 _NOT_LISTED = (STATE_FILE, "training_args.bin", "README.md")
 LAST = "last"  # as a checkpoint to resume from: the last whole one in output_dir
@@ -148,6 +149,20 @@ def _step(folder: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
+def as_main_does(is_main: bool, act: Callable[[], T], refusal: type[Exception]) -> T:
+    """What the main process gets by `act`, on every process; or its refusal, with the same sentence on all."""
+    found: list[Any] = [None, None]
+    if is_main:
+        try:
+            found[0] = act()
+        except refusal as error:
+            found[1] = str(error)
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise refusal(found[1])
+    return found[0]
+
+
 class Checkpoints(Part):
     """Writes the checkpoints of a run whole or not at all, and deletes the oldest.
 
@@ -165,32 +180,15 @@ class Checkpoints(Part):
         Raises:
             FolderError: another run holds it, or it cannot be written to.
         """
-        refusals: list[str | None] = [None]
+        is_main, folder = self._accelerator.is_main_process, self._trainer.args.output_dir
         with ExitStack() as held:
-            if self._accelerator.is_main_process:
-                try:
-                    held.enter_context(run_folder(self._trainer.args.output_dir))
-                except FolderError as error:
-                    refusals[0] = str(error)
-            broadcast_object_list(refusals)
-            if refusals[0] is not None:
-                raise FolderError(refusals[0])
+            as_main_does(is_main, lambda: held.enter_context(run_folder(folder)), FolderError)
             yield
 
     def agreed(self, wanted: str | bool | None) -> str | None:
         """The checkpoint to resume from, as the main process finds it, on every process."""
-        if not wanted:
-            return None
-        found: list[str | None] = [None, None]
-        if self._accelerator.is_main_process:
-            try:
-                found[0] = resolve_checkpoint(wanted, self._trainer.args.output_dir)
-            except CheckpointError as error:
-                found[1] = str(error)
-        broadcast_object_list(found)
-        if found[1] is not None:
-            raise CheckpointError(found[1])
-        return found[0]
+        is_main, folder = self._accelerator.is_main_process, self._trainer.args.output_dir
+        return as_main_does(is_main, lambda: resolve_checkpoint(wanted or None, folder), CheckpointError)
 
     def rotating_nothing(self) -> AbstractContextManager[None]:
         """Rotating is ours: transformers would delete old checkpoints before a new one is whole, and at the end of a

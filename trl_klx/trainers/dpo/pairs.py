@@ -58,41 +58,33 @@ class PairStatistics(Part):
     def __init__(self, accelerator: Accelerator, *, is_watched: bool) -> None:
         self._accelerator, self._is_watched = accelerator, is_watched
         self._is_first = True  # whether no step was taken yet
-        self._gathered: list[tuple[Tensor, Tensor]] = []
         names = ("pairs", "chosen", "rejected", "margin", "margin_squared", "difference_squared", "product")
         self._sums = PooledSums(accelerator, (*names, "distance"))
         self._kept: dict[str, float] = {}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """While active, keep what TRL gathers from all processes, and what this process gave."""
-        gather = self._accelerator.gather
+    def watching(self) -> Iterator[list[Tensor]]:
+        """While TRL computes a loss, collects the numbers per pair that it gathers from all processes.
+
+        TRL 1.12 to 1.16: the rewards of the chosen answers, those of the rejected ones, and others.
+        """
+        gather, per_pair = self._accelerator.gather, []
 
         def keep(tensor: Any) -> Any:
-            result = gather(tensor)
             if isinstance(tensor, Tensor) and tensor.dim() == 1:
-                self._gathered.append((tensor, result))
-            return result
+                per_pair.append(tensor)
+            return gather(tensor)
 
         with swapped(self._accelerator, gather=keep):
-            yield
+            yield per_pair
 
-    def add(self, lengths: Tensor, means: tuple[float, float], beta: float) -> None:
+    def add(self, chosen: Tensor, rejected: Tensor, lengths: Tensor) -> None:
         """Add a micro-batch.
 
         Args:
+            chosen, rejected: (B,) log-ratios of whole answers, nats.
             lengths: (2B,) tokens of the chosen answers, then of the rejected ones.
-            means: TRL's mean rewards of chosen and rejected answers, beta times the log-ratio; by these they are found
-                among what it gathered, in this order.
-            beta: of these rewards.
         """
-        rewards = iter(self._gathered)
-        found = [next((given for given, all_of in rewards if all_of.mean().item() == mean), None) for mean in means]
-        self._gathered = []
-        chosen, rejected = found
-        if chosen is None or rejected is None:  # a mean that is not finite
-            return
-        chosen, rejected = chosen.double() / beta, rejected.double() / beta
         chosen_length, rejected_length = lengths.double().chunk(2)
         margin, difference = chosen - rejected, chosen_length - rejected_length
         distance = chosen.abs() / chosen_length.clamp(min=1) + rejected.abs() / rejected_length.clamp(min=1)

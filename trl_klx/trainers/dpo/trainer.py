@@ -6,7 +6,7 @@ TRL computes DPO's loss; the exact KL at the data's prefixes is added to it. The
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -165,15 +165,15 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
         self._total_train_tokens = int(state.get("num_tokens", 0))
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        watched = self.model.training and self.args.kl_health
-        with self._pairs.watching() if watched else nullcontext(), trainable_as_before(self.model):
+        with self._pairs.watching() as per_pair, trainable_as_before(self.model):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         metrics = self.metrics.means[self.mode]
         if not metrics.get("rewards/chosen"):  # it is not TRL's loss: `AppliedKLCheck` says so where a KL was wanted
             return loss
-        if watched:
-            means = metrics["rewards/chosen"][-1], metrics["rewards/rejected"][-1]
-            self._pairs.add(inputs["completion_mask"].sum(-1), means, self.beta)
+        means = metrics["rewards/chosen"][-1], metrics["rewards/rejected"][-1]
+        if self.model.training and self.args.kl_health and all(map(math.isfinite, means)):
+            chosen, rejected = (rewards.double() / self.beta for rewards in per_pair[:2])
+            self._pairs.add(chosen, rejected, inputs["completion_mask"].sum(-1))
         # TRL's rewards are beta times the log-ratios, gathered from all processes, and beta is never 0.
         for name, reward in (("chosen", "chosen"), ("rejected", "rejected"), ("margin", "margins")):
             metrics[f"log_ratio/{name}"].append(metrics[f"rewards/{reward}"][-1] / self.beta)

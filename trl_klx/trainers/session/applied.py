@@ -7,7 +7,6 @@ and the run would go on without a KL, under the names of one.
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import RunError
@@ -59,13 +58,6 @@ class AppliedKLCheck(TrainerCallback):
         missing = self._wanted - self._trainer.kl.reached
         if missing and not self._trainer.guard.in_a_row:  # a step that was skipped may have ended early
             raise not_applied(self._trainer, *sorted(missing))
-
-
-def scored(trainer: Any, out: Any) -> Tensor:
-    """(B, C) log-probs of TRL's scoring function, from its result; a patch may leave them out."""
-    if out is None or out[0] is None:
-        raise not_applied(trainer, KL_MEASURED)
-    return out[0]
 
 
 def the_only(found: Sequence[Any], trainer: Any) -> Any:

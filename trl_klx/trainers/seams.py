@@ -46,7 +46,6 @@ OVERRIDDEN = {
     "save_model": "transformers' again, in place of TRL's, which swaps the model for its policy",
     "get_train_dataloader": "transformers' again: TRL builds its own when it is set up",
     "get_eval_dataloader": "the same",
-    "null_ref_context": "switches the adapter, and leaves what is trained as it was",
     "generate_completions": "prints answers of our sampler",
     # GRPO
     "_get_per_token_logps_and_entropies": "the scoring of answers, which also gives hidden states and the exact KL",

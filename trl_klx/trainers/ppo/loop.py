@@ -7,8 +7,8 @@ yields the prompts of a rollout, and all that the loop does around a step works 
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sized
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import GenerationConfig, PreTrainedModel, Trainer
 from trl.distributed import DistributedBackend
 from trl.experimental.ppo import PPOTrainer
 from trl.models.utils import (
@@ -27,11 +27,10 @@ from trl.models.utils import (
     prepare_fsdp,
     unwrap_model_for_generation,
 )
-from trl.trainer.utils import identity, use_adapter
+from trl.trainer.utils import identity
 
 from ..checks.noise import without_noise
 from ..errors import CheckpointError
-from ..reference.adapters import REF_ADAPTER, trainable_as_before
 from ..seams import swapped
 from ..shared.generation import end_tokens, generating_with
 from .config import KLXPPOConfig, as_dict
@@ -63,34 +62,22 @@ class PPOLoop(PPOTrainer):
     get_eval_dataloader = Trainer.get_eval_dataloader
 
     def __init__(
-        self,
-        args: KLXPPOConfig,
-        model: PolicyAndValue,
-        ref_model: PreTrainedModel | None,
-        processing_class: PreTrainedTokenizerBase,
-        train_dataset: Any,
-        eval_dataset: Any,
-        **kwargs: Any,
+        self, args: KLXPPOConfig, model: PolicyAndValue, ref_model: PreTrainedModel | None, tokenizer: Any, **given: Any
     ) -> None:
         args = _as_the_loop_sees_it(args)
         without_noise(model)
         self.is_peft_model = isinstance(model.policy, PeftModel)
         if self.is_peft_model and args.gradient_checkpointing:
             model.policy.enable_input_require_grads()
-        _check_size(args, train_dataset)
+        _check_size(args, given["train_dataset"])
         # Trainer's own __init__, past the PPOTrainer's that leaves it out.
-        super(PPOTrainer, self).__init__(
-            model=model,
-            args=args,
-            data_collator=identity,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        own = {"model": model, "args": args, "processing_class": tokenizer, "data_collator": identity}
+        super(PPOTrainer, self).__init__(**own, **given)
         self._train_batch_size = args.local_batch_size or 0  # the dataloader's: prompts of a rollout on this process
         self.ref_model = None if ref_model is None else self.frozen(ref_model)
-        self.stop_tokens = _stop_tokens(args, model.policy, processing_class)
+        self.stop_tokens = end_tokens(model.policy, tokenizer) if args.stop_token == "eos" else []
+        if args.stop_token_id is not None:
+            self.stop_tokens = [args.stop_token_id]
         self._backend = DistributedBackend(self.accelerator)
         # Every process samples answers of its own.
         set_seed(args.seed, device_specific=True)
@@ -107,27 +94,12 @@ class PPOLoop(PPOTrainer):
         return self.accelerator.prepare_model(model, evaluation_mode=True, device_placement=True)
 
     @property
-    def _policy(self) -> Any:
+    def policy(self) -> Any:
         return self.accelerator.unwrap_model(self.model).policy
 
-    @property
-    def mode(self) -> str:
-        """Whether this is "train" or "eval"."""
-        return "train" if self.model.training else "eval"
-
     def without_checkpointing(self) -> AbstractContextManager[None]:
-        """While active, forwards keep no activations and recompute none."""
         model: Any = self.model
         return disable_gradient_checkpointing(model, as_dict(self.args.gradient_checkpointing_kwargs))
-
-    @contextmanager
-    def null_ref_context(self) -> Iterator[None]:
-        """While active, a PEFT policy is its reference: the adapter of that name, or no adapter."""
-        name = self.args.ref_adapter_name
-        if name is None and REF_ADAPTER in self._policy.peft_config:
-            name = REF_ADAPTER
-        with trainable_as_before(self._policy), use_adapter(self._policy, name):
-            yield
 
     @torch.no_grad()
     def generate(self, prompt_ids: list[list[int]]) -> list[list[int]]:
@@ -205,9 +177,6 @@ def _as_the_loop_sees_it(args: KLXPPOConfig) -> KLXPPOConfig:
     seen.world_size = PartialState().num_processes  # TRL's field hides TrainingArguments' property
     seen.local_batch_size = args.rollout_size
     seen.batch_size = args.rollout_size * seen.world_size
-    seen.micro_batch_size = args.per_device_train_batch_size * seen.world_size
-    seen.local_mini_batch_size = args.rollout_size // args.num_mini_batches
-    seen.mini_batch_size = seen.local_mini_batch_size * seen.world_size
     if seen.total_episodes is not None:
         seen.max_steps = math.ceil(seen.total_episodes / seen.batch_size)
     seen.gradient_accumulation_steps = 1
@@ -223,18 +192,9 @@ def _as_the_loop_sees_it(args: KLXPPOConfig) -> KLXPPOConfig:
 
 
 def _check_size(args: KLXPPOConfig, dataset: Any) -> None:
-    try:
-        rows = len(dataset)
-    except TypeError:
-        return  # a stream
+    rows = len(dataset) if isinstance(dataset, Sized) else math.inf  # a stream
     if rows < (args.batch_size or 0):
         raise ValueError(
             f"the dataset has {rows} prompts and a rollout takes {args.batch_size} (per_device_train_batch_size * "
             "gradient_accumulation_steps * processes): lower one of these, or give more prompts."
         )
-
-
-def _stop_tokens(args: KLXPPOConfig, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if args.stop_token == "eos":
-        return end_tokens(policy, tokenizer)
-    return [] if args.stop_token_id is None else [args.stop_token_id]

@@ -86,14 +86,12 @@ class PolicyAndValue(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         return self.policy.is_gradient_checkpointing
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: object
-    ) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         for model in (self.policy, self.value_model):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict | None = None, **kwargs: object
+        self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
     ) -> None:
         """The name that transformers' Trainer calls it by since 5.20."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
@@ -107,21 +105,18 @@ class PolicyAndValue(nn.Module):
 
         `state_dict` is that of the whole module, where sharding made gathering it necessary.
         """
-        parts = {"policy": (self.policy, folder), "value_model": (self.value_model, folder / VALUE_FOLDER)}
-        for name, (part, target) in parts.items():
-            if with_value_model or part is self.policy:
-                own = None if state_dict is None else _without_prefix(state_dict, f"{name}.")
-                part.save_pretrained(target, state_dict=own)
+        parts = [("policy.", self.policy, folder), ("value_model.", self.value_model, folder / VALUE_FOLDER)]
+        for prefix, part, target in parts if with_value_model else parts[:1]:
+            own = None
+            if state_dict is not None:
+                own = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+            part.save_pretrained(target, state_dict=own)
 
 
 def _inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
     # Absolute position embeddings must not count the padding.
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-
-
-def _without_prefix(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
 
 
 def value_model_of(
@@ -131,14 +126,9 @@ def value_model_of(
     init_kwargs: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel:
-    """The value model that was given, by itself or by its path, or one made from the policy.
+    """The value model that was `given`, by itself or by its path, or one made from the policy.
 
-    Args:
-        policy: with its adapter, if it came with one.
-        given: None: one like the policy.
-        path: of the policy, from which ZeRO-3 loads one like it; None where it was given in memory.
-        init_kwargs: for loading.
-        tokenizer: the policy's.
+    `path` is the policy's, from which ZeRO-3 loads one like it; None where the policy was given in memory.
 
     Raises:
         ValueError: there is none, it has another head than PPO needs, or another vocabulary than the policy.
@@ -198,18 +188,13 @@ def _merged(policy: PeftModel) -> PreTrainedModel:
 
 def _start_at_zero(value_model: PreTrainedModel) -> None:
     """Make a fresh head predict 0 everywhere, so that the first advantages are the rewards themselves."""
-    weight = _head(value_model).weight
-    with torch.no_grad(), _writable(weight):
+    weight, whole = _head(value_model).weight, nullcontext()
+    if is_deepspeed_zero3_enabled():  # gather what is sharded, and share out again what is written into it
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
+    with torch.no_grad(), whole:
         weight.zero_()
-
-
-def _writable(parameter: Tensor) -> Any:
-    """Gather a parameter that ZeRO-3 has sharded, and share out again what is written into it."""
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 def _head(value_model: PreTrainedModel) -> nn.Linear:

@@ -56,13 +56,9 @@ class Prepared:
 
 
 def prepare(args: KLXPPOConfig, given: Given, datasets: tuple[Any, Any], *, more_columns: bool) -> Prepared:
-    """Check what a trainer was given, and load what is given by its path.
+    """Check what a trainer was given, datasets for training and evaluation included, and load what has only a path.
 
-    Args:
-        args: the config.
-        given: models and rewards.
-        datasets: for training and for evaluation.
-        more_columns: whether a rollout function gives the rewards more columns than the datasets have.
+    `more_columns`: whether a rollout function gives the rewards more columns than the datasets have.
 
     Raises:
         TypeError: `args` is no `KLXPPOConfig`.
@@ -73,10 +69,7 @@ def prepare(args: KLXPPOConfig, given: Given, datasets: tuple[Any, Any], *, more
     check_inputs(PROMPTS_OR_TOKENS, args, *datasets, rewards, more=more_columns)
     kl_groups = group_names(args, *datasets)
     check_gold_reward(args, given.gold_reward_func)
-    others = {name: getattr(given, name) for name in ("ref_model", "reward_model", "value_model")}
-    tokenizer = check_start(
-        args, model, given.processing_class, quantization_config=given.quantization_config, **others
-    )
+    tokenizer = check_start(args, **vars(given))
     loading = loading_arguments(as_dict(args.model_init_kwargs))
     quantized = {"quantization_config": given.quantization_config} if given.quantization_config is not None else {}
     for_policy = {**loading, **quantized}

@@ -23,18 +23,12 @@ class PromptReader:
 
     A column `prompt` holds strings or messages; without it, `input_ids` holds tokens, as TRL's PPO has it, of which
     those count that `attention_mask` marks. Without that column, tokens `padding` at either end of a row do not count.
-
-    Args:
-        tokenizer: the policy's.
-        chat_template_kwargs: for messages.
-        padding: what fills up prompts that come as tokens.
-        vocabulary: entries of the policy's embedding.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chat_template_kwargs: dict[str, Any]
     padding: int | None
-    vocabulary: int
+    vocabulary: int  # entries of the policy's embedding
 
     def read(self, rows: Rows) -> tuple[list, list[list[int]]]:
         """Prompts as reward functions get them, and their tokens."""
@@ -80,13 +74,6 @@ def _without_padding(row: dict[str, Any], padding: int | None) -> list[int]:
     return ids
 
 
-def completions_like(prompts: list, texts: list[str]) -> list:
-    """Texts, or messages of the assistant where the prompts are messages."""
-    if not is_conversational({"prompt": prompts[0]}):
-        return texts
-    return [[{"role": "assistant", "content": text}] for text in texts]
-
-
 def take_answers(given: dict[str, list], prompts: int) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
     """Take the tokens of prompts and answers out of a rollout function's result, and which the policy made (env_mask).
 
@@ -96,25 +83,18 @@ def take_answers(given: dict[str, list], prompts: int) -> tuple[list[list[int]],
     for name in ("prompt_ids", "completion_ids"):
         if name not in given:
             raise ValueError(f"rollout_func returned no {name}: return prompt_ids and completion_ids.")
-    prompt_ids, completion_ids = (_numbers(given.pop(name)) for name in ("prompt_ids", "completion_ids"))
-    mask = given.pop("env_mask", None)
-    policy_made = all_made(completion_ids) if mask is None else _numbers(mask)
-    for name, found in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids), ("env_mask", policy_made)):
-        if len(found) != prompts:
-            raise ValueError(f"rollout_func returned {len(found)} {name} for {prompts} prompts: return one per prompt.")
-    for row, (ids, made) in enumerate(zip(completion_ids, policy_made, strict=True)):
+    names = ("prompt_ids", "completion_ids", "env_mask")
+    if given.get("env_mask") is None:
+        given["env_mask"] = [[1] * len(row) for row in given["completion_ids"]]
+    found = [[[int(number) for number in row] for row in given.pop(name)] for name in names]
+    for name, rows in zip(names, found, strict=True):
+        if len(rows) != prompts:
+            raise ValueError(f"rollout_func returned {len(rows)} {name} for {prompts} prompts: return one per prompt.")
+    prompt_ids, completion_ids, policy_made = found
+    for place, (ids, made) in enumerate(zip(completion_ids, policy_made, strict=True)):
         if len(ids) != len(made):
             raise ValueError(
-                f"rollout_func returned {len(made)} entries of env_mask for the {len(ids)} tokens of answer {row}: "
+                f"rollout_func returned {len(made)} entries of env_mask for the {len(ids)} tokens of answer {place}: "
                 "return one per token."
             )
     return prompt_ids, completion_ids, policy_made
-
-
-def all_made(completion_ids: list[list[int]]) -> list[list[int]]:
-    """The mask of answers that the policy produced alone."""
-    return [[1] * len(ids) for ids in completion_ids]
-
-
-def _numbers(rows: Any) -> list[list[int]]:
-    return [[int(token) for token in row] for row in rows]

@@ -1,11 +1,7 @@
-"""The values of a PPO step, each made from the one before: `Answers`, `Rewarded`, `Rollout`, `Experience`,
-`LossOutputs`.
-
-Shape legend: see trainer.py.
-"""
+"""The values of a PPO step, each made from the one before. Shape legend: see trainer.py."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -23,7 +19,7 @@ class Answers:
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     policy_made: list[list[int]]  # 1 where the policy produced the token, 0 for tool output
-    columns: dict[str, list] = field(default_factory=dict)
+    columns: dict[str, list]  # others of the dataset, and those that a rollout function gives
 
     def finished(self, stop_tokens: Collection[int]) -> list[bool]:
         """Whether the last token that the policy produced is a stop token; all are where there is none."""
@@ -50,6 +46,16 @@ class Rewarded:
     def rows(self, index: Tensor | slice) -> Self:
         """The same of some answers only."""
         return replace(self, **{name: tensor[index] for name, tensor in _tensors(self).items()})
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of some answers by policy and value model; (B, T) and 0 on masked positions, but for the logits."""
+
+    logps: Tensor  # of the answer's tokens, at the sampling temperature
+    logits: Tensor  # (B, T, V)
+    values: Tensor
+    exact: Tensor | None  # exact KL to the reference, where it was asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +121,5 @@ def padded(ids: list[list[int]], fill: int, side: str, device: Any) -> tuple[Ten
         gap = [value] * (longest - len(row))
         return gap + row if side == "left" else row + gap
 
-    tokens = torch.tensor([pad(row, fill) for row in ids], dtype=torch.long, device=device)
-    mask = torch.tensor([pad([1] * len(row), 0) for row in ids], dtype=torch.long, device=device)
-    return tokens, mask
+    tokens = torch.tensor([pad(row, fill) for row in ids], device=device)
+    return tokens, torch.tensor([pad([1] * len(row), 0) for row in ids], device=device)

@@ -1,86 +1,105 @@
-"""The first half of a PPO step: rows of the dataset to answers, answers to rewards. Shape legend: see trainer.py."""
+"""The first half of a PPO step: answers are sampled, rewarded, scored and measured. Shape legend: see trainer.py."""
 
 from collections import defaultdict
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from trl.trainer.utils import print_prompt_completions_sample
+from trl.data_utils import is_conversational
+from trl.trainer.utils import print_prompt_completions_sample, selective_log_softmax
 
+from ...kl import fill_masked, kl_estimate, masked_sum
+from ...kl.estimators import SAMPLED_ESTIMATORS
+from ..exact.forward import ExactKLForward
+from ..reference.adapters import as_reference
 from ..rewarding.functions import RewardFunctions, finite_rewards
-from ..session.metrics import Metrics
 from ..session.prompts import prompt_numbers
 from ..shared.generation import until_stop
-from ..shared.step_guard import REWARDS, StepGuard
-from .loop import PPOLoop
-from .prompts import PromptReader, RolloutFunction, Rows, all_made, completions_like, take_answers
-from .rollout import Answers, Rewarded, padded
+from ..shared.step_guard import REWARDS
+from .prompts import PromptReader, RolloutFunction, Rows, take_answers
+from .rollout import Answers, Rewarded, Rollout, Scores, padded
+
+if TYPE_CHECKING:
+    from .trainer import KLXPPOTrainer
 
 _PRINTED = 5  # answers that num_sample_generations shows at a time
 
 
 class PPOSampler:
-    """Answers prompts and rewards the answers, the same way for training and for evaluation.
+    """Makes rollouts, the same way for training and for evaluation, and records their rewards and their KL.
 
     Args:
-        loop: the trainer, whose policy answers.
+        trainer: whose policy answers, and whose models score.
         prompts: reads the rows.
         rewards: the reward functions and models.
         rollout_func: samples the answers in the policy's place; None: the policy does.
-        metrics: takes the rewards.
-        guard: is told where no answer has a reward.
+        exact: computes the exact KL; None where none is wanted.
     """
 
     def __init__(
         self,
-        loop: PPOLoop,
+        trainer: "KLXPPOTrainer",
         prompts: PromptReader,
         rewards: RewardFunctions,
         rollout_func: RolloutFunction | None,
-        metrics: Metrics,
-        guard: StepGuard,
+        exact: ExactKLForward | None,
     ) -> None:
-        self._loop, self._prompts, self.rewards, self._rollout_func = loop, prompts, rewards, rollout_func
-        self._metrics, self._guard = metrics, guard
+        self._trainer, self._prompts, self.rewards = trainer, prompts, rewards
+        self._rollout_func, self._exact = rollout_func, exact
+
+    def rollout(self, rows: Rows) -> Rollout:
+        """An answer to each prompt, with its rewards and scores. Call without gradients."""
+        trainer, size = self._trainer, self._trainer.args.local_rollout_forward_batch_size
+        answers = self.answers(rows)
+        rewarded = self._rewarded(answers, trainer.kl.group_numbers(rows))
+        if trainer.gold is not None and trainer.mode == "eval":
+            gold = RewardFunctions([trainer.gold.reward], None, None, trainer.processing_class)
+            gold_rewards, _ = self.rewards_of(answers, gold)
+            trainer.gold.measure(answers.prompts, *trainer.accelerator.gather((rewarded.scores, gold_rewards[:, 0])))
+        parts = [rewarded.rows(slice(start, start + size)) for start in range(0, len(rows), size)]
+        rollout = Rollout.joined([self._scored(part) for part in parts])
+        self._record_kl(rollout)
+        return rollout
+
+    # Answers and rewards
 
     def answers(self, rows: Rows) -> Answers:
         """One answer to each prompt."""
-        tokenizer: Any = self._loop.processing_class
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "input_ids")}
         prompts, prompt_ids = self._prompts.read(rows)
         if self._rollout_func is None:
             self._prompts.check(prompt_ids, "a prompt")
-            stops = self._loop.stop_tokens
-            completion_ids = [until_stop(ids, stops) for ids in self._loop.generate(prompt_ids)]
-            policy_made = all_made(completion_ids)
+            with self._trainer.guard.sampling():
+                sampled = self._trainer.generate(prompt_ids)
+            completion_ids = [until_stop(ids, self._trainer.stop_tokens) for ids in sampled]
+            policy_made = [[1] * len(ids) for ids in completion_ids]
         else:
-            given = dict(self._rollout_func(prompts, self._loop))
+            given = dict(self._rollout_func(prompts, self._trainer))
             prompt_ids, completion_ids, policy_made = take_answers(given, len(prompts))
             given.pop("logprobs", None)  # the trainer scores at its own temperature
             columns |= given
             self._prompts.check([*prompt_ids, *completion_ids], "what rollout_func returned")
-        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        return Answers(prompts, completions_like(prompts, texts), prompt_ids, completion_ids, policy_made, columns)
+        texts: list = self._trainer.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        if is_conversational({"prompt": prompts[0]}):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        return Answers(prompts, texts, prompt_ids, completion_ids, policy_made, columns)
 
-    def rewarded(self, answers: Answers, groups: Tensor | None) -> Rewarded:
-        """The answers as tensors, with their scores; records the rewards, and now and then prints some answers.
-
-        `groups`, (B,), are the places of the prompts' groups.
-        """
-        args, state, device = self._loop.args, self._loop.state, self._loop.accelerator.device
-        fill = self._loop.processing_class.pad_token_id
+    def _rewarded(self, answers: Answers, groups: Tensor | None) -> Rewarded:
+        args, state, device = self._trainer.args, self._trainer.state, self._trainer.accelerator.device
+        fill = self._trainer.processing_class.pad_token_id
         prompt_ids, prompt_mask = padded(answers.prompt_ids, fill, "left", device)
         completion_ids, completion_mask = padded(answers.completion_ids, fill, "right", device)
         policy_made, _ = padded(answers.policy_made, 0, "right", device)
         rewards, extra = self.rewards_of(answers, self.rewards)
         rewards = self._finite(rewards)
         scores = self.rewards.total(rewards).masked_fill(rewards.isnan().all(1), torch.nan)
-        finished = torch.tensor(answers.finished(self._loop.stop_tokens), device=device)
+        finished = torch.tensor(answers.finished(self._trainer.stop_tokens), device=device)
         if args.missing_eos_penalty is not None:
             scores = scores - args.missing_eos_penalty * (~finished).float()
-        self._record(rewards, scores, finished, completion_mask)
+        self._record_rewards(rewards, scores, finished, completion_mask)
         times = args.num_sample_generations
-        if times and self._loop.mode == "train" and state.global_step % max(1, state.max_steps // times) == 0:
+        if times and self._trainer.mode == "train" and state.global_step % max(1, state.max_steps // times) == 0:
             self.print(answers, rewards, extra)
         return Rewarded(
             input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
@@ -97,32 +116,81 @@ class PPOSampler:
         extra: dict[str, list] = {}
         columns = {
             **answers.columns,
-            "trainer_state": self._loop.state,
+            "trainer_state": self._trainer.state,
             "log_metric": lambda name, value: logged[name].append(float(value)),
             "log_extra": extra.__setitem__,
         }
-        device = self._loop.accelerator.device
+        device = self._trainer.accelerator.device
         rewards = functions(answers.prompts, answers.completions, answers.completion_ids, columns, device)
         if logged:  # the same names on every process, as TRL's GRPO requires too
             pairs = {name: torch.tensor([sum(v), len(v)], device=device) for name, v in sorted(logged.items())}
-            self._metrics.pool(self._loop.mode, {name: (pair[0], pair[1]) for name, pair in pairs.items()})
+            self._pool({name: (pair[0], pair[1]) for name, pair in pairs.items()})
         return rewards, extra
 
     def _finite(self, rewards: Tensor) -> Tensor:
         """(B, F) without infinite rewards; a rollout in which no answer has a reward is not learnt from."""
-        names = self.rewards.names
-        rewards, counts = finite_rewards(rewards, names)
-        scored = (~rewards.isnan()).any(1).sum()
-        counted = torch.stack([scored, *(scored.new_tensor(counts.get(name, 0)) for name in names)])
-        scored, *infinite = self._loop.accelerator.reduce(counted, reduction="sum").tolist()
-        for name, count in zip(names, infinite, strict=True):
+        infinite = rewards.isinf().sum(0)
+        rewards, _ = finite_rewards(rewards, self.rewards.names)
+        counted = torch.cat([(~rewards.isnan()).any(1).sum(0, keepdim=True), infinite])
+        scored, *infinite = self._trainer.accelerator.reduce(counted, reduction="sum").tolist()
+        for name, count in zip(self.rewards.names, infinite, strict=True):
             if count:
-                self._metrics.add(self._loop.mode, f"rewards/{name}/infinite", float(count))
-        if not scored and self._loop.mode == "train":
-            self._guard.watch(REWARDS, torch.nan)
+                self._trainer.metrics.add(self._trainer.mode, f"rewards/{name}/infinite", float(count))
+        if not scored and self._trainer.mode == "train":
+            self._trainer.guard.watch(REWARDS, torch.nan)
         return rewards
 
-    def _record(self, rewards: Tensor, scores: Tensor, finished: Tensor, completion_mask: Tensor) -> None:
+    # Scores
+
+    def _scored(self, part: Rewarded) -> Rollout:
+        """Answers as policy, value model and reference score them now."""
+        trainer, ref_logps, ref_hidden = self._trainer, None, None
+        if trainer.args.kl_is_measured:
+            ref_logps, ref_hidden = self._reference_scores(part)
+        scores = self.scores(trainer.model, part, ref_hidden, with_grad=False)
+        exact_in_loss = trainer.kl_in_loss and trainer.kl_term.estimator == "exact"
+        return Rollout(
+            **vars(part),
+            sampler_logps=scores.logps,
+            values=scores.values,
+            ref_logps=ref_logps,
+            ref_hidden=ref_hidden if exact_in_loss else None,  # the largest tensor of all
+            exact=scores.exact,
+        )
+
+    def scores(self, model: Any, part: Rewarded, ref_hidden: Tensor | None, *, with_grad: bool) -> Scores:
+        """Of policy and value model in one forward of `model`; and the exact KL, where `ref_hidden` is given."""
+        wanted: Any = nullcontext([])
+        if self._exact is not None and ref_hidden is not None:
+            wanted = self._exact.exact_kl(model, ref_hidden, part.mask, with_grad=with_grad)
+        with wanted as exact:
+            output = model(part.input_ids, part.attention_mask, part.length)
+        values = fill_masked(output.state_values.float(), part.mask)
+        return Scores(self._logps(output.logits, part), output.logits, values, exact[0] if exact else None)
+
+    def _reference_scores(self, part: Rewarded) -> tuple[Tensor, Tensor | None]:
+        """(B, T) log-probs and, where the exact KL needs them, (B, T, H) hidden states, in one forward."""
+        trainer, model, reference = self._trainer, self._trainer.model, self._trainer.ref_model
+        capture: Any = nullcontext([])
+        if self._exact is not None:
+            capture = self._exact.hidden_states(model if reference is None else reference, part.length)
+        with capture as hidden:
+            if reference is None:
+                with as_reference(trainer.policy, trainer.args.ref_adapter_name):
+                    output = model(part.input_ids, part.attention_mask, part.length, with_values=False)
+            else:
+                wrapper = trainer.accelerator.unwrap_model(model)
+                output = wrapper.run(reference, part.input_ids, part.attention_mask, part.length)
+        return self._logps(output.logits, part), hidden[0] if hidden else None
+
+    def _logps(self, logits: Tensor, part: Rewarded) -> Tensor:
+        """(B, T) log-probs of the answer's tokens at the sampling temperature, 0 on masked positions."""
+        logits = logits.float() / self._trainer.args.temperature
+        return fill_masked(selective_log_softmax(logits, part.input_ids[:, -part.length :]), part.mask)
+
+    # Metrics
+
+    def _record_rewards(self, rewards: Tensor, scores: Tensor, finished: Tensor, completion_mask: Tensor) -> None:
         rows, scored = torch.ones_like(scores).sum(), (~scores.isnan()).sum()
         sums = {
             "reward": (scores.nansum(), scored),
@@ -132,16 +200,40 @@ class PPOSampler:
         }
         for name, column in zip(self.rewards.names, rewards.unbind(1), strict=True):
             sums[f"rewards/{name}/mean"] = (column.nansum(), (~column.isnan()).sum())
-        means = self._metrics.pool(self._loop.mode, sums)
+        means = self._pool(sums)
         if "reward" not in means:  # on any process
             return
         spread = (scores - means["reward"]).square().nansum()
-        squares, count = self._loop.accelerator.reduce(torch.stack([spread, scored.to(spread)]), reduction="sum")
-        self._metrics.add(self._loop.mode, "reward_std", float((squares / (count - 1).clamp(min=1)).sqrt()))
+        squares, count = self._trainer.accelerator.reduce(torch.stack([spread, scored.to(spread)]), reduction="sum")
+        reward_std = float((squares / (count - 1).clamp(min=1)).sqrt())
+        self._trainer.metrics.add(self._trainer.mode, "reward_std", reward_std)
+
+    def _record_kl(self, rollout: Rollout) -> None:
+        """The KL is measured where it is unbiased: on fresh answers, before any of the step's updates."""
+        trainer, logps, mask = self._trainer, rollout.sampler_logps, rollout.mask
+        rows = torch.ones_like(rollout.scores).sum()
+        sums = {"objective/entropy": (-masked_sum(logps, mask), rows)}
+        if rollout.ref_logps is not None:
+            names = [name for name in SAMPLED_ESTIMATORS if name in trainer.kl.names]
+            values: dict[str, Tensor] = {name: kl_estimate(logps, rollout.ref_logps, name) for name in names}
+            if rollout.exact is not None:
+                values["exact"] = rollout.exact
+            trainer.kl.measure(trainer.mode, values, mask, rollout.prompts, rollout.groups)
+            kl = values[trainer.kl_term.estimator]
+            sums["objective/kl"] = (masked_sum(kl, mask), rows)
+            if trainer.args.kl_is_penalised:  # what every placement maximises
+                charged = masked_sum(trainer.kl.coef_of(rollout.groups) * kl, mask, dim=1)
+                scored = ~rollout.scores.isnan()
+                sums["objective/non_score_reward"] = (-charged[scored].sum(), scored.sum())
+                sums["objective/rlhf_reward"] = ((rollout.scores - charged)[scored].sum(), scored.sum())
+        self._pool(sums)
+
+    def _pool(self, sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+        return self._trainer.metrics.pool(self._trainer.mode, sums)
 
     def print(self, answers: Answers, rewards: Tensor, extra: dict[str, list]) -> None:
         """Show a few answers with their rewards."""
-        if self._loop.accelerator.is_main_process:
+        if self._trainer.accelerator.is_main_process:
             columns = dict(zip(self.rewards.names, rewards.T.tolist(), strict=True))
-            step = self._loop.state.global_step
+            step = self._trainer.state.global_step
             print_prompt_completions_sample(answers.prompts, answers.completions, columns, None, step, _PRINTED, extra)

@@ -1,8 +1,8 @@
 """PPO with a chosen KL: `KLXPPOTrainer`. One step of transformers' loop is one rollout and its updates:
 
-    rows -> Answers -> Rewarded -> Rollout     sampled, rewarded, scored            sampler.py, scorer.py
-    Rollout -> Experience                      rewards and KL to advantages         here, by loss.py
-    Experience -> LossOutputs                  of each micro-batch of each update   here, by loss.py
+    rows -> Answers -> Rewarded -> Rollout   sampled, rewarded, scored             `PPOSampler`
+    Rollout -> Experience                    rewards and KL become advantages      `_shape`
+    Experience -> LossOutputs                of each micro-batch of each update    `_update`
 
 Shape legend of this folder: B answers, P prompt tokens, T answer tokens, L = P + T, H hidden size, V vocabulary,
 F rewards.
@@ -21,11 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import entropy_from_logits
 
-from ...kl import importance_weights, kl_credit, kl_estimate, last_token_index, leave_one_out_baseline, masked_sum
-from ...kl.estimators import SAMPLED_ESTIMATORS
+from ...kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
 from ..exact.forward import exact_kl_between
 from ..reference.resumed import ReferenceKeeper
-from ..rewarding.functions import RewardFunctions
 from ..session.applied import KL_IN_LOSS, KL_IN_REWARD
 from ..session.coefficient import KLCoefficient
 from ..shared.lifecycle import Lifecycle
@@ -37,7 +35,6 @@ from .prepare import Given, Model, prepare
 from .prompts import RolloutFunction, Rows
 from .rollout import Experience, LossOutputs, Rollout
 from .sampler import PPOSampler
-from .scorer import Scorer
 
 
 class KLXPPOTrainer(Lifecycle, PPOLoop):
@@ -75,7 +72,6 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
 
     _tag_names = ["trl", "ppo", "trl_klx"]
     _name = "KLX-PPO"
-    _takes_ref_model = True
     kl_coef = KLCoefficient()
 
     def __init__(
@@ -105,25 +101,25 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         given = Given(*models, reward_funcs, reward_processing_classes, gold_reward_func)
         made = prepare(args, given, (train_dataset, eval_dataset), more_columns=rollout_func is not None)
         self.given_args = args
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         own = {"optimizers": optimizers, "callbacks": callbacks}
-        super().__init__(args, made.model, made.reference, made.tokenizer, train_dataset, eval_dataset, **own)
-        rewards, self.reward_func_names = made.rewards, made.rewards.names
-        rewards.rewards = [self.frozen(r) if isinstance(r, nn.Module) else r for r in rewards.rewards]
-        keeper = ReferenceKeeper(
-            self, is_an_argument=True, in_policy=args.kl_is_measured, adapter=args.ref_adapter_name
-        )
+        super().__init__(args, made.model, made.reference, made.tokenizer, **data, **own)
+        self.reward_func_names, adapter = made.rewards.names, args.ref_adapter_name
+        keeper = ReferenceKeeper(self, is_an_argument=True, in_policy=args.kl_is_measured, adapter=adapter)
         self._hold_parts(keeper, made.kl_groups, gold_reward_func)
-        self.kl_term = self.args.kl_term()
-        like: dict[str, Any] = {"temperature": self.args.temperature, "direction": self.kl_term.direction}
-        exact = exact_kl_between(self, self.model.policy, **like) if self.args.kl_needs_exact else None
-        self.scorer = Scorer(self.args, self.accelerator, self.ref_model, self.null_ref_context, exact)
-        self.sampler = PPOSampler(self, made.prompts, rewards, rollout_func, self.metrics, self.guard)
+        self.kl_term = term = args.kl_term()
+        self.kl_in_reward, self.kl_in_loss = (at and args.kl_is_penalised for at in (term.in_reward, term.in_loss))
+        made.rewards.rewards = [self.frozen(r) if isinstance(r, nn.Module) else r for r in made.rewards.rewards]
+        exact = None
+        if args.kl_needs_exact:
+            exact = exact_kl_between(self, self.model.policy, temperature=args.temperature, direction=term.direction)
+        self.sampler = PPOSampler(self, made.prompts, made.rewards, rollout_func, exact)
         self._clipping = Clipping(args.cliprange, args.cliprange_value)
         self._watch_health(made.model.policy, gain="reward", entropy="policy/entropy_avg", tokenizer=made.tokenizer)
 
     @property
     def _saved_model(self) -> Any:
-        return self._policy  # without the value model beside it
+        return self.policy  # without the value model beside it
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One rollout and all its optimizer steps but the last, which transformers' loop clips, takes and logs."""
@@ -156,31 +152,14 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
                 if sampling:
                     break
 
-    def generate(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        with self.guard.sampling():
-            return super().generate(prompt_ids)
-
     def _sum(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
 
     @torch.no_grad()
     def _make_rollout(self, rows: Rows) -> Rollout:
-        """An answer to each prompt: sampled, rewarded and scored, its rewards and KL recorded.
-
-        The KL is that of every answer; what is returned counts only where a reward applies.
-        """
-        size = self.args.local_rollout_forward_batch_size
+        # The KL is that of every answer; what is learnt from counts only where a reward applies.
         with self.without_checkpointing():
-            answers = self.sampler.answers(rows)
-            rewarded = self.sampler.rewarded(answers, self.kl.group_numbers(rows))
-            if self.gold is not None and self.mode == "eval":
-                gold = RewardFunctions([self.gold.reward], None, None, self.processing_class)
-                gold_rewards, _ = self.sampler.rewards_of(answers, gold)
-                self.gold.measure(answers.prompts, *self.accelerator.gather((rewarded.scores, gold_rewards[:, 0])))
-            parts = [rewarded.rows(slice(i, i + size)) for i in range(0, len(rows), size)]
-            rollout = Rollout.joined([self.scorer.rollout(self.model, part) for part in parts])
-        self._record_kl(rollout)
-        return rollout.without_unscored()
+            return self.sampler.rollout(rows).without_unscored()
 
     @torch.no_grad()
     def _shape(self, rollout: Rollout) -> Experience:
@@ -210,7 +189,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         rewards = torch.zeros_like(rollout.sampler_logps)
         rewards[answered, last[answered]] = rollout.scores[answered]
         charged, direct = torch.zeros_like(rewards), torch.zeros_like(rewards)
-        if rollout.ref_logps is not None and term.in_reward and self.args.kl_is_penalised:
+        if rollout.ref_logps is not None and self.kl_in_reward:
             self.kl.reached.add(KL_IN_REWARD)
             coef, credit_kind = self.kl.coef_of(rollout.groups), term.credit_kind
             penalty = term.penalty(rollout.sampler_logps, rollout.ref_logps, mask, exact=rollout.exact)
@@ -276,7 +255,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
     def _loss(self, model: Any, experience: Experience, rows: Tensor, *, is_first_use: bool = False) -> LossOutputs:
         """The loss of some answers; `is_first_use`: of which the policy has learnt nothing yet."""
         part, batch = experience.rollout.rows(rows), experience.batch(rows)
-        scores = self.scorer.policy(model, part, part.ref_hidden, with_grad=True)
+        scores = self.sampler.scores(model, part, part.ref_hidden, with_grad=True)
         per_token, policy_metrics = policy_loss(scores.logps, batch, self._clipping)
         value_error, value_metrics = value_loss(scores.values, batch, self._clipping)
         with torch.set_grad_enabled(self.args.entropy_coef != 0):
@@ -284,14 +263,13 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         per_token = per_token + self.args.vf_coef * value_error - self.args.entropy_coef * entropy
         metrics = policy_metrics | value_metrics | {"policy/entropy_avg": entropy}
         weights = None
-        if part.ref_logps is not None and self.kl_term.in_loss and self.args.kl_is_penalised:
+        if part.ref_logps is not None and self.kl_in_loss:
             self.kl.reached.add(KL_IN_LOSS)
             weights = self._kl_weights(scores.logps, part, is_first_use=is_first_use)
             kl = self.kl_term.loss(scores.logps, part.ref_logps, part.mask, weights=weights, exact=scores.exact)
             self.guard.watch(KL, kl, part.mask)
-            kl_loss = self.kl.coef_of(part.groups) * (experience.scale * kl)
-            per_token = per_token + kl_loss
-            metrics["kl/loss"] = kl_loss
+            metrics["kl/loss"] = self.kl.coef_of(part.groups) * (experience.scale * kl)
+            per_token = per_token + metrics["kl/loss"]
         sums = {name: masked_sum(values.detach(), part.mask) for name, values in metrics.items()}
         used = None if weights is None else weights[part.mask]
         return LossOutputs(masked_sum(per_token, part.mask), part.mask.sum(), sums, used)
@@ -308,31 +286,11 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
 
     def _watch(self, rollout: Rollout) -> None:
         """All that advantages and their whitening are made of."""
-        watched: dict[str, Tensor | None] = {POLICY: rollout.sampler_logps, VALUES: rollout.values}
-        if self.kl_term.in_reward and self.args.kl_is_penalised:
-            watched |= {REFERENCE: rollout.ref_logps, KL: rollout.exact}
-        for what, values in watched.items():
+        watched = [(POLICY, rollout.sampler_logps), (VALUES, rollout.values)]
+        of_kl = [(REFERENCE, rollout.ref_logps), (KL, rollout.exact)] if self.kl_in_reward else []
+        for what, values in [*watched, *of_kl]:
             if values is not None:
                 self.guard.watch(what, values, rollout.mask)
-
-    def _record_kl(self, rollout: Rollout) -> None:
-        """The KL is measured where it is unbiased: on fresh answers, before any of the step's updates."""
-        logps, mask, rows = rollout.sampler_logps, rollout.mask, torch.ones_like(rollout.scores).sum()
-        sums = {"objective/entropy": (-masked_sum(logps, mask), rows)}
-        if rollout.ref_logps is not None:
-            names = [name for name in SAMPLED_ESTIMATORS if name in self.kl.names]
-            values: dict[str, Tensor] = {name: kl_estimate(logps, rollout.ref_logps, name) for name in names}
-            if rollout.exact is not None:
-                values["exact"] = rollout.exact
-            self.kl.measure(self.mode, values, mask, rollout.prompts, rollout.groups)
-            kl = values[self.kl_term.estimator]
-            sums["objective/kl"] = (masked_sum(kl, mask), rows)
-            if self.args.kl_is_penalised:  # what every placement maximises
-                charged = masked_sum(self.kl.coef_of(rollout.groups) * kl, mask, dim=1)
-                scored = ~rollout.scores.isnan()
-                sums["objective/non_score_reward"] = (-charged[scored].sum(), scored.sum())
-                sums["objective/rlhf_reward"] = ((rollout.scores - charged)[scored].sum(), scored.sum())
-        self.metrics.pool(self.mode, sums)
 
     def _record_update(self, outputs: list[LossOutputs]) -> None:
         """Means over the real tokens of all updates of the rollout, on all processes."""
@@ -340,7 +298,8 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         if names:
             tokens = torch.stack([output.tokens for output in outputs]).sum()
             self.metrics.pool("train", {n: (torch.stack([o.sums[n] for o in outputs]).sum(), tokens) for n in names})
-        weights = [output.weights for output in outputs if output.weights is not None]
-        if weights:
-            for name, value in self.kl.weight_metrics(torch.cat(weights), torch.ones_like(torch.cat(weights))).items():
+        used = [output.weights for output in outputs if output.weights is not None]
+        if used:
+            weights = torch.cat(used)
+            for name, value in self.kl.weight_metrics(weights, torch.ones_like(weights)).items():
                 self.metrics.add("train", name, value)

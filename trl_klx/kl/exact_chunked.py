@@ -249,11 +249,8 @@ def chunked_exact_kl_from_logits(
         ref_hidden: (N, H') the reference's hidden states at the tokens that count, in row-major order.
         ref_weight: (V, H') the reference's output embedding; `ref_bias` (V,) if it has one.
         mask: (...) the N rows of `logits` that count; None for all.
-        temperature: sampling temperature of both.
-        logit_scale: factor on the reference's raw logits (Cohere, Granite, ...).
-        softcap: Gemma's final_logit_softcapping of the reference, or None.
-        direction: "reverse" KL(pi || ref) or "forward" KL(ref || pi).
-        chunk_size: tokens per chunk; None takes `default_chunk_size`.
+        temperature, direction, chunk_size: as in `chunked_exact_kl`.
+        logit_scale, softcap: of the reference.
 
     Returns:
         (N,) KL in nats per token, float32 or wider.

@@ -1,14 +1,14 @@
 """What is wrong with data and rewards, found before a model is loaded: the same for runs, dry runs and Python."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from trl.trainer.utils import get_callable_name
 
 from .lengths import length_problems
-from .rewards import check_call, check_names, check_weights, needed_columns
+from .rewards import call_problems, check_weights, name_problems, needed_columns
 from .rows import RowKind, column_is_empty, column_problems, row_problems, rows_of
 
 
@@ -80,7 +80,7 @@ def split_problems(
     if has_prompts:
         yield from missing
     for reward in rewards:
-        wrong = list(_sentence(check_call, reward, columns, split, more=more))
+        wrong = list(call_problems(reward, columns, split, more=more))
         yield from wrong
         for column in [] if wrong else needed_columns(reward):
             if column in first and column_is_empty(dataset, column):
@@ -89,7 +89,7 @@ def split_problems(
                     f"every row of the split {split!r}: fill it."
                 )
     if rewards:
-        yield from _sentence(check_names, columns, split)
+        yield from name_problems(columns, split)
     if not missing:
         yield from row_problems(kind, split, dataset)
 
@@ -98,11 +98,3 @@ def _splits(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Dataset | 
     named = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
     every = [("train_dataset", train_dataset), *named.items()]
     return [(split, dataset) for split, dataset in every if isinstance(dataset, (Dataset, IterableDataset))]
-
-
-def _sentence(check: Callable[..., None], *args: Any, **kwargs: Any) -> Iterator[str]:
-    """What a check says; nothing where it passes."""
-    try:
-        check(*args, **kwargs)
-    except ValueError as error:
-        yield str(error)

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,65 +14,57 @@ GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra
 NOT_GIVEN = ("prompt", "completion", "completion_ids", "input_ids")
 
 
-def check_call(reward: Any, columns: Collection[str] | None, split: str, *, more: bool = False) -> None:
-    """Refuse a reward function that cannot be called by the names that it will get.
+def call_problems(reward: Any, columns: Collection[str], split: str, *, more: bool = False) -> Iterator[str]:
+    """A sentence for why a reward function cannot be called by the names that it will get.
 
     Args:
         reward: the function; models, and what has no signature, pass.
-        columns: of the dataset; None: not known.
+        columns: of the dataset.
         split: what the dataset is called.
         more: whether a rollout function or an environment gives the functions more.
-
-    Raises:
-        ValueError: it takes no `**kwargs`, or needs what is not there.
     """
-    parameters = _parameters(reward)
-    name = get_callable_name(reward)
-    of_columns = [column for column in columns or () if column not in NOT_GIVEN]
-    given = [*GIVEN, *of_columns]
+    parameters, name = _parameters(reward), get_callable_name(reward)
+    given = [*GIVEN, *(column for column in columns if column not in NOT_GIVEN)]
     for parameter in parameters:
         if parameter.kind is parameter.POSITIONAL_ONLY:
-            raise ValueError(
+            yield (
                 f"the reward function {name!r} takes {parameter.name!r} by its position only, and is called by names: "
                 "remove the slash from its parameters."
             )
-        needed = parameter.default is parameter.empty and parameter.kind in (
-            parameter.POSITIONAL_OR_KEYWORD,
-            parameter.KEYWORD_ONLY,
+            return
+    for needed in _needed(parameters):
+        if needed in ("prompt", "completion"):
+            yield (
+                f"the reward function {name!r} takes {needed!r} and is called with {needed}s=, a list of all of them: "
+                "rename the parameter."
+            )
+            return
+        if not more and needed not in (*given, "environments"):
+            yield (
+                f"the reward function {name!r} needs a column {needed!r} and the split {split!r} has "
+                f"{', '.join(columns)}: rename or add the column."
+            )
+            return
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    names = [parameter.name for parameter in parameters]
+    left = [argument for argument in given if argument not in names]
+    if parameters and left and not takes_all:
+        yield (
+            f"the reward function {name!r} has no **kwargs and is called with {left[0]}= too, as every column of "
+            "the dataset and more by name: add **kwargs to its parameters."
         )
-        known = columns is not None and not more and parameter.name != "environments"
-        if needed and parameter.name in ("prompt", "completion"):
-            raise ValueError(
-                f"the reward function {name!r} takes {parameter.name!r} and is called with {parameter.name}s=, a list "
-                "of all of them: rename the parameter."
-            )
-        if needed and known and parameter.name not in given:
-            raise ValueError(
-                f"the reward function {name!r} needs a column {parameter.name!r} and the split {split!r} has "
-                f"{', '.join(columns or ())}: rename or add the column."
-            )
-    if parameters and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        taken = {parameter.name for parameter in parameters}
-        left = [argument for argument in given if argument not in taken]
-        if left:
-            raise ValueError(
-                f"the reward function {name!r} has no **kwargs and is called with {left[0]}= too, as every column of "
-                "the dataset and more by name: add **kwargs to its parameters."
-            )
 
 
 def needed_columns(reward: Any) -> list[str]:
     """The dataset's columns that a reward function has as parameters without a default."""
-    parameters = _parameters(reward)
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
-    return [p.name for p in named if p.name not in (*GIVEN, *NOT_GIVEN, "environments")]
+    return [name for name in _needed(_parameters(reward)) if name not in (*GIVEN, *NOT_GIVEN, "environments")]
 
 
-def check_names(columns: Collection[str] | None, split: str) -> None:
-    """Refuse columns under whose names the reward functions get something else. Raises ValueError."""
-    for column in columns or ():
+def name_problems(columns: Collection[str], split: str) -> Iterator[str]:
+    """A sentence for each column under whose name the reward functions get something else."""
+    for column in columns:
         if column in GIVEN and column != "completion_ids":
-            raise ValueError(
+            yield (
                 f"the split {split!r} has a column {column!r}, and reward functions get what the trainer makes by that "
                 "name: rename the column."
             )
@@ -107,3 +99,8 @@ def _parameters(reward: Any) -> list[inspect.Parameter]:
         return list(inspect.signature(reward).parameters.values())
     except (ValueError, TypeError):
         return []
+
+
+def _needed(parameters: list[inspect.Parameter]) -> list[str]:
+    """Those without a default."""
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]

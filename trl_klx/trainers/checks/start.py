@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
@@ -13,6 +13,7 @@ from ..checkpoints.run_lock import folder_problem
 from .packages import missing_packages
 from .vocabulary import has_tokens
 
+Config = TypeVar("Config", bound=TrainingArguments)
 _MODELS = ("ref_model", "reward_model", "value_model")
 
 
@@ -55,6 +56,20 @@ def check_start(
             f"processing_class is a {type(processing_class).__name__} that knows no words: pass the policy's tokenizer."
         )
     return processing_class
+
+
+def config_for(kind: type[Config], args: Any, model: Any, trainer: str) -> Config:
+    """`args`; without any, the defaults with TRL's name for output_dir.
+
+    Raises:
+        TypeError: it is another trainer's config.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return kind(f"{name.split('/')[-1] or 'model'}-{trainer}")
+    if not isinstance(args, kind):
+        raise TypeError(f"args is a {type(args).__name__}: KLX{trainer}Trainer takes a {kind.__name__}.")
+    return args
 
 
 def overwritten_models(output_dir: Any, models: Mapping[str, Any]) -> Iterator[str]:

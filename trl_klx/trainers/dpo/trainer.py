@@ -18,7 +18,7 @@ from trl.trainer import dpo_trainer
 
 from ..checks.inputs import check_inputs, check_kept, check_lengths
 from ..checks.rows import PAIRS
-from ..checks.start import check_start
+from ..checks.start import check_start, config_for
 from ..checks.vocabulary import check_pairs, check_vocabularies, known_tokens, token_count
 from ..exact.forward import ExactKLForward, exact_kl_between, is_fsdp1
 from ..reference.adapters import as_reference, trainable_as_before
@@ -81,11 +81,7 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
         *positional: Any,
         **kwargs: Any,
     ) -> None:
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = KLXDPOConfig(f"{name.split('/')[-1] or 'model'}-DPO")
-        if not isinstance(args, KLXDPOConfig):
-            raise TypeError(f"args is a {type(args).__name__}: KLXDPOTrainer takes a KLXDPOConfig.")
+        args = config_for(KLXDPOConfig, args, model, "DPO")
         if args.kl_probe_steps is not None and not eval_dataset:
             raise ValueError(
                 f"kl_probe_steps={args.kl_probe_steps} samples answers to the prompts of eval_dataset and there is "

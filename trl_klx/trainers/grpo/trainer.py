@@ -17,7 +17,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from ...kl import importance_weights, kl_estimate, leave_one_out_baseline
 from ...kl.estimators import SAMPLED_ESTIMATORS
-from ..checks.start import check_start
+from ..checks.start import check_start, config_for
 from ..exact.forward import ExactKLForward, exact_kl_between
 from ..reference.adapters import as_reference
 from ..reference.build import reference_as_given
@@ -83,11 +83,7 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         gold_reward_func: Any = None,
         **kwargs: Any,
     ) -> None:
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = KLXGRPOConfig(f"{name.split('/')[-1] or 'model'}-GRPO")
-        if not isinstance(args, KLXGRPOConfig):
-            raise TypeError(f"args is a {type(args).__name__}: KLXGRPOTrainer takes a KLXGRPOConfig.")
+        args = config_for(KLXGRPOConfig, args, model, "GRPO")
         kl_groups = group_names(args, train_dataset, eval_dataset)
         check_gold_reward(args, gold_reward_func)
         check_start(args, model, processing_class, **kwargs)

@@ -55,7 +55,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     package = {str(path.relative_to(ROOT / "trl_klx")) for path in tracked("trl_klx")}
     recipes = {str(path.relative_to(ROOT)) for path in tracked("recipes")}
     assert {"py.typed", "measure/page/page.html.j2", "measure/page/page.css", "measure/page/page.js"} <= inside
-    assert "recipes/accelerate/cpu.yaml" in inside
+    assert {"recipes/accelerate/cpu.yaml", "recipes/smollm2-135m/prepare.py"} <= inside
     assert inside == package | recipes
 
 
@@ -102,6 +102,7 @@ def test_the_installed_command_finds_its_recipes_in_any_folder(installed: Path, 
     assert config.startswith(str(installed.parent))
     for argv in (["--help"], ["starter", "--help"]):
         assert run("trl-klx", *argv).stdout.startswith("usage: trl-klx")
+    assert f"Recipes are in {Path(module).parent / 'recipes'}\n" in run("trl-klx", "--help").stdout
     refused = run("trl-klx", "grpo", "--config", "recipes/starter/grpo_k3_loss.yaml")
     assert "dataset_name='runs/starter/data'" in refused.stderr
     assert "run `trl-klx starter` first" in refused.stderr

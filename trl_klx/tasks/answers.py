@@ -141,6 +141,7 @@ def _completions(
     import torch
 
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
+    generate: Any = model.generate
     prompts: Any = [row["prompt"] for row in rows]
     is_chat = any(not isinstance(prompt, str) for prompt in prompts)
     if is_chat:
@@ -157,7 +158,7 @@ def _completions(
                 padding_side="left",
                 return_tensors="pt",
             ).to(model.device)
-            tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
+            tokens = generate(**inputs, max_new_tokens=max_new_tokens, **options)
             completions.append(tokens[:, inputs["input_ids"].shape[1] :])
     model.train(was_training)
     return completions

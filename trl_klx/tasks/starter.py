@@ -34,7 +34,7 @@ NEXT_COMMAND = (
 
 
 class StarterError(ValueError):
-    """What the user gave cannot work; the message is one sentence that names it."""
+    """Input that cannot work; the message is one sentence that names it."""
 
 
 @dataclass(frozen=True)

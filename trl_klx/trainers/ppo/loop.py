@@ -66,8 +66,7 @@ class PPOLoop(PPOTrainer):
     ) -> None:
         args = _as_the_loop_sees_it(args)
         without_noise(model)
-        self.is_peft_model = isinstance(model.policy, PeftModel)
-        if self.is_peft_model and args.gradient_checkpointing:
+        if isinstance(model.policy, PeftModel) and args.gradient_checkpointing:
             model.policy.enable_input_require_grads()
         _check_size(args, given["train_dataset"])
         # Trainer's own __init__, past the PPOTrainer's that leaves it out.

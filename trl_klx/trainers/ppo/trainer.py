@@ -137,29 +137,19 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         self._end_step()
         return loss
 
-    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
-        """Sample, reward and score an answer to each prompt; there is no loss to report."""
-        self._make_rollout(inputs)
-        return None, None, None
-
-    @torch.no_grad()
-    def generate_completions(self, sampling: bool = False) -> None:
-        """Print answers to the prompts of eval_dataset with their rewards; with `sampling`, of its first batch only."""
-        with self.without_checkpointing():
-            for rows in [] if self.eval_dataset is None else self.get_eval_dataloader():
-                answers = self.sampler.answers(rows)
-                self.sampler.print(answers, *self.sampler.rewards_of(answers, self.sampler.rewards))
-                if sampling:
-                    break
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, reduction="sum")
-
     @torch.no_grad()
     def _make_rollout(self, rows: Rows) -> Rollout:
         # The KL is that of every answer; what is learnt from counts only where a reward applies.
         with self.without_checkpointing():
             return self.sampler.rollout(rows).without_unscored()
+
+    def _watch(self, rollout: Rollout) -> None:
+        """All that advantages and their whitening are made of."""
+        watched = [(POLICY, rollout.sampler_logps), (VALUES, rollout.values)]
+        of_kl = [(REFERENCE, rollout.ref_logps), (KL, rollout.exact)] if self.kl_in_reward else []
+        for what, values in [*watched, *of_kl]:
+            if values is not None:
+                self.guard.watch(what, values, rollout.mask)
 
     @torch.no_grad()
     def _shape(self, rollout: Rollout) -> Experience:
@@ -221,13 +211,6 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         for _ in range(self.args.num_ppo_epochs):
             yield from torch.randperm(answers).chunk(self.args.num_mini_batches)
 
-    def _optimizer_step(self, model: Any) -> None:
-        """What transformers' loop does at the end of a step. (DeepSpeed's engine has stepped in the backward.)"""
-        norm = self._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
-        self._get_grad_norm(model, norm)  # drops gradients that are not finite
-        self.optimizer.step()
-        model.zero_grad()
-
     def _accumulate(
         self, model: Any, experience: Experience, rows: Tensor, *, is_first_use: bool
     ) -> tuple[Tensor, list[LossOutputs]]:
@@ -284,13 +267,12 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
             self.kl.weight_mean.add("train", of_tokens, part.mask, part.prompts)
         return importance_weights(policy_logps, part.sampler_logps, part.mask, level=level)
 
-    def _watch(self, rollout: Rollout) -> None:
-        """All that advantages and their whitening are made of."""
-        watched = [(POLICY, rollout.sampler_logps), (VALUES, rollout.values)]
-        of_kl = [(REFERENCE, rollout.ref_logps), (KL, rollout.exact)] if self.kl_in_reward else []
-        for what, values in [*watched, *of_kl]:
-            if values is not None:
-                self.guard.watch(what, values, rollout.mask)
+    def _optimizer_step(self, model: Any) -> None:
+        """What transformers' loop does at the end of a step. (DeepSpeed's engine has stepped in the backward.)"""
+        norm = self._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
+        self._get_grad_norm(model, norm)  # drops gradients that are not finite
+        self.optimizer.step()
+        model.zero_grad()
 
     def _record_update(self, outputs: list[LossOutputs]) -> None:
         """Means over the real tokens of all updates of the rollout, on all processes."""
@@ -303,3 +285,21 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
             weights = torch.cat(used)
             for name, value in self.kl.weight_metrics(weights, torch.ones_like(weights)).items():
                 self.metrics.add("train", name, value)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
+        """Sample, reward and score an answer to each prompt; there is no loss to report."""
+        self._make_rollout(inputs)
+        return None, None, None
+
+    @torch.no_grad()
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Print answers to the prompts of eval_dataset with their rewards; with `sampling`, of its first batch only."""
+        with self.without_checkpointing():
+            for rows in [] if self.eval_dataset is None else self.get_eval_dataloader():
+                answers = self.sampler.answers(rows)
+                self.sampler.print(answers, *self.sampler.rewards_of(answers, self.sampler.rewards))
+                if sampling:
+                    break

@@ -71,7 +71,7 @@ ALLOWED = {
             *("config", "recipe_files", "run/recipe"),
             *("trainers/checkpoints", "trainers/checks", "trainers/errors", "trainers/rewarding"),
         },
-        {"torch", "transformers", "trl", "datasets", "peft"},
+        {"torch", "transformers", "trl", "datasets", "peft", "safetensors"},
     ),
     "run/explain": ({"cli", "kl", "run/recipe"}, {"rich"}),
     "run/check": (

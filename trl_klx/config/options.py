@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..kl.term import KLTerm
-from .choices import CHOICES, CONTROLLER_SETTINGS, ESTIMATOR_ALIASES, ESTIMATORS, with_aliases
+from .choices import CHOICES, CONTROLLER_SETTINGS, ESTIMATORS, with_aliases
 from .types import Choices
 
 
@@ -169,14 +169,13 @@ class KLArguments:
             **CHOICES,
             "kl_importance_sampling": (),  # a rule has more to say of it
             "kl_estimator": with_aliases(CHOICES["kl_estimator"]),
+            "kl_monitor": with_aliases(ESTIMATORS),
             "kl_signal": with_aliases(CHOICES["kl_signal"]),
             "include_num_input_tokens_seen": ("all", "non_padding", "no", True, False),
         }
 
     def resolve(self) -> None:
         """Put aliases and defaults in the place of what was given, whose types are right by then."""
-        if isinstance(self.kl_monitor, list):
-            self.kl_monitor = [ESTIMATOR_ALIASES.get(name, name) for name in self.kl_monitor]
         if self.kl_importance_sampling is None:
             self.kl_importance_sampling = "none" if self.kl_placement in ("none", "reward") else "token"
         if isinstance(self.kl_group_targets, dict):

@@ -25,17 +25,19 @@ Choices = Mapping[str, Collection[Any]]
 _YAML = (bool, int, float, str, list, tuple, dict, datetime.date, NoneType)
 _YAML_READS = ", for YAML reads a bare yes, no, on or off as true or false"
 
-# Numbers of TRL and transformers by their range; a round bracket leaves the bound out.
+# Numbers by their range; a round bracket leaves the bound out. Of the KL's, then of TRL's and transformers'.
 RANGES = {
-    "(0, inf)": "temperature repetition_penalty delta sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_k_neg"
+    "(0, inf)": "kl_target kl_horizon kl_coef_min kl_coef_max kl_coef_end kl_is_cap kl_value_cap kl_budget"
+    " temperature repetition_penalty delta sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_k_neg"
     " vespo_lambda_pos vespo_lambda_neg discopop_tau logging_steps vllm_server_timeout cliprange cliprange_value"
     " vllm_importance_sampling_clip_max vllm_importance_sampling_cap missing_eos_penalty lora_alpha num_train_epochs",
-    "[0, inf)": "learning_rate weight_decay adam_epsilon epsilon epsilon_high router_aux_loss_coef neftune_noise_alpha"
+    "[0, inf)": "kl_kp kl_ki kl_kd max_skipped_steps"
+    " learning_rate weight_decay adam_epsilon epsilon epsilon_high router_aux_loss_coef neftune_noise_alpha"
     " warmup_steps eval_delay save_steps eval_steps vllm_importance_sampling_clip_min entropy_coef entropy_coef_min"
     " entropy_coef_max entropy_coef_delta entropy_target vf_coef num_sample_generations dataloader_num_workers"
     " save_total_limit num_completions_to_print max_tool_calling_iterations stop_token_id off_policy_mask_threshold",
     "[0, inf]": "max_grad_norm",
-    "(0, 1]": "top_p vllm_gpu_memory_utilization",
+    "(0, 1]": "kl_gain_min top_p vllm_gpu_memory_utilization",
     "[0, 1)": "adam_beta1 adam_beta2 lora_dropout label_smoothing_factor",
     "[0, 1]": "min_p ld_alpha top_entropy_quantile ref_model_mixup_alpha gamma lam",
     "[0, 0.5]": "label_smoothing",
@@ -57,6 +59,7 @@ _STEPS_OR_SHARE = ("logging_steps", "save_steps", "eval_steps", "warmup_steps")
 _TEXT_OR_TRUTH = ("resume_from_checkpoint",)
 # Lists for which one text means something of its own.
 _TEXT_OR_LIST = ("lora_target_modules", "kl_monitor")
+_MAY_BE_EMPTY = ("kl_monitor",)
 # Mappings that transformers also reads from a file.
 _MAPPINGS_OR_PATHS = ("accelerator_config", "fsdp_config", "deepspeed")
 
@@ -109,7 +112,7 @@ def _converted(field: dataclasses.Field, kinds: tuple, given: Any, choices: Coll
         return None
     if dict in kinds:
         return given if name in _MAPPINGS_OR_PATHS else _mapping(name, given)
-    if allowed and not isinstance(given, list):
+    if allowed and not isinstance(given, list) and (str in kinds or not any(map(is_list, kinds))):
         chosen = next((choice for choice in allowed if given is choice or given == choice), allowed)
         if chosen is allowed:
             quotes = f" Put it in quotes{_YAML_READS}." if isinstance(given, bool) else ""
@@ -117,9 +120,10 @@ def _converted(field: dataclasses.Field, kinds: tuple, given: Any, choices: Coll
         return allowed[chosen] if isinstance(allowed, Mapping) else given
     value = _taken_as(name, given, kinds)
     if isinstance(value, list) and allowed:
-        for item in value or [None]:
+        for item in value or [None] * (name not in _MAY_BE_EMPTY):
             if item not in allowed:
                 raise ValueError(unknown(name, item, allowed))
+        value = [allowed[item] for item in value] if isinstance(allowed, Mapping) else value
     if isinstance(value, list) and not all(math.isfinite(item) for item in value if isinstance(item, float)):
         raise ValueError(_misfit(name, given, kinds))
     if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -75,11 +75,11 @@ def prepare_rows(dataset: DatasetDict, name: str | None) -> DatasetDict:
             prepared[split] = rows  # refused later, as empty
             continue
         _prepared(function, dict(first), f"the first row of the split {split!r}", name)
-        prepare = _Prepare(function, name, split)
+        given = {"function": function, "name": name, "split": split}
         # `datasets` knows an imported function by its name, and would take what an earlier version of it made.
         anew = {"load_from_cache_file": False} if isinstance(rows, Dataset) else {}
         try:
-            made = rows.map(prepare, with_indices=True, remove_columns=list(first), **anew)
+            made = rows.map(_numbered, with_indices=True, fn_kwargs=given, remove_columns=list(first), **anew)
         except BadInput:
             raise
         except Exception as error:  # rows whose types do not fit together
@@ -101,14 +101,8 @@ def _content(rows: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-class _Prepare:
-    """The user's function, whose failures name the row."""
-
-    def __init__(self, function: Callable, name: str, split: str) -> None:
-        self.function, self.name, self.split = function, name, split
-
-    def __call__(self, row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
-        return _prepared(self.function, row, f"row {number} of the split {self.split!r}", self.name)
+def _numbered(row: Mapping[str, Any], number: int, function: Callable, name: str, split: str) -> Mapping[str, Any]:
+    return _prepared(function, row, f"row {number} of the split {split!r}", name)
 
 
 def _prepared(function: Callable, row: Mapping[str, Any], place: str, name: str) -> Mapping[str, Any]:

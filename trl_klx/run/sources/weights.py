@@ -1,14 +1,15 @@
 """Weights on disk: whether they are there, whole, and of the shapes that the model's config says. No tensor is read."""
 
 import json
-import math
-import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig
+
+from ...wording import first_line
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 
@@ -71,24 +72,14 @@ def _shapes(file: Path) -> dict[str, list[int]]:
     Raises:
         ValueError: it is cut or no such file, in words that follow its name.
     """
-    size = file.stat().st_size
-    if file.suffix != ".safetensors":
-        with file.open("rb") as stream:
-            is_zip = stream.read(2) == b"PK"
-        if size == 0 or (is_zip and not zipfile.is_zipfile(file)):
-            raise ValueError("is cut")
-        return {}
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else math.inf
-        if 8 + length > size:
-            raise ValueError("is cut")
+    if file.suffix == ".safetensors":
         try:
-            header = {name: entry for name, entry in json.loads(stream.read(int(length))).items() if name[:2] != "__"}
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            shapes = {name: list(entry["shape"]) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError("is no safetensors file") from error
-    if size != 8 + length + end:
-        raise ValueError(f"has {size} bytes and should have {8 + int(length) + end}")
-    return shapes
+            with safe_open(file, framework="pt") as opened:
+                return {name: list(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"cannot be read: {first_line(error)}") from error
+    with file.open("rb") as stream:
+        is_zip = stream.read(2) == b"PK"
+    if file.stat().st_size == 0 or (is_zip and not zipfile.is_zipfile(file)):
+        raise ValueError("is cut")
+    return {}

@@ -13,7 +13,7 @@ from trl_klx.measure.passes.divergence import TokenStatistics, chunked_token_sta
 from trl_klx.measure.passes.errors import MeasureError
 from trl_klx.measure.statistics.spikes import FALSE_POSITIVES, SPIKE_FLOOR, spike_threshold
 from trl_klx.measure.statistics.token_classes import DEFAULT_CLASSES, classify, load_classes
-from trl_klx.monitor.moments import prompt_moments, sequence_rows, summarise
+from trl_klx.monitor.moments import prompt_sums, sequence_rows, summarise
 from trl_klx.monitor.uncertainty import Estimate, difference, ratio
 
 
@@ -168,7 +168,7 @@ def test_errors_are_those_of_training() -> None:
     values = torch.rand(12, 5, generator=generator, dtype=torch.float64)
     mask = torch.arange(5) < torch.randint(1, 6, (12, 1), generator=generator)
     prompts = torch.arange(12) // 3
-    expected = summarise(prompt_moments(sequence_rows({"exact": values}, mask, prompts)), ("exact",))["exact"]
+    expected = summarise(prompt_sums(sequence_rows({"exact": values}, mask, prompts)), ("exact",))["exact"]
     totals, tokens = (values * mask).sum(-1).numpy(), mask.sum(-1).numpy()
     per_token = grouped_ratio(totals, tokens, prompts.numpy())
     per_sequence = grouped_ratio(totals, np.ones(12), prompts.numpy())

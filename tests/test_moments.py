@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_klx.monitor.moments import prompt_moments, sequence_count, sequence_rows, summarise
+from trl_klx.monitor.moments import prompt_sums, sequence_count, sequence_rows, summarise
 
 
 def ragged_batch(prompts: int, answers: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,7 +25,7 @@ def ragged_batch(prompts: int, answers: int, seed: int) -> tuple[Tensor, Tensor,
 
 
 def summary(values: Tensor, mask: Tensor, prompts: Tensor) -> dict[str, float]:
-    return vars(summarise(prompt_moments(sequence_rows({"k1": values}, mask, prompts)), ("k1",))["k1"])
+    return vars(summarise(prompt_sums(sequence_rows({"k1": values}, mask, prompts)), ("k1",))["k1"])
 
 
 def test_against_plain_formulas() -> None:
@@ -57,14 +57,14 @@ def test_order_of_rows_and_pooling_of_steps() -> None:
     whole = summary(values, mask, prompts)
     assert summary(values[order], mask[order], prompts[order]) == pytest.approx(whole)
     halves = [slice(0, 80), slice(80, 160)]  # prompts do not straddle steps
-    pooled = sum(prompt_moments(sequence_rows({"k1": values[h]}, mask[h], prompts[h])) for h in halves)
+    pooled = torch.cat([prompt_sums(sequence_rows({"k1": values[h]}, mask[h], prompts[h])) for h in halves])
     assert vars(summarise(pooled, ("k1",))["k1"]) == pytest.approx(whole)
     assert sequence_count(pooled) == 160
 
 
 def test_several_estimators() -> None:
     values, mask, prompts = ragged_batch(30, 2, seed=3)
-    both = summarise(prompt_moments(sequence_rows({"a": values, "b": values**2}, mask, prompts)), ("a", "b"))
+    both = summarise(prompt_sums(sequence_rows({"a": values, "b": values**2}, mask, prompts)), ("a", "b"))
     assert vars(both["a"]) == pytest.approx(summary(values, mask, prompts))
     assert vars(both["b"]) == pytest.approx(summary(values**2, mask, prompts))
 

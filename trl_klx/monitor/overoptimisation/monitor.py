@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...files import whole
 from ..metrics import finite
+from ..uncertainty import ratio
 from .law import LawFit, fit_law
 from .plot import plot_overoptimisation
 from .turn import FALSE_ALARM_RATE, Turn, find_turn
@@ -129,14 +130,14 @@ class OveroptimisationMonitor(TrainerCallback):
         rows, self._rows = self._rows, []
         prompts, proxy, gold = (np.concatenate(column) for column in zip(*rows, strict=True))
         gold_of, proxy_of = _by_prompt(prompts, gold), _by_prompt(prompts, proxy)
-        (gold_mean, gold_se), (proxy_mean, proxy_se) = _mean(gold_of), _mean(proxy_of)
-        metrics = {"rewards/gold/mean": gold_mean, "rewards/gold/se": gold_se}
-        if kl is not None and math.isfinite(gold_mean):
+        of_gold, of_proxy = (ratio(np.array(list(of.values())), np.ones(len(of))) for of in (gold_of, proxy_of))
+        metrics = {"rewards/gold/mean": of_gold.mean, "rewards/gold/se": of_gold.se}
+        if kl is not None and math.isfinite(of_gold.mean):
             # An evaluation at the same step, or a later one of a run that was resumed, is the same one made again.
             self.evaluations = [e for e in self.evaluations if e.step < step]
             self.turned_at = None if self.turned_at == step else self.turned_at
             kl_se = math.nan if kl_se is None else kl_se
-            self.evaluations.append(Evaluation(step, kl, kl_se, proxy_mean, proxy_se, gold_mean, gold_se, gold_of))
+            self.evaluations.append(Evaluation(step, kl, kl_se, *of_proxy[:2], *of_gold[:2], gold_of))
             self._judge()
             metrics |= self._metrics()
         return finite(metrics)
@@ -269,10 +270,3 @@ def _by_prompt(prompts: NDArray, values: NDArray) -> dict[int, float]:
             collected[prompt].append(value)
     # Seven digits, more than any reward has: every checkpoint keeps all of them.
     return {prompt: float(f"{sum(found) / len(found):.7g}") for prompt, found in sorted(collected.items())}
-
-
-def _mean(by_prompt: dict[int, float]) -> tuple[float, float]:
-    """Mean over prompts and its standard error, NaN where there are too few."""
-    values = np.array(list(by_prompt.values()))
-    mean = float(values.mean()) if len(values) else math.nan
-    return mean, float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ...monitor.metrics import finite
-from ...monitor.moments import KLSummary, prompt_moments, prompt_sums, sequence_rows, summarise
+from ...monitor.moments import KLSummary, prompt_sums, sequence_rows, summarise
 
 Means = dict[str, defaultdict[str, list[float]]]  # by mode, by name: the values that the next log averages
 
@@ -122,7 +122,7 @@ class PromptMean:
         """The mean since the last call; None without values. Call on every process."""
         self.pool(mode)
         sums = self._sums.pop(mode, None)
-        return None if sums is None else summarise(prompt_moments(sums), ("",))[""]
+        return None if sums is None else summarise(sums, ("",))[""]
 
 
 def add_sums(pools: dict[str, Tensor], name: str, sums: Tensor) -> None:

@@ -15,7 +15,7 @@ from ...config.options import KLArguments
 from ...control.controllers import KINDS, Controller, make_controller
 from ...kl import effective_sample_size
 from ...monitor.metrics import finite
-from ...monitor.moments import KLSummary, prompt_moments, prompt_sums, sequence_count, sequence_rows, summarise
+from ...monitor.moments import KLSummary, prompt_sums, sequence_count, sequence_rows, summarise
 from ..checkpoints.own_folders import STATE_FILE
 from ..errors import RunError
 from ..parts import Part
@@ -191,11 +191,10 @@ class KLSession(Part):
             return self._step_unmeasured()
         for name, part in sums.items():
             add_sums(self._pools, name, part)
-        moments = {name: prompt_moments(part) for name, part in sums.items()}
-        whole = summarise(moments[_ALL], self.names)
+        whole = summarise(sums[_ALL], self.names)
         metrics = {"kl/coef": self.coef, **self._first_metrics(whole)}
         if not self.groups and self._args.kl_target is not None:
-            error = self._reading(moments[_ALL]) - self._args.kl_target
+            error = self._reading(sums[_ALL]) - self._args.kl_target
             metrics |= {"kl/target": self._args.kl_target, "kl/error": error}
         for name in self.groups:
             steered = name if name in self._coefs else _ALL
@@ -204,15 +203,15 @@ class KLSession(Part):
             if target is not None:
                 metrics[f"kl_groups/{name}/target"] = target
         for name, controller in self.controllers.items():
-            if name in moments:  # a group that no answer of the step belongs to waits
-                self._coefs[name] = controller.update(self._reading(moments[name]), n=sequence_count(moments[name]))
+            if name in sums:  # a group that no answer of the step belongs to waits
+                self._coefs[name] = controller.update(self._reading(sums[name]), n=sequence_count(sums[name]))
         if self.budget.read(whole[self._args.kl_reading].per_sequence):
             logger.warning(self.budget.message())
         return finite(metrics)
 
-    def _reading(self, moments: Tensor) -> float:
+    def _reading(self, sums: Tensor) -> float:
         """The KL in the target's unit."""
-        summary = summarise(moments, self.names)[self._args.kl_reading]
+        summary = summarise(sums, self.names)[self._args.kl_reading]
         return summary.per_token if self._args.kl_target_unit == "token" else summary.per_sequence
 
     def _first_metrics(self, summary: dict[str, KLSummary]) -> dict[str, float]:
@@ -256,15 +255,14 @@ class KLSession(Part):
         means = named("kl/weight_mean", self.weight_mean.take(mode)) | named(data, self._data_mean.take(mode))
         if not sums:
             return means
-        moments = {name: prompt_moments(part) for name, part in sums.items()}
-        summary = summarise(moments[_ALL], self.names)
+        summary = summarise(sums[_ALL], self.names)
         headline = self._args.kl_estimator if self._args.kl_estimator in summary else self._args.kl_reading
         out = {"kl": summary[headline].per_token, "kl_se": summary[headline].per_token_se}
         for estimator, numbers in summary.items():
             forward = estimator == "exact" and self._args.kl_direction == "forward"
             name = "exact_forward" if forward else estimator
             out |= {f"kl/{name}": numbers.per_token, f"kl/{name}_se": numbers.per_token_se}
-        for group, part in moments.items():
+        for group, part in sums.items():
             reading = summarise(part, self.names)[self._args.kl_reading]
             place = "kl" if group == _ALL else f"kl_groups/{group}"
             out |= {f"{place}/sequence": reading.per_sequence, f"{place}/sequence_se": reading.per_sequence_se}

@@ -40,11 +40,7 @@ def agreed_repo(args: Any, token: str | None, private: bool | None, *, is_main: 
 
 
 class Pushes(Part):
-    """Pushes what a run has saved, and remembers which checkpoints are being uploaded.
-
-    Args:
-        trainer: the trainer.
-    """
+    """Pushes what a run has saved, and remembers which checkpoints are being uploaded."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer

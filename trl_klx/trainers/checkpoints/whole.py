@@ -164,11 +164,7 @@ def as_main_does(is_main: bool, act: Callable[[], T], refusal: type[Exception]) 
 
 
 class Checkpoints(Part):
-    """Writes the checkpoints of a run whole or not at all, and deletes the oldest.
-
-    Args:
-        trainer: the trainer.
-    """
+    """Writes the checkpoints of a run whole or not at all."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer, self._accelerator = trainer, trainer.accelerator

@@ -166,23 +166,22 @@ class KLProbe:
 
     @torch.no_grad()
     def values(
-        self, policy: nn.Module, reference: AbstractContextManager[nn.Module], batch: ProbeBatch
+        self, policy: nn.Module, reference: nn.Module, as_reference: AbstractContextManager[Any], batch: ProbeBatch
     ) -> dict[str, Tensor]:
         """(B, L-1) KL in nats per token by estimator, at temperature 1; what `batch.target_mask` masks is garbage.
 
         Args:
             policy: the model as the trainer calls it, in eval mode.
-            reference: entered for the reference's scoring (PEFT switches its adapter there); yields the model to call.
+            reference: likewise; the policy itself where PEFT makes it the reference while `as_reference` is entered.
             batch: from `sample`.
         """
         mask = batch.target_mask
         hidden: AbstractContextManager[list[Tensor]] = nullcontext([])
         exact: AbstractContextManager[list[Tensor]] = nullcontext([])
-        with reference as model:
-            if self._exact is not None:
-                hidden = self._exact.hidden_states(model, mask.size(1))
-            with hidden as ref_hidden:
-                ref_logps = token_logps(model, batch)
+        if self._exact is not None:
+            hidden = self._exact.hidden_states(reference, mask.size(1))
+        with as_reference, hidden as ref_hidden:
+            ref_logps = token_logps(reference, batch)
         if self._exact is not None:
             exact = self._exact.exact_kl(policy, ref_hidden[0], mask, with_grad=False)
         with exact as exact_kl:

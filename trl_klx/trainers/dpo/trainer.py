@@ -6,7 +6,7 @@ TRL computes DPO's loss; the exact KL at the data's prefixes is added to it. The
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -110,7 +110,9 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
         keeper = ReferenceKeeper(self, is_an_argument=True, given=given)
         self._hold_parts(keeper, wanted=wanted_kl, more=[self._pairs])
         self.kl_term = args.kl_term()
-        self._exact = self._exact_forward() if args.kl_needs_exact else None
+        self._exact: ExactKLForward | None = None
+        if args.kl_needs_exact:
+            self._exact = exact_kl_between(self, self.model, temperature=1.0, direction=self.kl_term.direction)
         self._probe = self._make_probe() if args.kl_probe_steps is not None else None
         if args.kl_probe_steps is not None:
             self.add_callback(ProbeSteps(lambda: self._run_probe("train"), args.kl_probe_steps))
@@ -120,9 +122,6 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
 
     def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
         return check_pairs(super()._prepare_dataset(*args, **kwargs), self._vocabulary)
-
-    def _exact_forward(self) -> ExactKLForward:
-        return exact_kl_between(self, self.model, temperature=1.0, direction=self.kl_term.direction)
 
     def _make_probe(self) -> KLProbe:
         if is_fsdp1(self):
@@ -256,13 +255,15 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
         """Sample with the policy as it is now, measure the KL there, and leave everything else as it was."""
         if self._probe is None:
             return
+        policy = self.accelerator.unwrap_model(self.model)
+        as_ref = nullcontext if self.ref_model is not None else lambda: as_reference(policy)
         with self._evaluating():
             with unwrap_model_for_generation(
                 self.model_wrapped, self.accelerator, gather_deepspeed3_params=True
             ) as unwrapped:
                 batches = self._probe.sample(unwrapped, self.state.global_step)
             for batch in batches:
-                values = self._probe.values(self.model, self._reference(), batch)
+                values = self._probe.values(self.model, self._reference_model, as_ref(), batch)
                 self.kl.measure(mode, values, batch.target_mask, batch.prompts)
             for name, value in self._probe.answer_metrics().items():
                 self.metrics.add(mode, name, value)
@@ -277,12 +278,3 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
                 yield
         finally:
             self.model.train(training)
-
-    @contextmanager
-    def _reference(self) -> Iterator[nn.Module]:
-        """The model to call for the reference; under PEFT the policy without its adapter, or with the one named ref."""
-        if self.ref_model is not None:
-            yield self.ref_model
-            return
-        with as_reference(self.accelerator.unwrap_model(self.model)):
-            yield self.model

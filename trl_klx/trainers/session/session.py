@@ -237,15 +237,12 @@ class KLSession(Part):
         return self.metrics(mode)
 
     def metrics(self, mode: str) -> dict[str, float]:
-        """KL statistics since the last call, pooled over processes, steps and micro-batches.
+        """KL statistics since the last call, over processes and steps. Call on every process.
 
-        Errors count prompts as independent: all answers to one prompt since the last call are one.
-
-        Call on every process. Keys: `kl` (the configured estimator, per token; the one of `kl/sequence` where that is
-        not measured), `kl/<name>` (`kl/exact` becomes `kl/exact_forward` where the direction is forward), `kl/sequence`
-        and, of each group, `kl_groups/<group>/token` and `/sequence`; each has its standard error beside it, under its
-        name with `_se`, and `kl/sequences` and `kl_groups/<group>/sequences` count the answers that were measured. A
-        number that there is too little data for is left out.
+        In nats per token: `kl` (of the configured estimator, or of `kl_reading` where that is not measured) and
+        `kl/<estimator>`; per sequence: `kl/sequence`; of each group both, `kl_groups/<group>/token` and `/sequence`.
+        Each with its standard error (`_se`), for which all answers to one prompt are one. `kl/sequences` and
+        `kl_groups/<group>/sequences` count answers. What there is too little data for is left out.
         """
         if mode == "train":
             sums, self._pools = self._pools, {}

@@ -279,13 +279,7 @@ class Lifecycle(Trainer):
     def create_model_card(  # type: ignore[override]  # transformers' has other arguments than TRL's
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Write the card into output_dir: TRL's, and what the run says about its KL.
-
-        Args:
-            model_name: its title; None: the name of the repository, or of output_dir.
-            dataset_name: the training data, where it is on the Hub.
-            tags: further tags.
-        """
+        """Write the card into output_dir; `model_name` is its title, or else the name of the repository or folder."""
         model_name = model_name or Path(self.hub_model_id or Path(self.args.output_dir).absolute()).name
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)  # type: ignore[call-arg]
         if self.is_world_process_zero():

@@ -42,7 +42,6 @@ class StepGuard(Part):
     skipped gets such a loss, and the step is counted here.
 
     Args:
-        trainer: the trainer.
         reward_names: of the reward functions, for the message when no answer has a reward.
     """
 

@@ -1,13 +1,16 @@
 """Bends of code that is not ours: what `swapped` leaves behind."""
 
 import ast
+import inspect
+import re
+import sys
 import types
 from pathlib import Path
 
 import pytest
 
 import trl_klx
-from trl_klx.trainers.seams import OVERRIDDEN, SWAPPED, TRL_HAS_PPO, swapped
+from trl_klx.trainers.seams import OVERRIDDEN, READ, SWAPPED, TRL_HAS_PPO, swapped
 from trl_klx.trainers.session.coefficient import KLCoefficient
 
 
@@ -81,9 +84,19 @@ def overridden(trainer: type) -> set[str]:
     return {name for name in names if not name.startswith("__") and any(name in vars(cls) for cls in foreign)}
 
 
+TRAINERS = ["KLXGRPOTrainer", "KLXDPOTrainer", *["KLXPPOTrainer"] * TRL_HAS_PPO]
+
+
+def test_what_is_read_is_there() -> None:
+    classes = {cls for name in TRAINERS for cls in getattr(trl_klx, name).__mro__}
+    foreign = {cls.__module__ for cls in classes if cls.__module__.split(".")[0] in ("trl", "transformers")}
+    sources = [inspect.getsource(sys.modules[module]) for module in foreign]
+    for name in READ:
+        assert any(re.search(rf"self\.{name}\b|def {name}\(", source) for source in sources), name
+
+
 def test_every_override_is_listed() -> None:
-    names = ["KLXGRPOTrainer", "KLXDPOTrainer", *["KLXPPOTrainer"] * TRL_HAS_PPO]
-    found = set().union(*(overridden(getattr(trl_klx, name)) for name in names))
+    found = set().union(*(overridden(getattr(trl_klx, name)) for name in TRAINERS))
     assert found - set(OVERRIDDEN) == set()
     if TRL_HAS_PPO:
         assert set(OVERRIDDEN) - found == set()

@@ -1,9 +1,9 @@
 """Where the trainers depend on how TRL, accelerate and transformers are made: read this when a new version is out.
 
-Three ways: what differs between TRL's versions (the constants and checks below), methods that our classes override
-(`OVERRIDDEN`) and attributes that are put in for a while (`SWAPPED`, by `swapped`). Two bends are of another kind: the
-exact KL wraps the policy's `forward` for good (`exact.forward`), and while TRL sets up, a reference that is an adapter
-stands in `peft_config` under TRL's name for it (`reference.adapters`).
+What differs between TRL's versions is in the constants and checks below. Methods that our classes override are in
+`OVERRIDDEN`, attributes put in for a while in `SWAPPED`, private ones that are read in `READ`. Two bends are of
+another kind: the exact KL wraps the policy's `forward` for good (`exact.forward`), and while TRL sets up, a reference
+that is an adapter stands in `peft_config` under TRL's name for it (`reference.adapters`).
 """
 
 from collections.abc import Iterator
@@ -79,6 +79,21 @@ SWAPPED = {
     "world_size": "of TrainingArguments: a dry run computes the batches of the processes that it plans for",
     "HF_HUB_OFFLINE": "of huggingface_hub and datasets: a dry run that cannot reach the Hub looks at what is cached",
     "_save": "a checkpoint holds the value model, and what is saved at the end does not (PPO)",
+}
+
+
+# Private attributes of their trainers that ours read or set, and why.
+READ = {
+    "_step": "the micro-batch of the rollout at which GRPO stands; a resumed run sets it",
+    "_buffered_inputs": "GRPO's rollout in use: a resumed run empties it, and samples again",
+    "_metrics": "what TRL has collected for the next log",
+    "_tokenizer": "the tokenizer, also of a processor (GRPO, DPO)",
+    "_has_async_funcs": "whether GRPO awaits reward functions",
+    "_total_train_tokens": "DPO's count of tokens, which TRL keeps in no checkpoint",
+    "_is_vision_dataset": "whether DPO's pairs hold images",
+    "_get_output_dir": "where checkpoints of a hyperparameter search go",
+    "_clip_grad_norm": "PPO's updates within a step are clipped as transformers' are",
+    "_train_batch_size": "transformers' batch size, which PPO sets",
 }
 
 

@@ -90,7 +90,7 @@ def ppo(model: str, output: str, settings: dict, shared: dict) -> Any:
     from trl_klx import KLXPPOConfig, KLXPPOTrainer  # not everywhere: TRL 1.12 is the last that has PPO
 
     class FixedPPO(KLXPPOTrainer):
-        def _sample(self, prompt_ids: list) -> list:
+        def generate(self, prompt_ids: list) -> list:
             return completions(self, prompt_ids, [])
 
     config = KLXPPOConfig(output, **{"response_length": 8, "num_ppo_epochs": 2, "kl_coef": 0.2, **settings})

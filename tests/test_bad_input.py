@@ -222,7 +222,7 @@ def test_without_ppo_in_trl_one_sentence_says_so(
         (["--config", "RECIPE", "--kl_targett", "1"], "did you mean 'kl_target'?"),
         (["--config", "RECIPE", "stray"], "'stray' on the command line belongs to no field"),
         (["--config", "LIST"], "must be a YAML mapping"),
-        (["--config", "BROKEN"], "is no valid YAML"),
+        (["--config", "BROKEN"], "is not valid YAML"),
     ],
 )
 def test_command_line_is_refused(

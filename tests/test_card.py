@@ -336,7 +336,7 @@ def test_a_trainer_in_python_writes_the_same_card(algorithm: str, tmp_path: Path
 BAD = [
     (["--run", "nowhere"], "--run nowhere is no folder"),
     (["--run", "empty"], "there is no empty/resolved_recipe.yaml, which every run writes"),
-    (["--run", "broken"], "broken/resolved_recipe.yaml is no valid YAML"),
+    (["--run", "broken"], "broken/resolved_recipe.yaml is not valid YAML"),
     (["--run", "listed"], "must be a YAML mapping of field: value, and is a list"),
     (["--run", "foreign"], "no trainer of trl_klx wrote them"),
     (["--run", "fine", "--private"], "--private has no effect without --push_to"),

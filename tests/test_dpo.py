@@ -77,7 +77,7 @@ BAD = [  # options, what the sentence must contain
     ({"use_liger_kernel": True, "kl_coef": 0.1}, "use_liger_kernel=true computes DPO's loss"),
     (
         {"use_liger_kernel": True, "kl_controls": "beta", "kl_controller": "linear", "kl_coef_end": 0.1},
-        "no changing beta",
+        "nor a changing beta",
     ),
 ]
 

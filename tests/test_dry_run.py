@@ -231,7 +231,7 @@ def test_layouts_of_a_deepspeed_file_and_of_the_launcher(tmp_path: Path, monkeyp
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     assert read_layout(None).zero_stage == 3
-    with pytest.raises(BadInput, match="no readable accelerate file"):
+    with pytest.raises(BadInput, match="not a readable accelerate file"):
         read_layout(str(tmp_path / "nowhere.yaml"))
 
 
@@ -470,6 +470,6 @@ def test_what_is_no_recipe(tmp_path: Path, inputs: Path, capsys: pytest.CaptureF
     assert grpo.main(["--config", str(tmp_path / "nowhere.yaml"), "--dry_run"]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert grpo.main([*words(inputs, tmp_path), "--accelerate_config", "nowhere.yaml", "--dry_run"]) == 2
-    assert "no readable accelerate file" in capsys.readouterr().err
+    assert "not a readable accelerate file" in capsys.readouterr().err
     assert grpo.main([*words(inputs, tmp_path), "--accelerate_config", ZERO3]) == 2
     assert "accelerate_config=" in capsys.readouterr().err

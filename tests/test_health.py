@@ -192,7 +192,7 @@ def test_reference_of_another_tokenizer_vocabulary_and_template(tmp_path: Path) 
     trainer.train()
     (event,) = events(tmp_path / "run")
     assert (event["alarm"], event["step"]) == ("wrong_reference", 0)  # before the first step
-    for words in ("tokens are others", "another chat template", "answers end with token 1, those of the reference"):
+    for words in ("tokens are different", "another chat template", "answers end with token 1, those of the reference"):
         assert words in event["evidence"]
 
 

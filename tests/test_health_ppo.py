@@ -60,7 +60,7 @@ def test_reference_with_another_tokenizer(tmp_path: Path) -> None:
     run(tmp_path / "run", ref_model=path, max_steps=1)
     (event,) = events(tmp_path / "run")  # the same weights: no KL at step 0
     assert event["alarm"] == "wrong_reference"
-    assert "tokens are others to the reference" in event["evidence"]
+    assert "tokens are different for the reference" in event["evidence"]
 
 
 def test_stale_sampler(tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_a_run_that_could_not_be_pushed_is_refused_before_a_model_is_loaded(
         fail(hub)
         assert reason in refused(), name
         hub.token, hub.writable, hub.cut = TOKEN, OWNER, ""
-    assert "is no name that a repository may have" in refused("--hub_model_id", f"{OWNER}/a b")
+    assert "is not a valid name for a repository" in refused("--hub_model_id", f"{OWNER}/a b")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
     assert "HF_HUB_OFFLINE is set" in refused()

@@ -368,7 +368,7 @@ def test_an_unknown_transform_of_the_logits_is_noticed() -> None:
     model = tiny_model()
     forward = model.forward
     model.forward = lambda *args, **kwargs: forward(*args, **kwargs) | {"logits": 3 * forward(*args, **kwargs).logits}
-    with pytest.raises(MeasureError, match="does more to its logits"):
+    with pytest.raises(MeasureError, match="changes its logits in a way"):
         Scorer(model, temperature=1.0, name="tiny")
 
 
@@ -419,10 +419,10 @@ def measure_kl_quietly(data, reference: str, policies, folder: Path) -> Dataset:
         ({"temperature": 0.0}, "temperature=0.0 is not above 0"),
         ({"dtype": "int4"}, "dtype='int4' is not one of"),
         ({"sample": "reference", "sampled_from": "reference"}, "exclude each other"),
-        ({"where": "correct", "sampled_from": "reference"}, "rows that a condition keeps are no sample"),
+        ({"where": "correct", "sampled_from": "reference"}, "rows that a condition keeps are not a sample"),
         (
             {"sampled_from": "nobody"},
-            "sampled_from='nobody' is none of the models: name one of reference, checkpoint-5",
+            "sampled_from='nobody' is not one of the models: name one of reference, checkpoint-5",
         ),
         ({"max_length": 1}, "none of the 11 rows can be used; of 'r0', it has 9 tokens"),
     ],
@@ -438,7 +438,7 @@ def test_wrong_options_are_refused(models: Path, tmp_path: Path, options: dict, 
         ([], "data is missing"),
         (["--data", "x.jsonl"], "reference is missing"),
         (["--data", "x.jsonl", "--reference", "nowhere", "--policies", "a"], "there is no such file"),
-        (["--nonsense", "1"], "'--nonsense' on the command line is no option"),
+        (["--nonsense", "1"], "'--nonsense' on the command line is not an option"),
         (["--batch_size", "many"], "invalid int value"),
     ],
 )

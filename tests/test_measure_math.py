@@ -272,9 +272,9 @@ def test_own_classes_come_first(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         (None, "does not exist: give a YAML file"),
-        ("- a\n- b\n", "is no mapping of name: regular expression"),
-        ("a: [", "is no YAML"),
-        ("a: '('\n", "the token class 'a' is no regular expression"),
+        ("- a\n- b\n", "is not a mapping of name: regular expression"),
+        ("a: [", "is not YAML"),
+        ("a: '('\n", "the token class 'a' is not a regular expression"),
     ],
 )
 def test_wrong_classes_are_refused(tmp_path: Path, text: str | None, sentence: str) -> None:

@@ -84,7 +84,8 @@ def test_accumulation_does_not_change_the_update(tmp_path: Path) -> None:
 
 
 def test_three_answers_in_micro_batches_of_two(tmp_path: Path) -> None:
-    """A minibatch that is no multiple of the micro-batch: 12 answers in 2 minibatches of 6, micro-batches 4 and 2."""
+    """A minibatch that is not a multiple of the micro-batch: 12 answers in 2 minibatches of 6, micro-batches 4 and
+    2."""
     counter = CountSteps()
     sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_mini_batches": 2}
     trainer(tmp_path, callbacks=[counter], **sizes).train()

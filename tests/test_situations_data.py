@@ -260,13 +260,15 @@ def test_the_trainers_refuse_it(algorithm: str, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.situation("gives pairs whose prompts alone fill max_length", "refused")
 def test_no_pair_is_left(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="16 of 16 pairs are left out, for their prompts alone fill max_length=2"):
+    with pytest.raises(ValueError, match="16 of 16 pairs are left out, because their prompts alone fill max_length=2"):
         make("dpo", tmp_path, max_length=2)
 
 
 @pytest.mark.situation("gives some pairs whose prompts alone fill max_length", "warned")
 def test_some_pairs_are_left_out(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"\d+ of 16 pairs are left out, for their prompts alone fill max_length=4"):
+    with pytest.warns(
+        UserWarning, match=r"\d+ of 16 pairs are left out, because their prompts alone fill max_length=4"
+    ):
         make("dpo", tmp_path, max_length=4)
 
 

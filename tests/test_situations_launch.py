@@ -393,7 +393,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     return folder, argv
 
 
-@pytest.mark.situation("goes on with a measurement that was downloaded", "right")
+@pytest.mark.situation("continues a measurement that was downloaded", "right")
 def test_a_downloaded_measurement_runs_no_code(measured: tuple[Path, list[str]]) -> None:
     folder, argv = measured
     for hidden in (folder / "out" / "hidden").iterdir():

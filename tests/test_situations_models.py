@@ -454,7 +454,7 @@ def test_router_jitter_is_noise() -> None:
 def test_dropout_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = LoraConfig(r=2, target_modules=TWO, lora_dropout=0.25, task_type="CAUSAL_LM")
     make("grpo", tmp_path, peft_config=config, max_steps=1).train()
-    assert "makes noise in training (dropout 0.25)" in caplog.text
+    assert "is noisy in training (dropout 0.25)" in caplog.text
     assert "disable_dropout=true" in caplog.text
 
 

@@ -142,7 +142,7 @@ YAML = [
     ("save_strategy: no", "Put it in quotes, for YAML reads a bare yes, no, on or off as true or false."),
     ("run_name: on", "run_name=True must be text: put it in quotes"),
     ("run_name: 2026-01-01", "must be text: put it in quotes"),
-    ("run_name: 2026-13-01", "is no valid YAML"),
+    ("run_name: 2026-13-01", "is not valid YAML"),
     ("max_steps:", "max_steps=None must be a whole number: give it a value, or remove the field"),
 ]
 
@@ -303,7 +303,7 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("ppo", {"report_to": ["tensorbord"]}, "report_to='tensorbord' does not exist; did you mean 'tensorboard'?"),
     ("dpo", {"attn_implementation": "spda"}, "attn_implementation='spda' does not exist; did you mean 'sdpa'?"),
     ("grpo", {"use_peft": True, "lora_task_type": "CASUAL_LM"}, "Invalid task type: 'CASUAL_LM'"),
-    ("grpo", {"bnb_4bit_quant_storage": "nothing"}, "bnb_4bit_quant_storage='nothing' is no type of torch"),
+    ("grpo", {"bnb_4bit_quant_storage": "nothing"}, "bnb_4bit_quant_storage='nothing' is not a torch dtype"),
     ("dpo", {"gradient_checkpointing_kwargs": {"reentrant": True}}, "did you mean 'use_reentrant'?"),
 ]
 

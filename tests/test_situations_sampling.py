@@ -277,8 +277,8 @@ def test_the_engine_is_told_all_end_tokens(tmp_path: Path) -> None:
         ({"num_return_sequences": 2}, "num_generations says how many"),
         ({"return_dict_in_generate": True}, "TRL does not read"),
         ({"stop_strings": ["\n"]}, "eos_token_id takes ids"),
-        ({"temperature": 0}, "is no temperature to sample at"),
-        ({"temperature": "hot"}, "is no temperature to sample at"),
+        ({"temperature": 0}, "is not a temperature to sample at"),
+        ({"temperature": "hot"}, "is not a temperature to sample at"),
         ({"topk": 5}, "did you mean 'top_k'"),
         ('{"do_sample": false}', "takes the likeliest answer"),
     ],
@@ -296,7 +296,7 @@ def test_what_is_no_sampling_is_refused(tmp_path: Path, given: Any, said: str) -
         ({"n": 2}, "num_generations says how many"),
         ({"seed": 1}, "the same random numbers"),
         ({"logprobs": 5}, "the likeliest token's log-prob"),
-        ({"temperature": 0.0}, "is no temperature to sample at"),
+        ({"temperature": 0.0}, "is not a temperature to sample at"),
     ],
     ids=str,
 )
@@ -537,7 +537,7 @@ def readings(*values: float) -> list[Reading]:
 @pytest.mark.parametrize(
     ("mean", "error", "ess", "found"),
     [
-        ([0.9] * 10, 0.01, [0.8], "never gives what the policy might"),
+        ([0.9] * 10, 0.01, [0.8], "never produces what the policy might"),
         ([1.2] * 10, 0.02, [], "not those it sampled by"),
         ([0.9] * 9, 0.01, [0.8], None),  # too few
         ([0.98] * 10, 0.001, [0.8], None),  # rounding
@@ -559,7 +559,7 @@ def logged_alarms(made: Any) -> set[str]:
     return {name for entry in entries for name in entry if name.startswith("health/")}
 
 
-@pytest.mark.situation("GRPO: top_p cuts what the policy might sample, and the run goes on", "warned")
+@pytest.mark.situation("GRPO: top_p cuts what the policy might sample, and the run continues", "warned")
 def test_weights_that_do_not_average_one_raise_the_alarm(tmp_path: Path) -> None:
     made = plain(tmp_path, top_p=0.7, max_steps=12, learning_rate=1e-3)
     made.train()

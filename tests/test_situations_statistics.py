@@ -183,7 +183,7 @@ def test_dpos_own_beta_is_the_users(tmp_path: Path) -> None:
 
 
 @pytest.mark.situation(
-    "sets beta where a controller sets it, where no KL is applied, or to what is no number", "refused"
+    "sets beta where a controller sets it, where no KL is applied, or to what is not a number", "refused"
 )
 @pytest.mark.parametrize("algorithm", ALL)
 def test_a_beta_that_cannot_be_set(algorithm: str, tmp_path: Path) -> None:
@@ -536,5 +536,5 @@ def test_a_prompt_that_does_not_fit_the_answers(kind: str, tmp_path: Path, capsy
 @pytest.mark.situation("has text pairs whose answers begin with the prompt", "warned")
 def test_answers_that_begin_with_the_prompt(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}=", "chosen": f"{i}={i}", "rejected": f"{i}=a"} for i in range(4)]
-    with pytest.warns(UserWarning, match="begin with the prompt, which so stands there twice"):
+    with pytest.warns(UserWarning, match="begin with the prompt, which is then there twice"):
         make("dpo", tmp_path, train_dataset=Dataset.from_list(rows))

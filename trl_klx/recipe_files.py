@@ -84,7 +84,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.load(file.read_text(), _StrictLoader)
     except (yaml.YAMLError, ValueError) as error:  # the latter of a date that does not exist, or of no text
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a YAML mapping of field: value, and is a {type(content).__name__}.")
     for name in content:

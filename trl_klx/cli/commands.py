@@ -19,7 +19,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "starter": Command(
-        "trl_klx.tasks.starter", "make a small, really trained model, its data and its reward (20 s on two cores)"
+        "trl_klx.tasks.starter", "make a small trained model, its data and its reward (20 s on two cores)"
     ),
     "grpo": Command("trl_klx.run.grpo", "train with GRPO, on prompts and reward functions", launched=True),
     "ppo": Command(
@@ -27,7 +27,7 @@ COMMANDS = {
     ),
     "dpo": Command("trl_klx.run.dpo", "train with DPO, on pairs of chosen and rejected answers", launched=True),
     "explain": Command(
-        "trl_klx.run.explain.explain_command", "say which gradient a recipe has, and what to use instead"
+        "trl_klx.run.explain.explain_command", "show which gradient a recipe has, and what to use instead"
     ),
     "controllers": Command(
         "trl_klx.cli.controllers_command", "list the controllers of beta, and try settings on simulated plants"
@@ -36,7 +36,7 @@ COMMANDS = {
         "trl_klx.measure.measure_command", "compare checkpoints with a reference on given responses", launched=True
     ),
     "card": Command("trl_klx.hub.card_command", "write the model card of a run again, and push what the run left"),
-    "completion": Command("trl_klx.cli.completion", "print the script that makes a shell complete all this"),
+    "completion": Command("trl_klx.cli.completion", "print a script for shell completion"),
 }
 
 
@@ -49,10 +49,10 @@ usage: trl-klx COMMAND [options]
 {lines}
 
 Training: trl-klx grpo --config RECIPE.yaml [--accelerate_config cpu] [--field value ...], and ppo and dpo alike.
-With --dry_run they train nothing, and say what a run would need and everything that is wrong with it.
+With --dry_run they train nothing, and print what a run would need and everything that is wrong with it.
 Recipes are in {RECIPES}
 (README.md there lists them; a prepare.py beside a recipe makes its model and data).
-`trl-klx COMMAND --help` says what a command takes.
+`trl-klx COMMAND --help` shows the options of a command.
 """
 
 
@@ -81,7 +81,7 @@ def _launch(command: Command, words: CommandLine, program: str) -> int:
         return 2
     try:
         is_dry_run = words.flag("dry_run")
-    except ValueError as error:  # or there is no such recipe: no process need be started to say so
+    except ValueError as error:  # or there is no such recipe: no process need be started to report that
         print(f"error: {error}", file=sys.stderr)
         return 2
     if is_dry_run:

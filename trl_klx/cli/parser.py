@@ -5,7 +5,7 @@ from typing import NoReturn
 
 
 class UsageError(ValueError):
-    """The command line cannot be understood. The message is one sentence that says where help is."""
+    """The command line cannot be understood. The message is one sentence that names the command for help."""
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ from .parser import UsageError
 
 
 class CommandLine(list[str]):
-    """The words `--field value ...`, and what they say.
+    """The words `--field value ...`, and what they mean.
 
     A hyphen inside an option's name counts as an underscore. Of an option that is given twice, the last counts.
 

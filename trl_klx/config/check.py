@@ -15,7 +15,8 @@ def check(args: KLArguments) -> None:
 def settle(args: KLArguments) -> dict[str, str]:
     """Put types, aliases and defaults into the fields, and collect a sentence for everything that is wrong with them.
 
-    A field whose value it cannot hold falls back to its default, and what a rule says of that default is left out.
+    A field whose value it cannot hold falls back to its default, and what a rule finds wrong with that default is left
+    out.
 
     Returns:
         The sentences, those of single fields by the name of the field, those of rules by themselves.

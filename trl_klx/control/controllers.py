@@ -129,7 +129,7 @@ class LinearController(Controller):
     """Move beta from coef to coef_end on a straight line, whatever the KL is, over `total` updates.
 
     beta_k = (1 - w_k) coef + w_k coef_end, with w_k = min(k / total, 1) after k updates.
-    An update with a reading that is not finite counts too, for the law does not look at the KL. Both settings
+    An update with a reading that is not finite counts too, because the law does not look at the KL. Both settings
     must be given; coef_end may be above coef, but not 0, which would switch the KL penalty off.
     Raises ValueError unless coef and coef_end are finite and > 0 and total is an int >= 1.
     """
@@ -236,7 +236,7 @@ class PIDController(_TargetController):
 
     The logs make the loop respond alike at every scale of KL and beta. The gain stays 1 with a policy that answers beta
     slowly or weakly, and sinks with one that answers at once or whose readings are noisy. A KL that stays low for
-    long is less and less beta's doing (the policy has yet to learn), so beta sinks as 1 / b and not exponentially.
+    long is ever less due to beta (the policy has yet to learn), so beta sinks as 1 / b and not exponentially.
     The error may be larger upwards, as a runaway KL does more harm than a low one. With kd > 0 a rising KL
     raises beta, however low the KL is.
     Defaults: kp 2, ki 0.1, kd 0, gain_min 0.15, coef_min coef / 100, coef_max 100 coef; gain_min 1 keeps g at 1.

@@ -24,7 +24,7 @@ The second course is like a policy that learns, for 600 updates:
 
 A phase is *settled* from the first update on after which the true KL stays within 25 % of the target
 for `window` updates; a phase that never settles counts as its length. *Overshoot* is the largest KL over the target,
-less 1, from the first crossing of the target on; a plant that does not cross has none. *Within 25 %* is the mean share
+minus 1, from the first crossing of the target on; a plant that does not cross has none. *Within 25 %* is the mean share
 of the updates of a phase, *error* the mean |KL/target - 1| of its last 100 updates.
 """
 

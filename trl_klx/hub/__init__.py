@@ -1,1 +1,1 @@
-"""Model cards and pushing to the Hub: what a run says about itself, and what of it leaves the machine."""
+"""Model cards and pushing to the Hub: what a run reports about itself, and what of it leaves the machine."""

@@ -65,7 +65,7 @@ def known_from(folder: Path) -> Known:
 
 
 def may_be_on_the_hub(name: str) -> bool:
-    """Whether a name can be a Hub id, and is no folder here."""
+    """Whether a name can be a Hub id, and is not a folder here."""
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 

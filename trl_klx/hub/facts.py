@@ -115,7 +115,7 @@ def kl_rows(kl: RecordedKL, history: list[dict], reference: str) -> list[tuple[s
 def _weight(kl: RecordedKL) -> str:
     level = kl.kl_importance_sampling or "none"
     if level != "none" and not kl.kl_term().takes_weights:
-        return f"{level}: none is applied, for an exact KL averages over the policy's tokens itself"
+        return f"{level}: none is applied, because an exact KL averages over the policy's tokens itself"
     if level == "none" or kl.kl_is_cap is None:
         return level
     return f"{level}, {kl.kl_is_mode} above {kl.kl_is_cap:g}"

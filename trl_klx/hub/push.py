@@ -30,12 +30,12 @@ _STAYS += ["run.lock", "*.partial", "*events.out.tfevents.*", *DEFAULT_IGNORE_PA
 # Of a checkpoint, what makes a model that loads; the rest is for resuming.
 _MODEL = ["*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 _FOR_RESUMING = ["trainer_state.json", "kl_state.json", "*/*"]
-# Of a run, what says how it was made.
+# The files of a run that record how it was made.
 _RECORD = [CARD_FILE, RECIPE_FILE, "versions.json", "*.jsonl", "*.csv", "*.png"]
 
 
 class HubError(RuntimeError):
-    """The Hub could not be used. The message is a clause that says why, and fits into brackets."""
+    """The Hub could not be used. The message is a clause with the reason, and fits into brackets."""
 
 
 def push_command(folder: Path | str, repo_id: str, *, private: bool | None = None, revision: str | None = None) -> str:
@@ -89,7 +89,7 @@ def push_checkpoint(
     `whole_into` names a folder of the repository that takes the whole checkpoint too, so that it can be resumed from.
     """
     where = {"token": token, "revision": revision}
-    record = _additions(run, allow=_RECORD, in_memory=True)  # read now: the run goes on writing them
+    record = _additions(run, allow=_RECORD, in_memory=True)  # read now: the run keeps writing them
 
     def upload() -> list[Any]:
         model = _additions(checkpoint, allow=_MODEL, ignore=_FOR_RESUMING)
@@ -152,7 +152,7 @@ def _named(job: Callable[[], Any], repo_id: str) -> Any:
 
 def _reason(error: Exception, repo_id: str) -> str:
     if isinstance(error, HFValidationError):
-        return f"{repo_id!r} is no name that a repository may have: {first_line(error)}"
+        return f"{repo_id!r} is not a valid name for a repository: {first_line(error)}"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, which forbids it"
     if isinstance(error, HfHubHTTPError):

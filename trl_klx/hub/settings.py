@@ -33,7 +33,7 @@ def plain_settings(args: Any, *others: Any) -> Settings:
     # `to_dict` puts a placeholder wherever a name ends in token: right for secrets, wrong for a vocabulary's tokens.
     settings |= {name: getattr(args, name) for name in _VOCABULARY_TOKENS & set(settings)}
     plain = {name: value for name, value in settings.items() if _is_plain(value) and name not in _DERIVED}
-    return _cleaned(plain, lambda value: value if _is_plain(value) else str(value))  # a dtype, say
+    return _cleaned(plain, lambda value: value if _is_plain(value) else str(value))  # for example a dtype
 
 
 def _is_plain(value: object) -> bool:
@@ -85,8 +85,8 @@ def public_settings(settings: Settings) -> Settings:
 def without_path(text: str) -> str:
     """A path that only this machine has becomes `./<its last part>`; all other text stays.
 
-    A relative path below the working directory stays: it says no more than the recipe that was written by hand. A path
-    is never made a bare name, which from_pretrained would look up on the Hub.
+    A relative path below the working directory stays: it reveals no more than the recipe that was written by hand. A
+    path is never made a bare name, which from_pretrained would look up on the Hub.
     """
     if text.startswith(("/", "~", "../", "file:")):
         return f"./{Path(text).name}"

@@ -7,7 +7,7 @@ UNKNOWN = "unknown"
 
 
 def version_of(name: str) -> str:
-    """A package's version: as it was installed, else as it says itself, else "unknown"."""
+    """A package's version: as it was installed, else its own `__version__`, else "unknown"."""
     try:
         return version(name)
     except PackageNotFoundError:

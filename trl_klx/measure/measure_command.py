@@ -75,7 +75,7 @@ def _parse(parser: HfArgumentParser, argv: list[str]) -> tuple[str, MeasureOptio
         argv, look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
-        parser.error(f"{unknown[0]!r} on the command line is no option")
+        parser.error(f"{unknown[0]!r} on the command line is not an option")
     if not data.data:
         raise MeasureError("data is missing: give a .jsonl or .parquet file with a row per response.")
     return data.data, options

@@ -56,7 +56,7 @@ def append_entries(path: Path, entries: list[dict]) -> None:
     try:
         with path.open("a") as file:
             file.write(_lines(entries))
-    except OSError as error:  # a full disk is no reason to lose the step; the next checkpoint says so
+    except OSError as error:  # a full disk must not end the run here; the next checkpoint reports it
         logger.warning("step %d is missing in %s (%s)", entries[-1]["step"], path, error)
 
 

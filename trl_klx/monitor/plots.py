@@ -28,7 +28,7 @@ class _Gain(NamedTuple):
 
 _REWARD = _Gain("reward", "mean reward", "training batches")
 # DPO has no reward: the margin is what it raises, and its KL is from answers sampled now and then, not from the data.
-_MARGIN = _Gain("rewards/margins", "implicit reward margin, chosen less rejected", "probes in training")
+_MARGIN = _Gain("rewards/margins", "implicit reward margin, chosen minus rejected", "probes in training")
 
 
 def plot_run(

@@ -34,7 +34,7 @@ _OF_ONE_PROCESS = (NotSavedError, RewardError, TokenError)
 
 
 def run(algorithm: Algorithm, argv: Iterable[str] | None = None, program: str = "") -> int:
-    """Check everything, then train, save and report; or with `dry_run`, say what that would be.
+    """Check everything, then train, save and report; or with `dry_run`, print what that would be.
 
     Args:
         algorithm: of the command.
@@ -141,7 +141,7 @@ def _train(trainer: Any, recipe: Recipe) -> None:
             print(trainer.kl.budget.message())
         if trainer.overoptimisation is not None:
             print(trainer.overoptimisation.summary())
-    # Last, for the card shows the pictures and the push takes them along.
+    # Last, because the card shows the pictures and the push takes them along.
     dataset_name = str(recipe.run.dataset_name)
     on_the_hub = None if Path(dataset_name).exists() else dataset_name
     if args.push_to_hub:

@@ -2,7 +2,7 @@
 
 
 class RunError(RuntimeError):
-    """A run cannot continue; the message says what happened, and what to do."""
+    """A run cannot continue; the message tells what happened, and what to do."""
 
 
 class NotSavedError(RunError):
@@ -10,7 +10,7 @@ class NotSavedError(RunError):
 
 
 class NonFiniteError(RunError):
-    """Weights, or too many steps in a row, are not finite; the message says what, where, and what to try."""
+    """Weights, or too many steps in a row, are not finite; the message tells what, where, and what to try."""
 
 
 class CheckpointError(ValueError):

@@ -73,7 +73,7 @@ def _pictures(tables: Tables, labels: list[str]) -> list[tuple[str, Markup]]:
     ]
     if len(tables.right_wrong):
         picture = svg("rightwrong", right_wrong, tables.right_wrong)
-        out.append(("Wrong less right responses, with 95 % intervals", picture))
+        out.append(("Wrong minus right responses, with 95 % intervals", picture))
     return out
 
 

@@ -63,7 +63,7 @@ def course(axes: Axes, checkpoints: pd.DataFrame) -> None:
 
 
 def right_wrong(axes: Axes, table: pd.DataFrame) -> None:
-    """Wrong less right responses, with 95 % intervals, over the checkpoints."""
+    """Wrong minus right responses, with 95 % intervals, over the checkpoints."""
     axes.axhline(0, color=_INK, lw=0.8)
     _points(axes, table[table["measure"] == "kl_policy_ref"], "difference", "se", color=_SERIES[1], ls="")
     axes.set_ylabel("KL(P || R) wrong - right, nats")

@@ -88,7 +88,7 @@ def token_statistics(logits: Tensor, ref_logits: Tensor, tokens: Tensor) -> Toke
     top, ref_top = (values.topk(min(TOP, values.size(-1)), dim=-1) for values in (logps, ref_logps))
     both_impossible = (chosen == -torch.inf) & (ref_chosen == -torch.inf)
     return TokenStatistics(
-        kl_policy_ref=forward.clamp_min_(0.0),  # rounding can leave less than nothing
+        kl_policy_ref=forward.clamp_min_(0.0),  # rounding can make it negative
         kl_ref_policy=backward.clamp_min_(0.0),
         js=_jensen_shannon(probs, ref_probs, difference),
         tv=difference.abs().sum(-1) / 2,

@@ -10,4 +10,4 @@ class ModelError(MeasureError):
 
 
 class RowError(MeasureError):
-    """One row cannot be measured; the others can. The message says why, without the row."""
+    """One row cannot be measured; the others can. The message has the reason, without the row."""

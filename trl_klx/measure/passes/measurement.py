@@ -91,7 +91,7 @@ def _sampler(options: MeasureOptions, sources: Sequence[Source]) -> str | None:
             return source.label
     labels = ", ".join([REFERENCE, *(source.label for source in sources)])
     option = "sample" if options.sample else "sampled_from"
-    raise MeasureError(f"{option}={wanted!r} is none of the models: name one of {labels}.")
+    raise MeasureError(f"{option}={wanted!r} is not one of the models: name one of {labels}.")
 
 
 def _with_prompts(done: Measurement, rows: list[Response]) -> list[Response]:

@@ -34,7 +34,7 @@ class Source:
         return {"pretrained_model_name_or_path": self.name if local else name, "revision": None if local else revision}
 
     def fingerprint(self) -> str:
-        """Changes when the files of a local model do: a checkpoint that was written anew is another one."""
+        """Changes when the files of a local model do: a checkpoint that was written again is another one."""
         folder = Path(self.name)
         files = sorted(path for path in folder.glob("*") if path.is_file()) if folder.is_dir() else []
         stated = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -98,7 +98,7 @@ def check_tokenizer(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
         if not _has_tokenizer(source):  # weights alone: the size of their head is compared when they are loaded
             return
         own = AutoTokenizer.from_pretrained(**source.arguments)
-    except Exception:  # not there, or broken: loading the model says which, or does without
+    except Exception:  # missing or broken: loading the model reports which, or works without it
         return
     mine, reference = own.get_vocab(), tokenizer.get_vocab()
     if mine != reference:
@@ -175,7 +175,8 @@ class Scorer:
 
     @torch.no_grad()
     def _check_head(self, name: str, temperature: float) -> int:
-        """Check that head and states are all of the model, for an architecture may do more; returns its vocabulary."""
+        """Check that head and states are the whole model, because an architecture may do more; returns its
+        vocabulary."""
         ids = torch.arange(4, device=self.model.device).unsqueeze(0)
         mask = torch.ones_like(ids)
         mine = self.head(self._states(ids, mask))
@@ -184,8 +185,8 @@ class Scorer:
         scale = float(whole[whole != -torch.inf].abs().max())
         if mine.shape != whole.shape or not torch.allclose(mine, whole, rtol=loose, atol=loose * scale):
             raise ModelError(
-                f"{name!r} ({self.model.config.model_type}) does more to its logits than its config says, so that "
-                "they cannot be made in chunks: please report the architecture."
+                f"{name!r} ({self.model.config.model_type}) changes its logits in a way that its config does not "
+                "describe, so that they cannot be computed in chunks: please report the architecture."
             )
         return int(whole.size(-1))
 
@@ -199,7 +200,7 @@ def load_model(source: Source, *, dtype: torch.dtype, device: torch.device) -> P
     if source.name.startswith(("/", "./", "../", "runs/")) and not Path(source.name).is_dir():
         raise ModelError(f"{source.name!r} does not exist: give a folder with a model or an adapter.")
     try:
-        # By `device_map`, for a quantised model cannot be moved afterwards.
+        # By `device_map`, because a quantised model cannot be moved afterwards.
         return AutoModelForCausalLM.from_pretrained(**source.arguments, dtype=dtype, device_map={"": device})
     except Exception as error:  # whatever the files, the Hub, PEFT or their parsers raise
         raise ModelError(

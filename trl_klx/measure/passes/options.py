@@ -35,7 +35,7 @@ class MeasureOptions:
     num_samples: int = _option(1, "Responses sampled per prompt.")
     max_new_tokens: int = _option(256, "Longest sampled response, in tokens.")
     seed: int = _option(0, "Seed of the sampled responses.")
-    temperature: float = _option(1.0, "Divides the logits of all models, and samples.")
+    temperature: float = _option(1.0, "Temperature of all models' logits, and of sampling.")
     add_eos: bool = _option(True, "Whether a response given as text ends with the end of text.")
     max_length: int | None = _option(None, "Leave out rows with more tokens, prompt included.")
     batch_size: int = _option(8, "Rows that run through a model together.")
@@ -67,7 +67,7 @@ class MeasureOptions:
         if self.where and self.sampled_from:
             raise MeasureError(
                 f"where={self.where!r} and sampled_from={self.sampled_from!r} exclude each other: rows that a "
-                "condition keeps are no sample of a model; leave out sampled_from, or select prompts in the data."
+                "condition keeps are not a sample of a model; leave out sampled_from, or select prompts in the data."
             )
         if self.sample and self.sampled_from:
             raise MeasureError(

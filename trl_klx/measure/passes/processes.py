@@ -6,7 +6,7 @@ from accelerate.utils import parse_flag_from_env
 
 
 def processes() -> PartialState:
-    """accelerate's state; made on CPUs where the launch says so or there is nothing else.
+    """accelerate's state; made on CPUs where the launch asks for it or there is nothing else.
 
     Without being told, accelerate lets processes without a GPU run unconnected, each as if it were the only one.
     """

@@ -164,7 +164,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Response, *, add_eos: bool) 
     text, special = _prompt_text(tokenizer, row.prompt)
     prompt_ids = _ids(tokenizer, text, special)
     if not prompt_ids:
-        raise RowError("its prompt is empty, and nothing says how probable the response's first token is")
+        raise RowError("its prompt is empty, so the probability of the response's first token is not known")
     if row.response_ids is not None:
         if not row.response_ids:
             raise RowError("its response is empty")

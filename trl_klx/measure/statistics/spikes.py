@@ -6,7 +6,7 @@ from statistics import NormalDist
 import numpy as np
 
 SPIKE_Z = 3.5  # Iglewicz and Hoaglin's bound for outliers
-SPIKE_FLOOR = 0.01  # nats: less is no spike, however quiet the rest
+SPIKE_FLOOR = 0.01  # nats: a smaller KL is never a spike, however quiet the rest
 _UPPER_QUARTILE = NormalDist().inv_cdf(0.75)
 # Of tokens that differ by noise alone: where sqrt(KL) is Gaussian (noise in many logits of like tokens), where it is
 # half of a Gaussian (noise in one direction), and at most in the softmaxes of the tests, flat and certain mixed.
@@ -25,7 +25,7 @@ def spike_threshold(kl: np.ndarray) -> float:
     The square root, because a KL grows with the square of what moved the logits: noise in these is noise in sqrt(KL).
     (On a real model's log KL the rule never fires: most tokens are certain, and their tiny KLs span decades.)
     The spread is taken above the median only: most tokens are nearly certain under both models, and how much nearer to
-    0 than the median they are says nothing about what is large.
+    0 than the median they are tells nothing about what is large.
 
     Source: Iglewicz and Hoaglin, "How to Detect and Handle Outliers" (1993), for 3.5; square root and one-sided spread
     are ours.

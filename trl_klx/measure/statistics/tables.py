@@ -1,6 +1,6 @@
 """From tokens to tables: per response, per checkpoint, by class and position, right against wrong, what moved most.
 
-A KL's name says what it is. On responses that model A sampled, the sum of KL(A || B) over a response is an unbiased
+A KL's name tells what it is. On responses that model A sampled, the sum of KL(A || B) over a response is an unbiased
 estimate of the sequence KL from A to B, and is called `unbiased_sequence_kl_...`; it is null where it is not known that
 A sampled. Everything else is a diagnostic of given prefixes, and is called `teacher_forced_...`.
 """
@@ -114,12 +114,13 @@ def notes(done: Measurement) -> list[str]:
         left_out.insert(0, f"{len(done.left_out_rows)} rows were left out.")
     if done.sampler is None:
         truth = (
-            "It was not said which model sampled the responses (sampled_from), so no sum here is a sequence KL: all "
+            "It is not known which model sampled the responses (sampled_from), so no sum here is a sequence KL: all "
             "are teacher-forced diagnostics of how the models differ at these prefixes."
         )
     elif done.left_out_rows:
         truth = (
-            f"The responses are of {done.sampler}, but rows were left out, so that the rest is no sample of it: no sum "
+            f"The responses are of {done.sampler}, but rows were left out, so that the rest is not a sample of it: "
+            f"no sum "
             "here is an unbiased sequence KL."
         )
     else:
@@ -184,7 +185,7 @@ def _checkpoint(done: Measurement, policy: PolicyTokens) -> Iterator[dict[str, A
         row |= _means(policy, AVERAGED, tokens)
         for name in DIRECTIONS:
             estimate, values = policy.per_sequence(name, rows), policy.values[name][tokens]
-            # Right responses are no sample of the model: what it says there is of the prefixes, not of the model.
+            # Right responses are not a sample of the model: the KL there describes the prefixes, not the model.
             known = name == unbiased_direction(done, policy.label) and subset == "all"
             row |= {f"teacher_forced_sum_{name}": estimate.mean, f"teacher_forced_sum_{name}_se": estimate.se}
             row[f"unbiased_sequence_{name}"] = estimate.mean if known else math.nan
@@ -195,7 +196,7 @@ def _checkpoint(done: Measurement, policy: PolicyTokens) -> Iterator[dict[str, A
 
 
 def _right_wrong(policy: PolicyTokens) -> Iterator[dict[str, Any]]:
-    """Wrong less right, mean per token, with 95 % intervals; nothing where one of the two is missing."""
+    """Wrong minus right, mean per token, with 95 % intervals; nothing where one of the two is missing."""
     right, wrong = ((policy.correct == value).astype(bool) for value in (True, False))
     if not (right.any() and wrong.any()):
         return

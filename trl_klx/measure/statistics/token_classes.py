@@ -39,15 +39,15 @@ def load_classes(path: str | Path | None) -> dict[str, str]:
         try:
             own = yaml.safe_load(Path(path).read_text())
         except yaml.YAMLError as error:
-            raise MeasureError(f"token_classes={str(path)!r} is no YAML ({' '.join(str(error).split())}).") from error
+            raise MeasureError(f"token_classes={str(path)!r} is not YAML ({' '.join(str(error).split())}).") from error
         if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
-            raise MeasureError(f"token_classes={str(path)!r} is no mapping of name: regular expression: write one.")
+            raise MeasureError(f"token_classes={str(path)!r} is not a mapping of name: regular expression: write one.")
     classes = {**own, **{name: text for name, text in DEFAULT_CLASSES.items() if name not in own}}
     for name, text in classes.items():
         try:
             re.compile(text)
         except re.error as error:
-            raise MeasureError(f"the token class {name!r} is no regular expression ({error}): {text!r}.") from error
+            raise MeasureError(f"the token class {name!r} is not a regular expression ({error}): {text!r}.") from error
     return classes
 
 

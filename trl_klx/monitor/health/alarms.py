@@ -1,4 +1,4 @@
-"""Health alarms: what a trainer logs is watched, and what is wrong said once, with its cause and remedy.
+"""Health alarms: what a trainer logs is watched, and what is wrong is reported once, with its cause and remedy.
 
 Only logged numbers are read, which are reduced over all processes, so that the alarms are the same on each; and all
 that is remembered follows from the log history, so that a resumed run continues from where its checkpoint stood.

@@ -26,7 +26,7 @@ GROWTH, NOTABLE = 2.0, 0.25
 # By Pinsker's inequality at most sqrt(0.001 / 2) = 2 % of the answers' probability has moved: nothing is learnt.
 NOTHING = 1e-3
 NOISE_MARGIN = 1.2  # a KL that is no more than that of step 0, which one batch measured, is scoring noise
-# At a beta that drowns the reward, the optimizer's noise is a KL all the same. What a policy pays, beta * KL, it has to
+# At a beta that drowns the reward, the optimizer's noise still makes a KL. What a policy pays, beta * KL, it has to
 # earn: more than one standard deviation of the reward, while the reward has not risen, is paid for nothing.
 PAID = 1.0
 LEARNING_STEPS, LEARNING_READINGS = 50, 5  # after the warm-up; a working run has moved by then (starter: 0.05 nats)
@@ -75,7 +75,7 @@ def runaway(
             f"the KL is at least {min(tokens[-SEVERAL:]):.3g} nats per token (threshold {useless[0]:g}) and "
             f"{min(sequences[-SEVERAL:]):.3g} per sequence (threshold {useless[1]:g}) {over(per_token)}"
         )
-        return Finding(seen, "nothing holds the policy near the reference, whose judgement it has left", remedy)
+        return Finding(seen, "nothing holds the policy near the reference any more", remedy)
     recent = tokens[-SEVERAL - 1 :]
     doubles = len(recent) > SEVERAL and all(b >= GROWTH * a > 0 for a, b in itertools.pairwise(recent))
     is_notable = doubles and recent[-1] > NOTABLE * USELESS_PER_TOKEN and sequences[-1] > NOTABLE * USELESS_PER_SEQUENCE
@@ -158,7 +158,7 @@ def collapse(
     seen += f"; {weight}"
     if same_reward is not None and same_reward >= NO_SIGNAL:
         seen += f"; {same_reward:.0%} of the prompts have answers of one reward only"
-        return Finding(seen, "the rewards do not differ", "use a finer reward, or prompts that are solved now and then")
+        return Finding(seen, "the rewards do not differ", "use a finer reward, or prompts that are sometimes solved")
     if largest > threshold:
         return Finding(seen, "the KL outweighs the reward", f"lower {coef_name}")
     if entropy is not None and entropy <= NO_CHOICE:

@@ -50,7 +50,7 @@ def wrong_reference(
         "; ".join(seen),
         "the reference is another model than the policy starts from (path, revision, adapter, tokenizer), or one of "
         "the two runs with dropout or in a lower precision",
-        "give the reference that the policy starts from; if another one is meant, this is its distance",
+        "give the model that the policy starts from as the reference; if another one is meant, this is its distance",
     )
 
 
@@ -85,7 +85,8 @@ def wrong_weights(mean: Readings, error: Readings, ess: Readings) -> Finding | N
     Args:
         mean: of the tokens' weights.
         error: its standard error, at the same steps.
-        ess: effective sample size; where it is small the mean says nothing, and `stale_sampler` speaks.
+        ess: effective sample size; where it is small the mean is not informative, and `stale_sampler` is raised
+        instead.
     """
     values, errors = values_of(mean)[-WEIGHTS_READINGS:], values_of(error)[-WEIGHTS_READINGS:]
     if min(len(values), len(errors)) < WEIGHTS_READINGS or (ess and ess[-1].value < FEW_EFFECTIVE):
@@ -101,7 +102,7 @@ def wrong_weights(mean: Readings, error: Readings, ess: Readings) -> Finding | N
     if average < 1:
         return Finding(
             seen,
-            "the sampler never gives what the policy might (top_k, top_p, min_p, banned or forced tokens)",
+            "the sampler never produces what the policy might (top_k, top_p, min_p, banned or forced tokens)",
             "sample from the whole policy at its temperature: top_p 1, top_k 0, no generation_kwargs that change it",
         )
     return Finding(

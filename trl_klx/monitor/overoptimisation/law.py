@@ -94,9 +94,9 @@ class LawFit:
 
     @property
     def safe_budget(self) -> float | None:
-        """Half the KL at the peak, nats per sequence. None while the data do not say where the peak is.
+        """Half the KL at the peak, nats per sequence. None while the data do not determine where the peak is.
 
-        They say it when the interval of beta lies above zero and the peak's upper end is at most four times its lower.
+        They do when the interval of beta lies above zero and the peak's upper end is at most four times its lower.
         """
         low, high = self.peak_kl_interval
         if self.beta_interval[0] <= 0 or not high <= MAX_PEAK_RATIO * low:
@@ -117,10 +117,10 @@ def fit_law(
 
         gold_e = start + alpha d_e + beta f(d_e) + misfit_e + noise_e        f(d) = -d log d, or -d^2
 
-    The noise of the means is what the prompts say: rows of one prompt go together, so that what makes a prompt hard
-    at every evaluation does not count against the curve. The variance of the misfit is chosen such that the weighted
-    squares of the residuals sum up to their degrees of freedom (Paule and Mandel, 1982), or 0. The band comes from a
-    parametric bootstrap: simulated gold rewards (noise and misfit) at simulated KLs, fitted in the same way.
+    The noise of the means is estimated over the prompts: rows of one prompt go together, so that what makes a prompt
+    hard at every evaluation does not count against the curve. The variance of the misfit is chosen such that the
+    weighted squares of the residuals sum up to their degrees of freedom (Paule and Mandel, 1982), or 0. The band comes
+    from a parametric bootstrap: simulated gold rewards (noise and misfit) at simulated KLs, fitted in the same way.
 
     Args:
         kl: (E,) KL in nats per sequence; below 0, an estimate's noise, counts as 0.
@@ -184,7 +184,7 @@ def _design(d: NDArray, law: str) -> NDArray:
 
 
 def _noise(covariance: NDArray, mean: NDArray) -> NDArray:
-    """(E,) variances about the curve: less what all evaluations share, which only moves the start."""
+    """(E,) variances about the curve, without what all evaluations share, which only moves the start."""
     shared = covariance.mean(0)
     own = np.diag(covariance) - 2 * shared + covariance.mean()
     return np.maximum(own, 0.0) + 1e-12 * max(float(np.ptp(mean)) ** 2, 1e-12)  # never 0: weights are its inverse

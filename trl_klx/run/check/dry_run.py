@@ -29,7 +29,7 @@ from .problems import check_run, rows_of_training
 
 
 class Plan(NamedTuple):
-    """What a dry run has found out; what could not be found out is None, and a problem says why."""
+    """What a dry run has found out; what could not be found out is None, and a problem gives the reason."""
 
     recipe: Recipe | None
     layout: Layout

@@ -60,7 +60,7 @@ def read_layout(path: str | None) -> Layout:
         processes = int(content.get("num_processes", 1))
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise BadInput(
-            f"accelerate_config={path!r} is no readable accelerate file ({type(error).__name__})."
+            f"accelerate_config={path!r} is not a readable accelerate file ({type(error).__name__})."
         ) from error
     kind = str(content.get("distributed_type", "NO"))
     deepspeed = content.get("deepspeed_config") or {}
@@ -79,11 +79,11 @@ def read_layout(path: str | None) -> Layout:
 
 
 def _zero_of_json(path: str) -> dict[str, Any]:
-    """What an accelerate file would say itself, from a DeepSpeed JSON file."""
+    """What an accelerate file would contain itself, from a DeepSpeed JSON file."""
     try:
         zero = yaml.safe_load(Path(path).read_text()).get("zero_optimization", {})
     except (OSError, AttributeError, yaml.YAMLError) as error:
-        raise BadInput(f"deepspeed_config_file={path!r} is no readable DeepSpeed file.") from error
+        raise BadInput(f"deepspeed_config_file={path!r} is not a readable DeepSpeed file.") from error
     devices = {
         f"offload_{name}_device": zero.get(f"offload_{name}", {}).get("device") for name in ("optimizer", "param")
     }

@@ -43,7 +43,7 @@ def unreachable(recipe: Recipe) -> str | None:
 
 
 def check_machine(recipe: Recipe, layout: Layout, models: Models | None, *, on_cpu: bool) -> Iterator[str]:
-    """Sentences about what is missing here; `on_cpu` says whether the recipe itself asks for the CPU."""
+    """Sentences about what is missing here; `on_cpu` tells whether the recipe itself asks for the CPU."""
     args = recipe.args
     devices = torch.cuda.device_count()
     if layout.processes > 1 and not on_cpu and devices < layout.processes:
@@ -52,7 +52,7 @@ def check_machine(recipe: Recipe, layout: Layout, models: Models | None, *, on_c
     if started != layout.processes:
         yield f"{started} processes were started and {layout.source} is for {layout.processes}."
     if args.bf16 and not on_cpu and not (devices and torch.cuda.is_bf16_supported()):
-        yield "bf16=true needs a GPU that has it, and this machine has none: run it elsewhere, or set bf16 to false."
+        yield "bf16=true needs a GPU with bf16, and this machine has none: run it elsewhere, or set bf16 to false."
     if layout.kind == "DEEPSPEED" and not DEEPSPEED.is_there:
         yield f"{layout.source} needs DeepSpeed, which is not installed: pip install {DEEPSPEED.pip}."
     yield from _earlier_run(args)

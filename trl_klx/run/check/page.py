@@ -87,7 +87,7 @@ def batches(algorithm: Algorithm, args: Any, layout: Layout, rows: int | None) -
     found = algorithm.batches(args, layout.processes)
     yield from found.lines
     if rows is None:
-        yield "the dataset does not say how many rows it has: steps per epoch unknown"
+        yield "the number of rows in the dataset is not known: steps per epoch unknown"
         return
     whole = math.ceil(rows / found.rows) if found.uses_rest else rows // found.rows
     per_epoch = max(1, whole) * found.steps

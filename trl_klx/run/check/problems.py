@@ -27,7 +27,8 @@ def rows_of_training(inputs: Inputs, recipe: Recipe, found: Findings) -> int | N
 
 
 def count_rows(stream: IterableDataset, split: str, *, is_local: bool) -> int | None:
-    """Rows as the dataset's own metadata says; local files are counted, others would be downloaded whole for it."""
+    """Rows according to the dataset's own metadata; local files are counted, others would be downloaded whole for
+    it."""
     known = (stream.info.splits or {}).get(split)
     if known is not None and known.num_examples:
         return known.num_examples

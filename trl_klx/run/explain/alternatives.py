@@ -56,7 +56,7 @@ def variance_ratio(term: KLTerm, other: KLTerm) -> float:
 def alternatives(own: KLTerm, *, scores_anyway: bool = False) -> list[Alternative]:
     """The recipe's own configuration, then those with its gradient or with the whole one, the least noisy first.
 
-    `scores_anyway` says whether the algorithm scores its answers under the policy after sampling, KL or not (PPO).
+    `scores_anyway` tells whether the algorithm scores its answers under the policy after sampling, KL or not (PPO).
     """
     gradients = ["KLseq"]
     if is_sound(own):

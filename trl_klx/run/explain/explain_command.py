@@ -22,7 +22,7 @@ from .notes import notes, sentence
 
 _WIDTH = 116  # of the table; narrower terminals wrap its lines
 _LEGEND = """\
-gradient    KLseq: of the sequence KL(policy || reference); P: less how a token moves later states; F: forward KL
+gradient    KLseq: of the sequence KL(policy || reference); P: without how a token moves later states; F: forward KL
 bias        distance of the expected gradient from KLseq, in % of KLseq
 off-policy  how far the gradient moves on answers of a policy 0.01 nats away, in the same unit
 variance    of one answer's gradient, the best with the same gradient = 1, at {kls} nats per answer
@@ -40,7 +40,7 @@ def command_parser(program: str) -> argparse.ArgumentParser:
     parser = CommandParser(
         prog=program,
         usage=f"{program} --config RECIPE.yaml [--algorithm {{{','.join(ALGORITHMS)}}}] [--field value ...]",
-        description="Say which gradient a recipe's KL has, its bias and relative variance, and what to use instead. "
+        description="Show which gradient a recipe's KL has, its bias and relative variance, and what to use instead. "
         "Exit status 0: accepted; 1: refused for its gradient; 2: no recipe.",
     )
     parser.add_argument("--config", help="the recipe")

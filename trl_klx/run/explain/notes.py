@@ -24,7 +24,7 @@ def sentence(algorithm: Algorithm, args: Any) -> str:
 
 
 def notes(algorithm: Algorithm, args: Any) -> list[str]:
-    """Everything beside estimator, placement and weight that changes what the KL does, or says that nothing does."""
+    """Everything beside estimator, placement and weight that changes what the KL does, or a note that nothing does."""
     return [*algorithm.notes(args), *_shared(algorithm, args)]
 
 
@@ -35,7 +35,7 @@ def _shared(algorithm: Algorithm, args: Any) -> Iterator[str]:
         yield f"No penalty acts ({name}={start}, kl_placement={placement!r}): the reward alone moves the policy."
         return
     if args.kl_controller == "fixed":
-        yield f"{name}={start} is fixed: the KL ends where reward and penalty balance, which nothing says beforehand."
+        yield f"{name}={start} is fixed: the KL ends where reward and penalty balance, which is not known beforehand."
     elif args.kl_controller in ("linear", "cosine"):
         yield f"{args.kl_controller}: {name} goes from {start} to {args.kl_coef_end} whatever the KL does."
     elif args.kl_target is not None:

@@ -43,7 +43,7 @@ class _DPO(Algorithm):
     def notes(self, args: Any) -> Iterator[str]:
         yield (
             f"DPO's own loss holds the policy near the reference with beta={args.beta}, on the log-ratios of the "
-            "pairs; those are no KL. kl_coef adds the exact KL at the data's prefixes."
+            "pairs; those are not a KL. kl_coef adds the exact KL at the data's prefixes."
         )
         if args.kl_probe_steps is None:
             yield "No probe: the policy's own KL is not measured; kl_probe_steps=100 samples answers and logs it."

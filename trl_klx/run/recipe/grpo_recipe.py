@@ -66,11 +66,12 @@ class _GRPO(Algorithm):
         if args.loss_type in ("grpo", "sapo") and args.kl_is_penalised:
             yield (
                 f"loss_type={args.loss_type!r} divides by each answer's length: short answers weigh more per "
-                "token, and the KL's gradient is no multiple of the one above (7 to 38 % off on enumerated policies). "
+                "token, and the KL's gradient is not a multiple of the one above (7 to 38 % off on enumerated "
+                "policies). "
                 "'dapo' and 'dr_grpo' keep its direction."
             )
         if args.sync_ref_model:
-            yield "sync_ref_model=true moves the reference after the policy: a KL to a moving target bounds no drift."
+            yield "sync_ref_model=true moves the reference after the policy: a KL to a moving target bounds nothing."
         if changed_sampling(args):
             yield _changed_sampling(args)
         if args.mask_truncated_completions:
@@ -96,7 +97,7 @@ def _changed_sampling(args: Any) -> str:
     example = f" (k1 reads {k1:.3f} and k3 {k3:.3f} on enumerated policies where {KL:.3f} is right)"
     return (
         f"{start}logged estimates and a weighted KL loss are corrected by the sampler's own log-probs, up to what it "
-        f"never samples{example if round(k3, 3) != KL else ''}, and a KL in the reward is not; the run says at its "
+        f"never samples{example if round(k3, 3) != KL else ''}, and a KL in the reward is not; the run reports at its "
         "first rollout how far the two are apart."
     )
 

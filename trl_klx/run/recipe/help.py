@@ -26,7 +26,7 @@ def help_parser(program: str, config: type) -> argparse.ArgumentParser:
         prog=program,
         usage=f"{program} --config RECIPE.yaml [--accelerate_config NAME] [--field value ...]",
         description="Every field of a recipe can be given on the command line, which wins. The README explains the KL "
-        "fields and has examples; trl-klx explain says which gradient a recipe has.",
+        "fields and has examples; trl-klx explain shows which gradient a recipe has.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="the recipe: a flat YAML file")
@@ -44,7 +44,7 @@ def help_parser(program: str, config: type) -> argparse.ArgumentParser:
 
 
 def _group_of(name: str, config: type) -> str | None:
-    """The heading of a field; None for what is no field."""
+    """The heading of a field; None for what is not a field."""
     stock = next(base for base in config.__mro__ if base.__module__.startswith("trl."))
     for title, owner in (("data, rewards and run", RunArguments), ("model", ModelConfig), (_LAST, TrainingArguments)):
         if name in {field.name for field in dataclasses.fields(owner)}:

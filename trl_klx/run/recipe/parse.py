@@ -132,7 +132,7 @@ def _made(part: type, given: dict[str, Any], problems: list[str]) -> Any:
         wrong = settle(draft) if isinstance(draft, KLArguments) else convert(draft)
     problems += [sentence for sentence in wrong.values() if sentence not in problems]
     kept = [field.name for field in fields if field.name in given and field.name not in wrong]
-    if wrong:  # what TRL says of the rest is asked without the fields of ours that contradict each other
+    if wrong:  # what TRL finds wrong with the rest is asked without the fields of ours that contradict each other
         kept = [name for name in kept if not name.startswith(_OURS)]
     values = {name: getattr(draft, name) for name in kept}
     for _ in range(_TRIES):
@@ -150,7 +150,7 @@ def _made(part: type, given: dict[str, Any], problems: list[str]) -> Any:
 
 
 def _take_loading_arguments(args: Any, model: ModelConfig) -> None:
-    """Let `model_init_kwargs` say what has a field of its own too; TRL's fields have defaults, which would win.
+    """Let `model_init_kwargs` set what has a field of its own too; TRL's fields have defaults, which would win.
 
     Raises:
         ValueError: both are given, and differ.

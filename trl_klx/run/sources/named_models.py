@@ -49,7 +49,7 @@ class Weights(NamedTuple):
 
     @staticmethod
     def of(module: nn.Module, *, frozen: bool = False) -> "Weights":
-        """Count a module; `frozen` says that none of it is trained. Tied parameters count once."""
+        """Count a module; `frozen` means that none of it is trained. Tied parameters count once."""
         every = list(module.parameters())
         trained = [p for p in every if p.requires_grad and not frozen]
         return Weights(
@@ -142,8 +142,8 @@ def read_config(path: str | None, option: str, recipe: Recipe, revision: str | N
     except (OSError, ValueError) as error:
         hint = f"run `{maker(path)}` first" if maker(path) else "check the spelling"
         raise BadInput(
-            f"{option}={path!r} is neither a local folder with a config.json nor a model that the Hub gives "
-            f"here: {hint}."
+            f"{option}={path!r} is neither a local folder with a config.json nor a model that can be loaded "
+            f"from the Hub: {hint}."
         ) from error
 
 
@@ -178,7 +178,7 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, option: str) -> nn.Mo
             return classifier_on_meta(config, dtype)
         with torch.device("meta"):
             return getattr(transformers, (config.architectures or [""])[0])._from_config(config, dtype=dtype)
-    except Exception:  # a class that is not there, or a config that it cannot be built from: loading says so
+    except Exception:  # a class that is not there, or a config that it cannot be built from: loading reports it
         return None
 
 

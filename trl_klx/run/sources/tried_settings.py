@@ -34,7 +34,7 @@ def setting_problems(recipe: Recipe) -> Iterator[str]:
             yield unknown("report_to", name, tuple(INTEGRATION_TO_CALLBACK))
     storage = model.bnb_4bit_quant_storage
     if storage is not None and not isinstance(getattr(torch, storage, None), torch.dtype):
-        yield f"bnb_4bit_quant_storage={storage!r} is no type of torch: use uint8 or bfloat16."
+        yield f"bnb_4bit_quant_storage={storage!r} is not a torch dtype: use uint8 or bfloat16."
     try:
         get_peft_config(model)
     except (ValueError, TypeError) as error:

@@ -113,7 +113,7 @@ def try_reward(reward: Callable, name: str, row: Mapping[str, Any], answers: int
 
     Raises:
         UsersError: it raised.
-        BadInput: it returned what is no rewards.
+        BadInput: it returned something other than rewards.
     """
     if not inspect.isfunction(reward) or inspect.iscoroutinefunction(reward):
         return

@@ -34,7 +34,7 @@ def discard(folder: Path, output_dir: Path) -> None:
     """
     if not is_own(folder, output_dir):
         if folder.is_symlink() or folder.exists():
-            logger.warning("%s is no checkpoint folder of the run in %s: it is not deleted.", folder, output_dir)
+            logger.warning("%s is not a checkpoint folder of the run in %s: it is not deleted.", folder, output_dir)
         return
     (folder / STATE_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,6 @@
 """One run at a time in a folder: the main process of a run holds a lock on its output_dir.
 
-The lock is the kernel's, so that it ends with the process, however that ends; the file that carries it says who holds
+The lock is the kernel's, so that it ends with the process, however that ends; the file that carries it names who holds
 it, and is removed when the run ends.
 """
 
@@ -22,7 +22,7 @@ if sys.platform != "win32":
     import fcntl
 
 LOCK_FILE = "run.lock"
-_held: set[tuple[int, Path]] = set()  # by process, for a forked one has no lock of its parent's
+_held: set[tuple[int, Path]] = set()  # by process, because a forked one has no lock of its parent's
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def folder_problem(output_dir: Any) -> str | None:
     existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     reason = f"{existing} is no folder"
     if existing.is_dir():
-        try:  # what permissions and mounts allow, only trying says: to root they seem to allow everything
+        try:  # only trying shows what permissions and mounts allow: to root they seem to allow everything
             Path(tempfile.mkdtemp(prefix=".trl_klx", dir=existing)).rmdir()
             return None
         except OSError as error:
@@ -108,4 +108,4 @@ def _lock(file: IO[str], path: Path) -> None:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise FolderError(f"{holder}wait until it ends, end it, or give another folder.") from error
         if host == socket.gethostname() and process.isdigit() and is_alive(int(process)):
-            raise FolderError(f"{holder}end it, give another folder, or delete {path} if that is no run.") from error
+            raise FolderError(f"{holder}end it, give another folder, or delete {path} if that is not a run.") from error

@@ -52,10 +52,13 @@ def check_lengths(
 
 
 def check_kept(given: Any, kept: Any, max_length: int | None) -> None:
-    """Say how many pairs TRL has dropped because their prompt alone fills `max_length`. Raises ValueError where all."""
+    """Warn of how many pairs TRL has dropped because their prompt alone fills `max_length`. Raises ValueError where
+    all."""
     if not isinstance(given, Dataset) or not isinstance(kept, Dataset) or len(kept) == len(given):
         return
-    dropped = f"{len(given) - len(kept)} of {len(given)} pairs are left out, for their prompts alone fill max_length"
+    dropped = (
+        f"{len(given) - len(kept)} of {len(given)} pairs are left out, because their prompts alone fill max_length"
+    )
     if len(kept) == 0:
         raise ValueError(f"{dropped}={max_length}: raise it, or shorten the prompts.")
     warnings.warn(f"{dropped}={max_length}.", UserWarning, stacklevel=3)

@@ -34,7 +34,7 @@ def noise_of(model: nn.Module) -> dict[str, float]:
 
 
 def without_noise(model: nn.Module) -> None:
-    """Set all of it to 0: a ratio of two dropout masks is no ratio of policies."""
+    """Set all of it to 0: a ratio of two dropout masks is not a ratio of policies."""
     for module in model.modules():
         for name in _settings(module):
             setattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else name, 0.0)
@@ -51,13 +51,13 @@ def _settings(module: nn.Module) -> dict[str, float]:
 
 
 def settle_noise(policy: nn.Module, args: Any) -> None:
-    """At the start of a run: stop the noise as `disable_dropout` says (TRL stops what is a module), or warn of it."""
+    """At the start of a run: stop the noise as `disable_dropout` asks (TRL stops what is a module), or warn of it."""
     noise = noise_of(policy)
     if noise and args.disable_dropout:
         without_noise(policy)
     elif noise:
         named = ", ".join(f"{name} {value:g}" for name, value in sorted(noise.items()))
         logger.warning(
-            f"The policy makes noise in training ({named}): its log-probs are not those of the policy that samples, "
+            f"The policy is noisy in training ({named}): its log-probs are not those of the policy that samples, "
             "and its KL is above 0 from the start. Set disable_dropout=true."
         )

@@ -1,4 +1,4 @@
-"""The rows of a dataset: prompts and answers that are text or messages, and pairs that say which answer is better."""
+"""The rows of a dataset: prompts and answers that are text or messages, and pairs of a better and a worse answer."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -116,7 +116,7 @@ def _pair_problems(split: str, rows: Iterator[dict[str, Any]]) -> Iterator[str]:
             equal += 1
     if doubled and doubled == count:
         warnings.warn(
-            f"in every row of the split {split!r} chosen and rejected begin with the prompt, which so stands there "
+            f"in every row of the split {split!r} chosen and rejected begin with the prompt, which is then there "
             "twice: leave it out of them, or remove the column prompt.",
             UserWarning,
             stacklevel=2,

@@ -47,7 +47,7 @@ def check_start(
         path = model if isinstance(model, str) else get_config_model_id(model.config)
         if not path:
             raise ValueError(
-                "the policy in memory says no path that its tokenizer could come from: pass processing_class."
+                "the policy in memory does not name a path to load its tokenizer from: pass processing_class."
             )
         trusts = bool(getattr(args, "trust_remote_code", False))
         return load_tokenizer(path, repr(path), revision=loading.get("revision"), trust_remote_code=trusts)

@@ -1,4 +1,4 @@
-"""Whether a run can move its policy at all: what has nothing to train logs a gradient norm all the same."""
+"""Whether a run can move its policy at all: what has nothing to train logs a gradient norm nevertheless."""
 
 from typing import Any
 

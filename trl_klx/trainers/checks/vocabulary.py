@@ -20,7 +20,7 @@ RESIZE = "call model.resize_token_embeddings(len(tokenizer)) and save the model"
 
 
 class TokenError(RunError, ValueError):
-    """The tokens of a prompt or an answer cannot be read by the model; the message says why, and what to do."""
+    """The tokens of a prompt or an answer cannot be read by the model; the message tells why, and what to do."""
 
 
 def vocabulary_size(model: Any) -> int:
@@ -47,7 +47,7 @@ def with_known_padding(tokenizer: PreTrainedTokenizerBase, vocabulary: int, owne
 
     Where there is no padding token, or one without an entry in the model's embedding (`[PAD]` added, and the model not
     resized), the end token pads, as TRL has it where there is none. What pads is masked: it changes no number, but the
-    embedding looks it up all the same, and a saved config that names it could not be loaded.
+    embedding looks it up nevertheless, and a saved config that names it could not be loaded.
 
     Args:
         tokenizer: with any padding token, or none.
@@ -118,8 +118,8 @@ def check_value_vocabulary(policy: Any, value_model: Any, tokenizer: PreTrainedT
     size, own = vocabulary_size(value_model), vocabulary_size(policy)
     if theirs is None and size != own:
         raise ValueError(
-            f"the value model has a vocabulary of {size} entries and the policy one of {own}, and nothing says that "
-            "its tokens are the policy's: give one with the policy's tokenizer, resized to it by "
+            f"the value model has a vocabulary of {size} entries and the policy one of {own}, and it is not "
+            "known whether its tokens are the policy's: give one with the policy's tokenizer, resized to it by "
             f"resize_token_embeddings({own})."
         )
     if theirs is not None and not _same_tokens(tokenizer, theirs):
@@ -175,7 +175,7 @@ def known_tokens(model: Any, args: Any, processing_class: Any) -> tuple[Any, int
         path = model if is_path else get_config_model_id(config)
         processor = AutoProcessor.from_pretrained(path, **loading) if processing_class is None else processing_class
     except (OSError, ValueError, AttributeError, ImportError, KeyError):
-        return processing_class, None  # TRL says what it cannot load
+        return processing_class, None  # TRL reports what it cannot load
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
     if token_count(tokenizer) <= vocabulary:
         return processing_class, None

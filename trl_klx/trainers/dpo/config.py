@@ -166,7 +166,8 @@ class KLXDPOConfig(KLArguments, DPOConfig):
         if self.kl_estimator != "exact":
             raise ValueError(
                 f"kl_estimator={self.kl_estimator!r} is refused for DPO: its data is not sampled from the policy, so "
-                "there k1 is a likelihood difference and k2 and k3 estimate no KL; use kl_estimator='exact' (k1 and k3 "
+                "there k1 is a likelihood difference and k2 and k3 do not estimate a KL; use kl_estimator='exact' "
+                "(k1 and k3 "
                 "are measured on the policy's own samples by kl_probe_steps)."
             )
         if self.kl_placement in ("reward", "both"):
@@ -184,7 +185,7 @@ class KLXDPOConfig(KLArguments, DPOConfig):
     def _check_coefficients(self) -> None:
         if self.kl_controls == "beta" and self.kl_controller == "fixed":
             raise ValueError(
-                "kl_controls='beta' says what the controller sets and kl_controller='fixed' sets nothing: remove it, "
+                "kl_controls='beta' names what the controller sets and kl_controller='fixed' sets nothing: remove it, "
                 "or choose a kl_controller."
             )
         if self.beta <= 0:
@@ -235,7 +236,8 @@ class KLXDPOConfig(KLArguments, DPOConfig):
             )
         if LIGER_COMPUTES_THE_LOSS and self.use_liger_kernel and (self.kl_is_measured or self.kl_controls == "beta"):
             raise ValueError(
-                "use_liger_kernel=true computes DPO's loss in a fused kernel that takes no KL and no changing beta: "
+                "use_liger_kernel=true computes DPO's loss in a fused kernel that takes neither a KL nor a changing "
+                "beta: "
                 "set it to false, or install trl>=1.16, where it only swaps layers."
             )
 

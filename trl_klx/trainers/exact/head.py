@@ -13,7 +13,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..seams import swapped
 
-# What to do where the exact KL cannot be had.
+# What to do where the exact KL is not available.
 WITHOUT_EXACT = "use kl_estimator k1, k2 or k3 (in DPO kl_coef 0, with kl_monitor=['k1', 'k3'])"
 
 
@@ -23,7 +23,7 @@ def call_as_forward(head: nn.Module, function: Callable[[Tensor], Tensor], hidde
     ZeRO-3 and FSDP gather a module's weights by hooks around its forward, and again around its part of backward;
     accelerate's bring inputs, and weights that are offloaded, to the head's device.
     """
-    name = "_old_forward" if "_hf_hook" in vars(head) else "forward"  # accelerate puts its hook around the former
+    name = "_old_forward" if "_hf_hook" in vars(head) else "forward"  # accelerate puts its hook around `_old_forward`
     with swapped(head, **{name: function}):
         return head(hidden)
 

@@ -118,5 +118,5 @@ def scored_by_sampler(inputs: dict, mask: Tensor) -> Tensor:
 
 
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """Their product, and 0 where the weight is, whatever the value: what the policy never does has no KL."""
+    """Their product, and 0 where the weight is, whatever the value: what the policy never does does not count."""
     return torch.where(weights == 0, 0.0, weights * values)

@@ -32,7 +32,7 @@ class _RolloutNotes:
 
 
 class CheckedGRPOTrainer(GRPOTrainer):
-    """`GRPOTrainer` that says in one sentence what is wrong with its data and rewards, and samples from the policy.
+    """`GRPOTrainer` that reports in one sentence what is wrong with its data and rewards, and samples from the policy.
 
     Reward models read texts as in PPO. Left to itself, TRL would load a checkpoint without a head, whose rewards are
     random, take the first of several outputs, and leave out the special tokens that a text begins with.

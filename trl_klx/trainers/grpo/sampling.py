@@ -106,7 +106,7 @@ class Sampling:
         if changed and not trainer.use_vllm and trainer.use_transformers_continuous_batching:
             logger.warning(f"{in_words(changed)}: {_ANOTHER}; nothing corrects or measures by how much.")
             self._is_recorded, changed = False, {}
-        self._untold = changed  # what changes the distribution, until that has been said
+        self._untold = changed  # what changes the distribution, until that has been reported
 
     @contextmanager
     def from_the_policy(self) -> Iterator[SampledLogps | None]:

@@ -1,4 +1,4 @@
-"""What a GRPO recipe asks of the sampler: what is no sampling, and what samples from another distribution than scored.
+"""What a GRPO recipe asks of the sampler: what is not sampling, and what samples from another distribution than scored.
 
 The policy is scored at `temperature`, over its whole vocabulary. Shape legend of the rest: see `grpo`.
 """
@@ -70,7 +70,7 @@ def check_sampling(args: Any) -> None:
             )
     if "temperature" in given and not (_is_number(given["temperature"]) and given["temperature"] > 0):
         raise ValueError(
-            f"generation_kwargs={{'temperature': {given['temperature']!r}}} is no temperature to sample at: give a "
+            f"generation_kwargs={{'temperature': {given['temperature']!r}}} is not a temperature to sample at: give a "
             "number above zero, best by the field temperature, at which the policy is scored too."
         )
     known = vars(GenerationConfig())

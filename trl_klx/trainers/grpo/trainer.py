@@ -191,7 +191,7 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
 
     @torch.no_grad()
     def _credit(self, batch: dict, policy: Scoring | None) -> Tensor:
-        """(B, C) KL credit of each token less its leave-one-out baseline, in nats; times -beta it is an advantage.
+        """(B, C) KL credit of each token minus its leave-one-out baseline, in nats; times -beta it is an advantage.
 
         `policy` is TRL's own scoring of the policy as it is now; where TRL makes none the answers are scored here.
         """

@@ -9,7 +9,7 @@ from ..seams import check_trl_has_ppo
 
 check_trl_has_ppo()
 
-from trl.experimental.ppo import PPOConfig  # noqa: E402  (the check says why it cannot be imported)
+from trl.experimental.ppo import PPOConfig  # noqa: E402  (the check reports why it cannot be imported)
 
 from ...config.check import check  # noqa: E402
 from ...config.options import KLArguments  # noqa: E402

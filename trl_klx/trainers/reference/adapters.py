@@ -13,7 +13,7 @@ from trl.trainer.utils import use_adapter
 from ..seams import swapped
 
 REF_ADAPTER = "ref"  # TRL's name for it
-# Their adapter alone is no change of the base model: they take their start out of its weights.
+# Their adapter alone is not the change of the base model: they take their start out of its weights.
 _INITS_THAT_LEAVE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -49,7 +49,8 @@ def check_fresh_adapter(config: PeftConfig | None) -> None:
     init = config.init_lora_weights if isinstance(config, LoraConfig) else True
     if init not in _INITS_THAT_LEAVE_THE_BASE:
         raise ValueError(
-            f"init_lora_weights={init!r} changes the base model, so that the policy without its adapter is no reference"
+            f"init_lora_weights={init!r} changes the base model, so that the policy without its adapter is not "
+            f"where it started"
             ": pass get_peft_model(model, peft_config) as the model, and the reference is a copy of its start."
         )
 
@@ -58,7 +59,8 @@ def _check_bias(config: PeftConfig) -> None:
     bias = vars(config).get("bias", "none")
     if bias != "none":
         raise ValueError(
-            f"bias={bias!r} in the adapter's config trains the base model's own biases, so that no reference is kept: "
+            f"bias={bias!r} in the adapter's config trains the base model's own biases, so that the model without "
+            f"the adapter moves too: "
             "use bias='none', or merge the adapter (model.merge_and_unload()) and train another."
         )
 

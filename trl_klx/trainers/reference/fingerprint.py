@@ -39,14 +39,14 @@ def fingerprint(parameters: Iterable[nn.Parameter], accelerator: Accelerator) ->
 
 
 def differ(first: str, second: str) -> bool:
-    """Whether two fingerprints are of different weights, as far as their precision lets that be said."""
+    """Whether two fingerprints are of different weights, as far as their precision can tell."""
     return first != second and first.split(":")[0] == second.split(":")[0]
 
 
 def lasting_parameters(model: Any, adapters: Iterable[str], adapter: str | None) -> list[nn.Parameter]:
     """The parameters of a reference that are the same in every start of a run.
 
-    Not the embeddings: rows for added tokens are drawn anew in each. Where the reference is a PEFT policy with all but
+    Not the embeddings: rows for added tokens are drawn again in each. Where the reference is a PEFT policy with all but
     one of its adapters off, not the others, nor what is trained besides them.
 
     Args:
@@ -62,7 +62,7 @@ def lasting_parameters(model: Any, adapters: Iterable[str], adapter: str | None)
     for name, parameter in model.named_parameters():
         parts = set(name.split("."))
         is_policys = bool(adapters) and parameter.requires_grad
-        # LoRA's A is drawn at random, and says nothing while its B is zero.
+        # LoRA's A is drawn at random, and tells nothing while its B is zero.
         if id(parameter) not in left_out and not parts & {*others, "lora_A"} and not is_policys:
             kept.append(parameter)
     return kept
@@ -81,7 +81,7 @@ def _is_plain(parameter: Any) -> bool:
 
 def _held(parameter: Any, *, is_main: bool) -> Tensor:
     """What this process adds to the sum over all: its shard; of what several hold, only the first of them all."""
-    if hasattr(parameter, "ds_tensor"):  # ZeRO-3: of equal size, so that the last may end in what is no weight
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3: of equal size, so that the last may end in padding
         size = parameter.ds_tensor.ds_numel
         start = size * torch.distributed.get_rank(parameter.ds_process_group)
         return parameter.ds_tensor.detach()[: max(min(size, parameter.ds_numel - start), 0)]

@@ -25,7 +25,7 @@ _CALLERS = [
 
 
 class RewardError(RunError, ValueError):
-    """A reward function raised, which is then the `__cause__`, or returned what is no rewards."""
+    """A reward function raised, which is then the `__cause__`, or returned something other than rewards."""
 
 
 def raised(what: str, error: BaseException) -> str:
@@ -117,7 +117,7 @@ def reward_values(name: str, values: Any, rows: int) -> list[float]:
     """One float per answer, NaN where the function said None; tensors, arrays and any sequence of numbers will do.
 
     Raises:
-        RewardError: it is no sequence, of another length, or holds what is no number.
+        RewardError: it is not a sequence, of another length, or holds what is not a number.
     """
     wanted = "return a list with one number per answer, None where it does not apply"
     is_list = isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping, set, frozenset))
@@ -140,5 +140,6 @@ def _number(name: str, value: Any, row: int, wanted: str) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise RewardError(
-            f"the reward function {name!r} returned {repr(value)[:100]} for answer {row}, which is no number: {wanted}."
+            f"the reward function {name!r} returned {repr(value)[:100]} for answer {row}, which is not a number: "
+            f"{wanted}."
         ) from error

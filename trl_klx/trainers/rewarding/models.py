@@ -21,7 +21,7 @@ def loaded_rewards(rewards: Sequence[Any], init_kwargs: dict[str, Any]) -> list[
     """Rewards, those among them that are paths loaded and all models checked.
 
     Raises:
-        ValueError: a model is no reward model, with what it is.
+        ValueError: a model is not a reward model, with what it is.
     """
     loaded = [load_reward_model(reward, init_kwargs) if isinstance(reward, str) else reward for reward in rewards]
     for reward in loaded:
@@ -65,7 +65,7 @@ def load_classifier(path: str, init_kwargs: dict[str, Any], name: str, remedy: s
 
 
 def check_reward_model(model: nn.Module) -> None:
-    """Refuse a model of transformers' that is no sequence classifier with one output.
+    """Refuse a model of transformers' that is not a sequence classifier with one output.
 
     What others have written is looked at when it scores.
 
@@ -90,7 +90,8 @@ def with_padding_of_its_own(model: Any, tokenizer: PreTrainedTokenizerBase) -> P
     """
     if not has_tokens(tokenizer):
         raise ValueError(
-            f"the reward model {get_config_model_id(model.config)} comes without a tokenizer, so that it could read no "
+            f"the reward model {get_config_model_id(model.config)} comes without a tokenizer, so that it cannot "
+            f"read any "
             "answer: save its tokenizer beside it, or give the model among reward_funcs and the tokenizer among "
             "reward_processing_classes."
         )

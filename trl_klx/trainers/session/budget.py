@@ -16,8 +16,8 @@ _STEP = 0.05  # a checkpoint is due whenever the KL has come this share of the b
 class KLBudget:
     """The KL of a run against `limit`, in nats per sequence; all readings are the same on every process.
 
-    A reading is of the policy before the step's update: only the reading after a checkpoint was written says whether it
-    is within the budget.
+    A reading is of the policy before the step's update: only the reading after a checkpoint was written tells whether
+    it is within the budget.
 
     Args:
         limit: nats per sequence; None where there is no budget, or none yet (`kl_budget: auto`, see `set_limit`).
@@ -43,7 +43,7 @@ class KLBudget:
         return self._sum / self._weight if self._weight else math.nan
 
     def read(self, kl: float) -> bool:
-        """Take a reading; one that is not finite says nothing. Returns whether the KL has left the budget with it."""
+        """Take a reading; one that is not finite is ignored. Returns whether the KL has left the budget with it."""
         if not math.isfinite(kl):
             return False
         self._sum = _DECAY * self._sum + (1 - _DECAY) * kl
@@ -61,7 +61,8 @@ class KLBudget:
         return self.exceeded and not was_exceeded
 
     def judge(self) -> None:
-        """Say whether the KL that is known is beyond the budget, as it is of a run that is resumed where it ended."""
+        """Decide whether the KL that is known is beyond the budget, as it is of a run that is resumed where it
+        ended."""
         self.exceeded = self.limit is not None and self.kl > self.limit
 
     def _confirm(self, folder: str, is_extra: bool) -> None:
@@ -106,8 +107,8 @@ class KLBudget:
         self._unconfirmed = str(folder), extra
 
     def message(self) -> str:
-        """What a run that has used its budget says."""
-        consequence = "training stops here" if self._ends_run else "training goes on"
+        """The message of a run that has used its budget."""
+        consequence = "training stops here" if self._ends_run else "training continues"
         kept = (
             f"the last checkpoint within the budget is {self.checkpoint} ({self.checkpoint_kl:.3g} nats)"
             if self.checkpoint
@@ -119,7 +120,8 @@ class KLBudget:
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON-serialisable; of folders only their names, for a run may be moved or copied."""
+        """What a checkpoint keeps, JSON-serialisable; of folders only their names, because a run may be moved or
+        copied."""
         kept = {}
         if self.checkpoint:
             name = Path(self.checkpoint).name
@@ -135,7 +137,7 @@ class KLBudget:
             run: the folder with the checkpoints that it names; None where there is none: no name is taken.
 
         Raises:
-            ValueError, KeyError, TypeError: it is no state of a budget.
+            ValueError, KeyError, TypeError: it is not the state of a budget.
         """
         numbers = [float(state[name]) for name in ("sum", "weight", "checkpointed")]
         if not all(map(math.isfinite, numbers)):
@@ -148,7 +150,7 @@ class KLBudget:
         name, kl, is_extra = str(state["checkpoint"]), float(state["checkpoint_kl"]), bool(state["is_extra"])
         self.checkpoint = _own(name, run)
         if self.checkpoint is None:
-            logger.warning("%s, the last checkpoint within kl_budget, is none of this run's: it is left alone.", name)
+            logger.warning("%s, the last checkpoint within kl_budget, is not this run's: it is left alone.", name)
         else:
             self.checkpoint_kl, self._is_extra = kl, is_extra
 

@@ -15,7 +15,7 @@ class KLCoefficient:
         may_be_zero: whether 0 has a meaning.
 
     Raises:
-        ValueError: the value set is no coefficient, or a controller or the config speaks against it.
+        ValueError: the value set is no coefficient, or a controller or the config forbids it.
     """
 
     def __init__(self, *, may_be_zero: bool = True) -> None:
@@ -46,7 +46,7 @@ def coefficient(name: str, value: Any, *, may_be_zero: bool = True) -> float:
     """A value that `trainer.<name>` may have.
 
     Raises:
-        ValueError: it is no finite number, or negative.
+        ValueError: it is not a finite number, or negative.
     """
     try:
         number = float(value)
@@ -55,5 +55,5 @@ def coefficient(name: str, value: Any, *, may_be_zero: bool = True) -> float:
     if isinstance(value, (bool, str)) or not 0 <= number < math.inf:
         raise ValueError(f"trainer.{name}={value!r} was set: it must be a finite number, zero or more.")
     if number == 0 and not may_be_zero:
-        raise ValueError(f"trainer.{name}={value!r} was set: it must be more than zero, for losses divide by it.")
+        raise ValueError(f"trainer.{name}={value!r} was set: it must be more than zero, because losses divide by it.")
     return number

@@ -28,7 +28,9 @@ def group_names(args: KLArguments, *datasets: Any) -> tuple[str, ...]:
     for dataset in _flat(datasets):
         names = dataset.column_names
         if names is not None and column not in names:
-            raise ValueError(f"kl_group_column={column!r} is no column of the dataset: give one of {', '.join(names)}.")
+            raise ValueError(
+                f"kl_group_column={column!r} is not a column of the dataset: give one of {', '.join(names)}."
+            )
         if isinstance(dataset, IterableDataset):
             streams = True
             continue

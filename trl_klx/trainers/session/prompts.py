@@ -32,7 +32,7 @@ class RolloutPrompts:
     own.
 
     Args:
-        accelerator: says which rows of a rollout are this process's.
+        accelerator: knows which rows of a rollout are this process's.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:

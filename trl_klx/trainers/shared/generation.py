@@ -1,4 +1,4 @@
-"""Sampling from the policy's own distribution, whatever its generation config says, and where an answer ends."""
+"""Sampling from the policy's own distribution, whatever its generation config contains, and where an answer ends."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager

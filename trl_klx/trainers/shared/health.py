@@ -85,7 +85,9 @@ def reference_mismatches(
     tokens, their_tokens = tokenizer.get_vocab(), theirs.get_vocab()
     if tokens != their_tokens:
         same = sum(their_tokens.get(token) == number for token, number in tokens.items())
-        found.append(f"{len(tokens) - same} of the policy's {len(tokens)} tokens are others to the reference ({other})")
+        found.append(
+            f"{len(tokens) - same} of the policy's {len(tokens)} tokens are different for the reference ({other})"
+        )
     if tokenizer.eos_token_id != theirs.eos_token_id:
         found.append(
             f"answers end with token {tokenizer.eos_token_id}, those of the reference with {theirs.eos_token_id}"

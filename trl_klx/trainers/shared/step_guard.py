@@ -63,7 +63,7 @@ class StepGuard(Part):
         self.skipped = int(state.get("skipped_steps", 0))
 
     def watch(self, what: str, values: Tensor | float, mask: Tensor | None = None) -> None:
-        """Note whether `values` are all finite, where `mask` says that they count; `what` is a key of `ADVICE`."""
+        """Note whether `values` are all finite, where `mask` marks that they count; `what` is a key of `ADVICE`."""
         device = self._accelerator.device
         values = torch.as_tensor(values, device=device).detach()
         bad = ~values.isfinite() if mask is None else ~values.isfinite() & mask.bool()
@@ -161,7 +161,7 @@ class StepGuard(Part):
 
     def _where_to_resume(self) -> str:
         last = whole_checkpoints(self._trainer.args.output_dir)[-1:]
-        return f"resume from {last[0]}" if last else "start again, for there is no checkpoint"
+        return f"resume from {last[0]}" if last else "start again, because there is no checkpoint"
 
     @contextmanager
     def sampling(self) -> Iterator[None]:

@@ -334,7 +334,7 @@ def test_a_trainer_in_python_writes_the_same_card(algorithm: str, tmp_path: Path
 
 
 BAD = [
-    (["--run", "nowhere"], "--run nowhere is no folder"),
+    (["--run", "nowhere"], "--run nowhere is not a folder"),
     (["--run", "empty"], "there is no empty/resolved_recipe.yaml, which every run writes"),
     (["--run", "broken"], "broken/resolved_recipe.yaml is not valid YAML"),
     (["--run", "listed"], "must be a YAML mapping of field: value, and is a list"),

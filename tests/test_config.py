@@ -105,7 +105,7 @@ BAD = [  # options, what the sentence must contain
     ({**GROUPS, "kl_group_targets": {"a": 0.1}, "kl_controller": "fixed"}, "has no effect with kl_controller='fixed'"),
     ({**GROUPS, "kl_group_targets": {"a": -0.1}}, "kl_group_targets['a']=-0.1 must be more than zero"),
     ({**GROUPS, "kl_group_targets": {"a": "high"}}, "kl_group_targets['a']='high' must be a finite number"),
-    ({**GROUPS, "kl_group_targets": "a: 0.1"}, "is no JSON"),
+    ({**GROUPS, "kl_group_targets": "a: 0.1"}, "is not JSON"),
     ({**GROUPS, "kl_group_targets": [0.1]}, "must map the groups' names"),
     ({**GROUPS, "kl_group_targets": {}}, "must map the groups' names"),
     (GROUPS, "set kl_target (nats per token)"),

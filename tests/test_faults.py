@@ -157,7 +157,7 @@ def checkpoint(folder: Path, step: int, *, whole: bool = True) -> Path:
 def test_the_last_whole_checkpoint(tmp_path: Path) -> None:
     for wanted in (None, False, "false"):
         assert resolve_checkpoint(wanted, tmp_path) is None
-    with pytest.raises(CheckpointError, match="finds no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="finds no complete checkpoint"):
         resolve_checkpoint("last", tmp_path)
     checkpoint(tmp_path, 9)
     ten, half = checkpoint(tmp_path, 10), checkpoint(tmp_path, 11, whole=False)
@@ -166,15 +166,16 @@ def test_the_last_whole_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as refused:
         resolve_checkpoint(str(half), tmp_path)
     assert str(refused.value) == (
-        f"resume_from_checkpoint='{half}' is not a whole checkpoint, for it holds no {STATE_FILE}: resume from {ten}, "
-        "the last whole one."
+        f"resume_from_checkpoint='{half}' is not a complete checkpoint, because it has no {STATE_FILE}: resume from "
+        f"{ten}, "
+        "the last complete one."
     )
     early = checkpoint(tmp_path, 3)  # of a run that started afresh in the same folder
     assert resolve_checkpoint("last", tmp_path) == str(early)
     (early / "model.safetensors").unlink()  # a copy that was not finished, say
     with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
         resolve_checkpoint(str(early), tmp_path)
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         resolve_checkpoint(str(tmp_path / "nowhere"), tmp_path)
 
 
@@ -298,7 +299,7 @@ def test_resuming_a_recipe(recipe: Path, tmp_path: Path, capsys: pytest.CaptureF
         return grpo.main(["--config", str(recipe.with_name("resumed.yaml"))])
 
     assert run("last") == 2
-    assert "finds no whole checkpoint" in capsys.readouterr().err
+    assert "finds no complete checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert grpo.main(["--config", str(recipe)]) == 0
     unbroken = steps(tmp_path / "run")
@@ -310,7 +311,7 @@ def test_resuming_a_recipe(recipe: Path, tmp_path: Path, capsys: pytest.CaptureF
     (half / STATE_FILE).unlink()
     assert run(str(half)) == 2
     error = capsys.readouterr().err
-    assert f"resume from {tmp_path / 'run' / 'checkpoint-2'}, the last whole one." in error
+    assert f"resume from {tmp_path / 'run' / 'checkpoint-2'}, the last complete one." in error
     assert "Traceback" not in error
 
 
@@ -336,7 +337,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
         trainer.train()
     message = str(stopped.value)
     assert "No space left on device" in message
-    assert f"resume from {tmp_path / 'checkpoint-2'}, the last whole one" in message
+    assert f"resume from {tmp_path / 'checkpoint-2'}, the last complete one" in message
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     at_three = weights(trainer)
     monkeypatch.undo()

@@ -336,7 +336,7 @@ def test_a_background_push_is_let_finish_and_its_failure_is_a_warning(
     first, second = (tmp_path / "run" / f"checkpoint-{step}" for step in (1, 2))
     assert began == [first]
     assert first.is_dir() and second.is_dir()
-    assert f"{first} was not pushed to None (gone); training went on" in caplog.text
+    assert f"{first} was not pushed to None (gone); training continued" in caplog.text
 
 
 ACCELERATE = """\

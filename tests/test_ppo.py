@@ -742,7 +742,7 @@ def test_adapters_by_name(tmp_path: Path) -> None:
     made.train()
     assert made.state.log_history[0]["kl/k3"] > 1e-3  # the reference is another adapter from the start
     assert made.model.policy.active_adapter == "mine"
-    with pytest.raises(ValueError, match="ref_adapter_name='other' is none of the policy's adapters, mine, sft"):
+    with pytest.raises(ValueError, match="ref_adapter_name='other' is not one of the policy's adapters, mine, sft"):
         trainer(tmp_path, model=two_adapters(), ref_adapter_name="other")
 
 

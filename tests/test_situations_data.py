@@ -80,7 +80,7 @@ def test_mappings(name: str, value: dict, on_command_line: bool, tmp_path: Path)
 @pytest.mark.parametrize("config", [KLXGRPOConfig, KLXDPOConfig])
 @pytest.mark.parametrize("given", ["dtype: float32", "[1]", '{"dtype": ', 3, ["dtype"]])
 def test_no_mapping(given: Any, config: type, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"model_init_kwargs=.* (is no JSON|must be a mapping)"):
+    with pytest.raises(BadInput, match=r"model_init_kwargs=.* (is not JSON|must be a mapping)"):
         parsed(tmp_path, {"model_init_kwargs": given}, config=config)
 
 
@@ -282,7 +282,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 GOOD_LINE = '{"prompt": "1+1=", "answer": "2"}\n'
 FILES = {
-    "malformed": ({"train.jsonl": GOOD_LINE + '{"prompt": "1+\n'}, "train.jsonl, line 2 is no JSON"),
+    "malformed": ({"train.jsonl": GOOD_LINE + '{"prompt": "1+\n'}, "train.jsonl, line 2 is not JSON"),
     "a list": ({"train.jsonl": GOOD_LINE + "[1, 2]\n"}, "train.jsonl, line 2 is a list and no object"),
     "mixed": (
         {"train.jsonl": GOOD_LINE + '{"prompt": 5, "answer": "2"}\n'},

@@ -643,8 +643,8 @@ SPOILT = {
     "a file is a web page": "is not whole (model-00001-of-0000",
     "the index is cut": "holds no readable model.safetensors.index.json",
     "a pickle is cut": "is not whole (pytorch_model.bin is cut)",
-    "another vocabulary": "holds weights of another shape than its config.json says (model.embed_tokens.w",
-    "another width": "holds weights of another shape than its config.json says (model.layers.0.mlp.",
+    "another vocabulary": "holds weights of another shape than in its config.json (model.embed_tokens.w",
+    "another width": "holds weights of another shape than in its config.json (model.layers.0.mlp.",
 }
 
 

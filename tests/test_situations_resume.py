@@ -144,7 +144,7 @@ def test_a_checkpoint_is_not_written_through_a_link(tmp_path: Path) -> None:
     (disk / STATE_FILE).write_text("{}")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint-2").symlink_to(disk)
-    with pytest.raises(NotSavedError, match=r"checkpoint-2 is no folder but a link or a file.*move it"):
+    with pytest.raises(NotSavedError, match=r"checkpoint-2 is not a folder but a link or a file.*move it"):
         make("grpo", tmp_path / "run", max_steps=2, **STEPS).train()
     assert [path.name for path in disk.iterdir()] == [STATE_FILE]
 

@@ -149,7 +149,7 @@ def test_a_beta_set_by_a_callback_is_logged(algorithm: str, tmp_path: Path, capl
     with caplog.at_level("WARNING"):
         trainer.train()
     assert seen == pytest.approx([0.2, 0.1, 0.2 / 3]) == logged(tmp_path)
-    assert caplog.text.count("was set to 0.1 from outside (the config says 0.2)") == 1
+    assert caplog.text.count("was set to 0.1 from outside (the config has 0.2)") == 1
 
 
 @pytest.mark.situation("resumes a run whose callback sets beta after each step", "right")

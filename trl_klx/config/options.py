@@ -99,12 +99,12 @@ class KLArguments:
     @property
     def kl_coef_start(self) -> float:
         """Beta at the start of training, under the name that the algorithm gives it."""
-        raise TypeError(f"{type(self).__name__} must say which of its fields is beta.")
+        raise TypeError(f"{type(self).__name__} must name the field that is beta.")
 
     @property
     def kl_coef_name(self) -> str:
         """TRL's name of that field, beta (GRPO, DPO) or kl_coef (PPO)."""
-        raise TypeError(f"{type(self).__name__} must say which of its fields is beta.")
+        raise TypeError(f"{type(self).__name__} must name the field that is beta.")
 
     @property
     def kl_is_penalised(self) -> bool:
@@ -167,7 +167,7 @@ class KLArguments:
         """The values that fields may have whose annotation does not name them; a mapping resolves other spellings."""
         return {
             **CHOICES,
-            "kl_importance_sampling": (),  # a rule has more to say of it
+            "kl_importance_sampling": (),  # a rule has a fuller message about it
             "kl_estimator": with_aliases(CHOICES["kl_estimator"]),
             "kl_monitor": with_aliases(ESTIMATORS),
             "kl_signal": with_aliases(CHOICES["kl_signal"]),
@@ -183,4 +183,4 @@ class KLArguments:
 
     def rules(self) -> list[Callable[[], None]]:
         """Every rule about fields together, the first to be reported first: `kl_rules`, and those of one trainer."""
-        raise TypeError(f"{type(self).__name__} must say which rules it has.")
+        raise TypeError(f"{type(self).__name__} must name its rules.")

@@ -71,7 +71,7 @@ def _check_dead_options(args: KLArguments) -> None:
         raise ValueError("kl_is_mode='mask' drops the weights above kl_is_cap: set kl_is_cap, for example 2.0.")
     if args.kl_credit != "return_to_go" and args.kl_placement in ("none", "loss"):
         raise ValueError(
-            f"kl_credit={args.kl_credit!r} says how the reward is charged and kl_placement={args.kl_placement!r} "
+            f"kl_credit={args.kl_credit!r} sets how the reward is charged and kl_placement={args.kl_placement!r} "
             "has no KL in the reward: remove it, or set kl_placement='reward'."
         )
     if args.kl_value_cap is not None and args.kl_placement in ("none", "reward"):
@@ -165,7 +165,7 @@ def _check_kl_is_on(args: KLArguments) -> None:
 
 
 def _check_gradient(args: KLArguments) -> None:
-    """Refuse what has no KL's gradient; the verdict comes from the table that the tests prove."""
+    """Refuse what does not have a KL's gradient; the verdict comes from the table that the tests prove."""
     if args.kl_placement == "none":
         return
     weighted = args.kl_importance_sampling != "none"
@@ -179,7 +179,7 @@ def _check_gradient(args: KLArguments) -> None:
         f"{EXPLANATION[gradient.name]}"
     )
     if not args.allow_biased_kl:
-        raise ValueError(f"{verdict}; use {remedy}, or set allow_biased_kl=true to run it all the same.")
+        raise ValueError(f"{verdict}; use {remedy}, or set allow_biased_kl=true to run it anyway.")
     warnings.warn(f"{verdict} (expected gradient: {gradient.name}).", UserWarning, stacklevel=5)
 
 

@@ -23,7 +23,7 @@ Choices = Mapping[str, Collection[Any]]
 
 # What YAML can give; objects that only Python can give are the caller's business.
 _YAML = (bool, int, float, str, list, tuple, dict, datetime.date, NoneType)
-_YAML_READS = ", for YAML reads a bare yes, no, on or off as true or false"
+_YAML_READS = ", because YAML reads a bare yes, no, on or off as true or false"
 
 # Numbers by their range; a round bracket leaves the bound out. Of the KL's, then of TRL's and transformers'.
 RANGES = {
@@ -138,8 +138,8 @@ def _mapping(name: str, given: Any) -> Any:
         try:
             value = json.loads(given)
         except ValueError as error:
-            raise ValueError(f'{name}={given!r} is no JSON: write {{"key": value}}.') from error
-    if not isinstance(value, dict) and name != "kl_group_targets":  # of which a rule has more to say
+            raise ValueError(f'{name}={given!r} is not JSON: write {{"key": value}}.') from error
+    if not isinstance(value, dict) and name != "kl_group_targets":  # which has a rule with a fuller message
         raise ValueError(f"{name}={given!r} must be a mapping: write one in YAML, or as JSON on a command line.")
     return value
 

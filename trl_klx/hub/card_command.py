@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None, program: str = "trl-klx card") -> int:
 def _write_and_push(options: argparse.Namespace) -> int:
     run: Path = options.run
     if not run.is_dir():
-        raise ValueError(f"--run {run} is no folder: give the output_dir of a run.")
+        raise ValueError(f"--run {run} is not a folder: give the output_dir of a run.")
     settings = read_settings(run)
     is_adapter = (run / ADAPTER_CONFIG).is_file()
     if options.push_to is None:

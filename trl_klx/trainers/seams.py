@@ -24,7 +24,7 @@ OVERRIDDEN = {
     # Every trainer, of transformers.Trainer
     "train": "the run begins: what is watched starts from zero, and checkpoints are found and locked before a step",
     "training_step": "beta moves after the last micro-batch of a step; PPO: a step is a rollout with all its updates",
-    "compute_loss": "the loss is watched; DeepSpeed gets one that it skips, for it steps within backward",
+    "compute_loss": "the loss is watched; DeepSpeed gets one that it skips, because it steps within backward",
     "prediction_step": "PPO: an evaluation samples answers and scores them",
     "log": "the KL and what else is known at a log joins TRL's entry",
     "evaluate": "DPO: a probe of the policy's own KL comes before the pairs",
@@ -35,7 +35,7 @@ OVERRIDDEN = {
     "_load_optimizer_and_scheduler": "the earliest call of a resumed run with the model loaded and the state known",
     "_finalize_training": "transformers would delete all checkpoints but the best",
     "_push_from_checkpoint": "pushes what the Hub has not got, with our card, and does not end the run where it fails",
-    "_finish_current_push": "says so where a push has failed",
+    "_finish_current_push": "reports a push that has failed",
     "init_hf_repo": "a Hub that cannot be reached does not end the run",
     "push_to_hub": "pushes with our card",
     "create_model_card": "our card in place of TRL's",
@@ -52,7 +52,8 @@ OVERRIDDEN = {
     "_generate_and_score_completions": "the rollout: the reference's scores and the KL's credit join the batch",
     "_generate_single_turn": "`generate` samples from the policy that is scored; answers end at every end token",
     "_generate": "up to 1.14: answers that end with another end token than the tokenizer's count as cut off",
-    "_calculate_rewards": "functions that return what is no reward, reward models, and the gold reward in evaluation",
+    "_calculate_rewards": "functions that return something other than rewards, reward models, and the gold reward "
+    "in evaluation",
     "_compute_loss": "our KL joins TRL's loss, whose own is off (GRPO); the exact KL rides in TRL's forward (DPO)",
     # DPO
     "_prepare_dataset": "TRL tokenises here: tokens that the policy does not know are found",

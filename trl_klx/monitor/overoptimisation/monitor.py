@@ -59,8 +59,8 @@ class OveroptimisationMonitor(TrainerCallback):
     """Follows the gold reward over a run's evaluations, the same on every process.
 
     The trainer hands it the rewards of an evaluation (`measure`, `end_evaluation`); as a callback it writes
-    `<output_dir>/overoptimisation.csv` and `.png` after each, says when the gold reward has turned, and stops the run
-    there if asked to.
+    `<output_dir>/overoptimisation.csv` and `.png` after each, reports when the gold reward has turned, and stops the
+    run there if asked to.
 
     Args:
         action: "warn" or "stop".
@@ -88,7 +88,7 @@ class OveroptimisationMonitor(TrainerCallback):
 
     @property
     def safe_budget(self) -> float | None:
-        """Half the KL at the fitted peak, nats per sequence; None until the evaluations say where the peak is."""
+        """Half the KL at the fitted peak, nats per sequence; None until the evaluations determine where the peak is."""
         return None if self.fit is None else self.fit.safe_budget
 
     @property
@@ -105,7 +105,7 @@ class OveroptimisationMonitor(TrainerCallback):
 
     @property
     def ends_run(self) -> bool:
-        """Whether training ends here, for the gold reward has turned."""
+        """Whether training ends here because the gold reward has turned."""
         return self._action == "stop" and self.turn is not None
 
     @property
@@ -231,7 +231,7 @@ class OveroptimisationMonitor(TrainerCallback):
                 writer.writerows(rows)
             with whole(folder / PICTURE) as partial:
                 plot_overoptimisation(rows, partial, self.fit, self.turned_at)
-        except OSError as error:  # a full disk is no reason to lose the run; the next checkpoint says so
+        except OSError as error:  # a full disk must not cost the run; the next checkpoint reports it
             logger.warning("%s and %s could not be written (%s)", folder / TABLE, PICTURE, error)
 
     def table(self) -> list[dict[str, float]]:

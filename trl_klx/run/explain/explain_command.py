@@ -22,7 +22,7 @@ from .notes import notes, sentence
 
 _WIDTH = 116  # of the table; narrower terminals wrap its lines
 _LEGEND = """\
-gradient    KLseq: of the sequence KL(policy || reference); P: without how a token moves later states; F: forward KL
+gradient    KLseq: of the sequence KL(policy || reference); P: its part with the states held fixed; F: forward KL
 bias        distance of the expected gradient from KLseq, in % of KLseq
 off-policy  how far the gradient moves on answers of a policy 0.01 nats away, in the same unit
 variance    of one answer's gradient, the best with the same gradient = 1, at {kls} nats per answer

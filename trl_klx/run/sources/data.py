@@ -88,7 +88,7 @@ def prepare_rows(dataset: DatasetDict, name: str | None) -> DatasetDict:
                 f"({type(error).__name__}: {first_line(error)}): give every row the same columns and types."
             ) from error
         if isinstance(made, Dataset):
-            made._fingerprint = _content(made)  # so that what is made of it (tokens, say) is not taken from before
+            made._fingerprint = _content(made)  # or tokens made of it would be taken from a cache
         prepared[split] = made
     return type(dataset)(prepared)
 
@@ -120,7 +120,8 @@ def _prepared(function: Callable, row: Mapping[str, Any], place: str, name: str)
 
 
 def why_unreadable(name: str, error: BaseException) -> str:
-    """The reason why a dataset cannot be loaded: the line of a local file where it is one, else what was said last."""
+    """The reason why a dataset cannot be loaded: the line of a local file where it is one, else the last line of the
+    error."""
     kinds: dict[str, tuple[str, str]] = {}  # of each column, and where it was first seen
     for file in _json_files(Path(name)):
         reason = _wrong_line(file, kinds)
@@ -156,7 +157,7 @@ def _wrong_line(file: Path, kinds: dict[str, tuple[str, str]]) -> str | None:
         try:
             row = json.loads(line)
         except ValueError as error:
-            return f"{file}, line {number} is no JSON: {error}"
+            return f"{file}, line {number} is not JSON: {error}"
         if not isinstance(row, dict):
             return f"{file}, line {number} is a {type(row).__name__} and no object of columns"
         for column, value in row.items():

@@ -1,4 +1,4 @@
-"""Weights on disk: whether they are there, whole, and of the shapes that the model's config says. No tensor is read."""
+"""Weights on disk: whether they are there, whole, and of the shapes in the model's config. No tensor is read."""
 
 import json
 import zipfile
@@ -30,21 +30,21 @@ def weight_problems(
         return
     files, missing = _weight_files(folder)
     if missing is not None:
-        yield f"{option}={path!r} holds no {missing}: its weights are not all there; copy or download it again."
+        yield f"{option}={path!r} holds no {missing}: weights are missing; copy or download it again."
         return
     shapes: dict[str, list[int]] = {}
     for file in files:
         try:
             shapes |= _shapes(file)
         except ValueError as error:
-            yield f"{option}={path!r} is not whole ({file.name} {error}): copy or download it again."
+            yield f"{option}={path!r} is incomplete ({file.name} {error}): copy or download it again."
             return
     for name, parameter in module.named_parameters() if module is not None else ():
         expected = list(parameter.shape)
         found = shapes.get(name, expected)
         if found != expected and not getattr(config, "quantization_config", None):
             yield (
-                f"{option}={path!r} holds weights of another shape than its config.json says ({name} is {found}, for "
+                f"{option}={path!r} holds weights of another shape than in its config.json ({name} is {found}, for "
                 f"{expected}): put the config.json there that belongs to the weights."
             )
             return

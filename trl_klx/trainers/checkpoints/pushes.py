@@ -60,7 +60,7 @@ class Pushes(Part):
         write_card(folder, settings, model_name=model_name, repo_id=trainer.hub_model_id, is_adapter=is_adapter)
 
     def _settings_in_python(self, dataset_name: str | None) -> Settings:
-        """What a recipe would say, of a trainer that was made without one."""
+        """What a recipe would contain, for a trainer that was made without one."""
         trainer = self._trainer
         settings = plain_settings(trainer.args if trainer.given_args is None else trainer.given_args)
         settings |= {"model_name_or_path": get_config_model_id(trainer._saved_model.config) or None}
@@ -86,7 +86,7 @@ class Pushes(Part):
         )
 
     def push_checkpoint(self, checkpoint: Path) -> None:
-        """Upload a checkpoint in the background, as `hub_strategy` says."""
+        """Upload a checkpoint in the background, as `hub_strategy` asks."""
         trainer, args = self._trainer, self._trainer.args
         if not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
@@ -109,12 +109,12 @@ class Pushes(Part):
         self._running.append((checkpoint, job))
 
     def finish(self) -> None:
-        """Wait for the pushes in the background. A failed one is no reason to lose the run, but one to say so."""
+        """Wait for the pushes in the background. A failed one does not end the run, but is reported."""
         for folder, job in self._running:
             error = job.exception()  # waits
             if error is not None:
                 repo = self._trainer.hub_model_id
-                logger.warning("%s was not pushed to %s (%s); training went on", folder, repo, error)
+                logger.warning("%s was not pushed to %s (%s); training continued", folder, repo, error)
         self._running = []
 
 

@@ -55,12 +55,12 @@ def run_folder(output_dir: str | os.PathLike) -> Iterator[None]:
 
 
 def folder_problem(output_dir: Any) -> str | None:
-    """A sentence about an output_dir that is no folder or cannot be written to; None: it can."""
+    """A sentence about an output_dir that is not a folder or cannot be written to; None: it can."""
     if not isinstance(output_dir, (str, os.PathLike)) or not str(output_dir).strip():
-        return f"output_dir={output_dir!r} is no folder: give the path of one."
+        return f"output_dir={output_dir!r} is not a folder: give the path of one."
     folder = Path(output_dir).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
-    reason = f"{existing} is no folder"
+    reason = f"{existing} is not a folder"
     if existing.is_dir():
         try:  # only trying shows what permissions and mounts allow: to root they seem to allow everything
             Path(tempfile.mkdtemp(prefix=".trl_klx", dir=existing)).rmdir()

@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 T = TypeVar("T")
 # Not needed to resume, and not pushed with a checkpoint: a pickle of all arguments, and PEFT's card.
 _NOT_LISTED = (STATE_FILE, "training_args.bin", "README.md")
-LAST = "last"  # as a checkpoint to resume from: the last whole one in output_dir
+LAST = "last"  # as a checkpoint to resume from: the last complete one in output_dir
 
 
 def write_state(folder: str | os.PathLike, state: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ def read_state(folder: str | os.PathLike) -> dict[str, Any]:
     """The content of the state file.
 
     Raises:
-        CheckpointError: it is no JSON object.
+        CheckpointError: it is not a JSON object.
     """
     path = Path(folder) / STATE_FILE
     try:
@@ -63,7 +63,7 @@ def unreadable(folder: str | os.PathLike, reason: str) -> CheckpointError:
     """The refusal of a spoilt state file."""
     return CheckpointError(
         f"{Path(folder) / STATE_FILE} is not a readable controller state ({reason}): resume from another checkpoint, "
-        "or let the file hold {} to start the controller afresh."
+        "or let the file hold {} to start the controller from the beginning."
     )
 
 
@@ -75,14 +75,14 @@ def missing_file(folder: str | os.PathLike) -> str | None:
     try:
         files = read_state(folder).get("files", [])
     except CheckpointError:
-        return None  # whole, and spoilt afterwards: reading it will say so
+        return None  # complete, and spoilt afterwards: reading it will report that
     return next((name for name in files if not (folder / name).is_file()), None)
 
 
 def whole_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """The whole checkpoints of a run, the one written last at the end.
 
-    By the time that they say themselves, not by step: a run that started afresh in the folder of a longer one must not
+    By the time that they record themselves, not by step: a run that began in the folder of a longer one must not
     be resumed from the older run's checkpoints.
     """
 
@@ -97,7 +97,7 @@ def whole_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
 
 
 def resolve_checkpoint(wanted: str | bool | None, output_dir: str | os.PathLike) -> str | None:
-    """The checkpoint folder that `resume_from_checkpoint` means: a folder; "last" or true for the last whole one.
+    """The checkpoint folder that `resume_from_checkpoint` means: a folder; "last" or true for the last complete one.
 
     Raises:
         CheckpointError: there is none, or it is not whole.
@@ -108,21 +108,22 @@ def resolve_checkpoint(wanted: str | bool | None, output_dir: str | os.PathLike)
     if str(wanted).lower() in ("true", LAST):
         if not last:
             raise CheckpointError(
-                f"resume_from_checkpoint={wanted!r} finds no whole checkpoint in {output_dir}: leave it out to start "
+                f"resume_from_checkpoint={wanted!r} finds no complete checkpoint in {output_dir}: leave it out to "
+                f"start "
                 "from the beginning."
             )
         return last[0]
     if not Path(str(wanted)).is_dir():
         raise CheckpointError(
-            f"resume_from_checkpoint={wanted!r} is no folder: give a checkpoint-<step> folder of an earlier run, or "
+            f"resume_from_checkpoint={wanted!r} is not a folder: give a checkpoint-<step> folder of an earlier run, or "
             f"{LAST!r} for the last one in output_dir."
         )
     missing = missing_file(str(wanted))
     if missing is not None:
         beside = whole_checkpoints(Path(str(wanted)).parent)[-1:]
-        remedy = f"resume from {beside[0]}, the last whole one" if beside else "there is no whole one beside it"
+        remedy = f"resume from {beside[0]}, the last complete one" if beside else "there is no complete one beside it"
         raise CheckpointError(
-            f"resume_from_checkpoint={wanted!r} is not a whole checkpoint, for it holds no {missing}: {remedy}."
+            f"resume_from_checkpoint={wanted!r} is not a complete checkpoint, because it has no {missing}: {remedy}."
         )
     return str(wanted)
 
@@ -201,7 +202,7 @@ class Checkpoints(Part):
         run, should_save = folder.parent, self._trainer.args.should_save
         if should_save and (folder.is_symlink() or folder.exists()) and not is_own(folder, run):
             raise NotSavedError(
-                f"{folder} is no folder but a link or a file, which a run does not write over: move it out of "
+                f"{folder} is not a folder but a link or a file, which a run does not overwrite: move it out of "
                 f"{run}, and resume from the last checkpoint."
             )
         try:
@@ -214,7 +215,7 @@ class Checkpoints(Part):
             if should_save:
                 discard(folder, run)
             earlier = whole_checkpoints(run)[-1:]
-            remedy = f"resume from {earlier[0]}, the last whole one" if earlier else "start again: there is none before"
+            remedy = f"resume from {earlier[0]}, the last complete one" if earlier else "start again: there is no other"
             reason = " ".join(str(error).split())[:300]
             raise NotSavedError(
                 f"the checkpoint {folder} could not be written ({type(error).__name__}: {reason}; {free:.1f} MB were "
@@ -241,7 +242,7 @@ class Checkpoints(Part):
         trainer_state = self._trainer.state
         if run is None and trainer_state.best_metric is not None:
             logger.warning(
-                f"{checkpoint} is of another run than {self._trainer.args.output_dir}: the best is looked for anew."
+                f"{checkpoint} is of another run than {self._trainer.args.output_dir}: the best is looked for again."
             )
             trainer_state.best_metric = trainer_state.best_global_step = None
         name = trainer_state.best_model_checkpoint or f"{PREFIX_CHECKPOINT_DIR}-{trainer_state.best_global_step}"

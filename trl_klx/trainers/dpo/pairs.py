@@ -1,4 +1,4 @@
-"""What DPO's pairs say about length: does the log-ratio margin follow the difference of the answers' lengths?"""
+"""What DPO's pairs show about length: does the log-ratio margin follow the difference of the answers' lengths?"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ from ..seams import swapped
 from ..session.metrics import PooledSums
 from ..session.prompts import prompt_numbers
 
-_FEWEST_PAIRS = 16  # a correlation of fewer says nothing
+_FEWEST_PAIRS = 16  # a correlation of fewer is meaningless
 
 
 class WithPromptNumbers:

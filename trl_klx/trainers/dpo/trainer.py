@@ -57,7 +57,7 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
     path, the reference is a copy of it as given (TRL would reload it from disk, and under ZeRO-3 still does).
 
     Raises:
-        TypeError: `args` is no `KLXDPOConfig`.
+        TypeError: `args` is not a `KLXDPOConfig`.
         ValueError: the exact KL cannot be computed for this model or this kind of sharding, or a probe is wanted and
             there are no prompts for it.
     """
@@ -91,7 +91,7 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
         check_start(args, model, processing_class, ref_model=ref_model, **kwargs)
         check_reference_head(ref_model)
         check_virtual_tokens(model, kwargs.get("peft_config"))
-        # Precomputed log-probs need no second model; an adapter is copied for them all the same.
+        # Precomputed log-probs need no second model; an adapter is copied for them nevertheless.
         wanted = ref_model is None and not (args.precompute_ref_log_probs and isinstance(model, PreTrainedModel))
         with reference_is_a_copy(model, kwargs.get("peft_config"), wanted=wanted, trl_module=dpo_trainer):
             known, self._vocabulary = known_tokens(model, args, processing_class)
@@ -163,7 +163,7 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
         with self._pairs.watching() as per_pair, trainable_as_before(self.model):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         metrics = self.metrics.means[self.mode]
-        if not metrics.get("rewards/chosen"):  # it is not TRL's loss: `AppliedKLCheck` says so where a KL was wanted
+        if not metrics.get("rewards/chosen"):  # it is not TRL's loss: `AppliedKLCheck` reports it where a KL was wanted
             return loss
         means = metrics["rewards/chosen"][-1], metrics["rewards/rejected"][-1]
         if self.model.training and self.args.kl_health and all(map(math.isfinite, means)):
@@ -188,7 +188,8 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
         if not self.args.kl_on_data or self._exact is None:
             if self.precompute_ref_logps or self.ref_model is not None:
                 return super()._compute_loss(model, inputs, return_outputs)
-            # TRL below 1.16 sees no adapter in a policy that is wrapped, compiled say, and calls a reference of None.
+            # TRL below 1.16 sees no adapter in a policy that is wrapped, for example compiled, and calls a reference
+            # of None.
             with swapped(self, precompute_ref_logps=True):
                 return super()._compute_loss(model, self._with_reference_logps(inputs), return_outputs)
         inputs = dict(inputs)

@@ -60,7 +60,7 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
             every evaluation and is never trained on; `overoptimisation` follows it: see docs/overoptimisation.md.
 
     Raises:
-        TypeError: `args` is no `KLXGRPOConfig`.
+        TypeError: `args` is not a `KLXGRPOConfig`.
         ValueError: the exact KL cannot be computed for this model or this kind of sharding, or the gold reward not
             followed.
     """

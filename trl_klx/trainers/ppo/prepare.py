@@ -61,7 +61,7 @@ def prepare(args: KLXPPOConfig, given: Given, datasets: tuple[Any, Any], *, more
     `more_columns`: whether a rollout function gives the rewards more columns than the datasets have.
 
     Raises:
-        TypeError: `args` is no `KLXPPOConfig`.
+        TypeError: `args` is not a `KLXPPOConfig`.
         ValueError: something is missing, or cannot be used.
     """
     model = _checked(args, given, datasets[0])
@@ -139,7 +139,7 @@ def _with_adapter(
     trained, reference = args.model_adapter_name, args.ref_adapter_name
     for option, name in (("model_adapter_name", trained), ("ref_adapter_name", reference)):
         if name is not None and name not in policy.peft_config:
-            raise ValueError(f"{option}={name!r} is none of the policy's adapters, {', '.join(policy.peft_config)}.")
+            raise ValueError(f"{option}={name!r} is not one of the policy's adapters, {', '.join(policy.peft_config)}.")
     if trained is not None:
         policy.set_adapter(trained)
     if reference == active_adapter(policy):

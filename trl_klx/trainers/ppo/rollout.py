@@ -37,7 +37,7 @@ class Rewarded:
     mask: Tensor  # (B, T) tokens of the answer that the policy produced
     prompts: Tensor  # (B,) numbers, equal for equal prompts
     groups: Tensor | None  # (B,) place of the prompt's group among those of the KL session; None without groups
-    scores: Tensor  # (B,) weighted rewards, less the penalty for answers without an end; NaN where no reward applies
+    scores: Tensor  # (B,) weighted rewards, minus the penalty for answers without an end; NaN where no reward applies
 
     @property
     def length(self) -> int:

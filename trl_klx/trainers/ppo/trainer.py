@@ -66,7 +66,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
             never trained on; `overoptimisation` follows it: see docs/overoptimisation.md.
 
     Raises:
-        TypeError: `args` is no `KLXPPOConfig`.
+        TypeError: `args` is not a `KLXPPOConfig`.
         ValueError: no reward, too few prompts, or a model that PPO or the exact KL cannot use.
     """
 
@@ -171,7 +171,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
 
         The score comes with the last token that the policy produced. Credit "return_to_go" charges a token's KL as a
         reward; "future" charges it one token earlier, so that the return holds the KL after the token; "immediate" and
-        "sequence" are no returns of a reward, and are charged less a leave-one-out baseline.
+        "sequence" are not returns of a reward, and are charged minus a leave-one-out baseline.
         """
         mask, term = rollout.mask, self.kl_term
         last = last_token_index(mask)
@@ -276,7 +276,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
 
     def _record_update(self, outputs: list[LossOutputs]) -> None:
         """Means over the real tokens of all updates of the rollout, on all processes."""
-        names = outputs[0].sums  # none of a loss that is not ours: `AppliedKLCheck` says so where a KL was wanted
+        names = outputs[0].sums  # none of a loss that is not ours: `AppliedKLCheck` reports it where a KL was wanted
         if names:
             tokens = torch.stack([output.tokens for output in outputs]).sum()
             self.metrics.pool("train", {n: (torch.stack([o.sums[n] for o in outputs]).sum(), tokens) for n in names})

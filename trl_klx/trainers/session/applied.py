@@ -68,19 +68,19 @@ def the_only(found: Sequence[Any], trainer: Any) -> Any:
 
 
 def check_rollout(trainer: Any, batch: dict) -> None:
-    """Raise where a rollout did not come by the reference, or not by our code."""
+    """Raise where a rollout was not scored by the reference, or not by our code."""
     if "kl_prompts" not in batch or batch.get("ref_per_token_logps") is None:
         raise not_applied(trainer, KL_MEASURED)
 
 
 def not_applied(trainer: Any, *missing: str) -> RunError:
-    """What a run says whose KL other code has passed by."""
+    """The error of a run whose KL was bypassed by other code."""
     args = trainer.args
     foreign = _foreign_methods(trainer)
     by = f"{', '.join(foreign)} took the place of what computes it" if foreign else "other code took its place"
     return RunError(
         f"at step {trainer.state.global_step} the KL that was asked for ({args.kl_coef_name}={args.kl_coef_start:g}, "
-        f"kl_placement={args.kl_placement!r}) was not applied: {' and '.join(missing)} never came about; {by}. Remove "
+        f"kl_placement={args.kl_placement!r}) was not applied: {' and '.join(missing)} never took place; {by}. Remove "
         "that override, or the import of the library that patches TRL, or train with TRL's own trainer."
     )
 

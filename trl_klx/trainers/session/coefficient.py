@@ -15,7 +15,7 @@ class KLCoefficient:
         may_be_zero: whether 0 has a meaning.
 
     Raises:
-        ValueError: the value set is no coefficient, or a controller or the config forbids it.
+        ValueError: the value set is not a coefficient, or a controller or the config forbids it.
     """
 
     def __init__(self, *, may_be_zero: bool = True) -> None:

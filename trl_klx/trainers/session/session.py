@@ -59,7 +59,7 @@ class KLSession(Part):
     def start(self, total_steps: int) -> None:
         """Build the controllers, once the length of the run is known: `total_steps`, the optimizer steps of a schedule.
 
-        Does nothing when they were built before, by a resumed checkpoint say.
+        Does nothing when they were built before, for example by a resumed checkpoint.
         """
         if self.controllers:
             return
@@ -85,7 +85,7 @@ class KLSession(Part):
         Call on every process, with the same value.
 
         Raises:
-            ValueError: it is no coefficient, no KL is in loss or reward, or a controller sets beta.
+            ValueError: it is not a coefficient, no KL is in loss or reward, or a controller sets beta.
         """
         name, value = self._args.kl_coef_name, coefficient(self._args.kl_coef_name, value)
         if value == self.coef:
@@ -103,7 +103,7 @@ class KLSession(Part):
             )
         if not self._is_set:
             logger.warning(
-                f"trainer.{name} was set to {value:g} from outside (the config says {self._configured:g}): loss, "
+                f"trainer.{name} was set to {value:g} from outside (the config has {self._configured:g}): loss, "
                 "kl/coef and checkpoints take it from here on. The controllers 'linear' and 'cosine' anneal it, too."
             )
         self._start, self._is_set = value, True
@@ -330,13 +330,13 @@ class KLSession(Part):
         if saved is not None and saved["kind"] not in KINDS:
             raise ValueError(f"kind={saved['kind']!r}")
         if controller.kind == "fixed":
-            return  # a fixed beta is whatever the recipe says now
+            return  # a fixed beta is whatever the recipe has now
         of_group = f" of group {name!r}" if name != _ALL else ""
         if saved is None or saved["kind"] != controller.kind:
             earlier = "not steered" if saved is None else saved["kind"]
             logger.warning(
                 f"The checkpoint's beta{of_group} was {earlier} and the recipe's is {controller.kind}: it starts "
-                f"afresh at {self._coefs[name]:g}."
+                f"again at {self._coefs[name]:g}."
             )
             return
         own = controller.state_dict()

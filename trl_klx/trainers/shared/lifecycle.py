@@ -118,7 +118,7 @@ class Lifecycle(Trainer):
     # A run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', and `resume_from_checkpoint` may be "last"; true means the same, the last whole one.
+        """As transformers', and `resume_from_checkpoint` may be "last"; true means the same, the last complete one.
 
         Raises:
             CheckpointError: there is no such checkpoint, or it is not whole or not readable.

@@ -1,24 +1,15 @@
-"""Threads for tiny models; on which device they run; two processes' runs; and the table of situations.
+"""Which worker runs what; two processes' runs; and the table of situations.
 
 `pytest --situations` prints what users ran into and how the package answers: a test that is marked
 `situation("what a user does", "right")` is a row. The answers: it is right, it is refused in one sentence, or it works
 and the user is warned.
 """
 
-import gc
-import importlib.metadata
-from functools import cache
-
 import pytest
-import torch
 from support.launching import Launched, Launches, Wanted
+from support.quick import make_quick
 
 from trl_klx.trainers.seams import TRL_HAS_PPO
-
-# The models here are so small that threads cost more than they bring.
-torch.set_num_threads(1)
-# accelerate asks whether DeepSpeed is installed whenever it unwraps a model, and reads the package's record each time.
-importlib.metadata.metadata = cache(importlib.metadata.metadata)
 
 if not TRL_HAS_PPO:  # what is about PPO, or also about it
     collect_ignore_glob = ["test_*ppo*.py", "test_commands.py", "test_docs.py", "test_fixed_points.py"]
@@ -43,9 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """TRL and accelerate collect garbage often; what was imported is none, and would be looked through each time."""
-    gc.collect()
-    gc.freeze()
+    make_quick()
 
 
 def group_by_file(items: list[pytest.Item]) -> None:

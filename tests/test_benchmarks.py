@@ -116,8 +116,8 @@ def tiny_starter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("starter")
     save_tiny(folder / "model")
     (folder / "data").mkdir()
-    for split, problems in zip(("train", "test"), make_problems(), strict=True):
-        lines = [json.dumps(problem) for problem in problems[:160]]
+    for split, problems, rows in zip(("train", "test"), make_problems(), (160, 16), strict=True):
+        lines = [json.dumps(problem) for problem in problems[:rows]]
         (folder / "data" / f"{split}.jsonl").write_text("\n".join(lines))
     return folder
 

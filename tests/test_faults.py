@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -17,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from support import fault_tools
 from support.fault_tools import ALGORITHMS, make
-from support.processes import Forked
+from support.processes import end_ranks
 from support.tiny import Arguments, digit_reward, save_tiny, tiny_model
 from torch import Tensor
 from transformers import TrainerCallback
@@ -43,17 +42,8 @@ all_algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
 def forked(algorithm: str, folder: Path, options: dict, ranks: int = 1) -> tuple[list[int], str]:
-    """Runs of `fault_tools.py` in processes of their own: the exit status of each, and all that they printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    distributed = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = []
-    for rank in range(ranks):
-        own = distributed | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        printed = folder.with_name(f"printed{rank}")
-        processes.append(Forked(printed, fault_tools.run, algorithm, str(folder), dict(options), **own))
-    return [process.end() for process in processes], "".join(process.printed for process in processes)[-3000:]
+    """A run of `fault_tools.py` in processes of its own: the exit status of each, and their stderr."""
+    return end_ranks(folder.parent, ranks, fault_tools.main, algorithm, str(folder), options)
 
 
 def steps(folder: Path) -> list[dict]:

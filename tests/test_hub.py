@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Timer
@@ -16,7 +14,7 @@ import yaml
 from huggingface_hub import ModelCard, snapshot_download
 from peft import AutoPeftModelForCausalLM, PeftModel
 from support.hub_server import OWNER, TOKEN, Hub
-from support.processes import environment
+from support.processes import end_ranks
 from support.tiny import save_tiny, tiny_model
 from support.tiny_dpo import make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -339,33 +337,22 @@ def test_a_background_push_is_let_finish_and_its_failure_is_a_warning(
     assert f"{first} was not pushed to None (gone); training continued" in caplog.text
 
 
-ACCELERATE = """\
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_GPU
-main_process_port: 0
-mixed_precision: 'no'
-num_machines: 1
-num_processes: 2
-use_cpu: true
-"""
+def push_to(url: str, argv: list[str]) -> int:
+    """A run of GRPO in this process, which is none of pytest's."""
+    huggingface_hub.constants.ENDPOINT = url  # what HF_ENDPOINT sets at import
+    huggingface_hub.constants.HF_HUB_DISABLE_XET = True
+    return grpo.main(argv)
 
 
+@pytest.mark.processes
 def test_two_processes_push_once_and_a_refusal_lets_both_end(inputs: Path, hub: Hub, tmp_path: Path) -> None:
-    """Under `accelerate launch`, with HF_ENDPOINT: the Hub takes the repository and refuses the commit."""
+    """The Hub takes the repository and refuses the commit."""
     hub.read_only = True
-    (tmp_path / "two.yaml").write_text(ACCELERATE)
     run = tmp_path / "run"
     argv = recipe(inputs, run, "grpo", max_steps=1, per_device_train_batch_size=2)
-    ended = subprocess.run(
-        [sys.executable, "-m", "trl_klx.cli", "grpo", "--accelerate_config", str(tmp_path / "two.yaml"), *argv],
-        capture_output=True,
-        text=True,
-        env=environment(HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1"),
-        timeout=120,
-        check=False,
-    )
-    assert ended.returncode == 1, ended.stderr[-4000:]
-    (said,) = set(re.findall(r"error: .*", ended.stderr))
+    statuses, errors = end_ranks(tmp_path, 2, push_to, hub.url, argv, ACCELERATE_USE_CPU="true")
+    assert statuses == [1, 0], errors  # the first pushes; the other ends too
+    (said,) = set(re.findall(r"error: .*", errors))
     assert "me/run was not pushed (the token may not write to me/run (403: This token may only read)" in said
     assert len([path for _, path in hub.requests if "/commit/" in path]) == 1
     for name in ("model.safetensors", "README.md", "kl_control.png"):

@@ -3,10 +3,7 @@
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from tempfile import mkdtemp
@@ -16,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from support.processes import end_ranks
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -576,38 +574,22 @@ def test_rows_left_out_make_a_sample_none(models: Path, tmp_path: Path) -> None:
 
 # --- several processes ------------------------------------------------------------------------------------------------
 
-# MULTI_CPU would silently run one process.
-TWO_PROCESSES = """\
-compute_environment: LOCAL_MACHINE
-mixed_precision: 'no'
-num_machines: 1
-main_process_port: 0
-distributed_type: MULTI_GPU
-num_processes: 2
-use_cpu: true
-"""
 
-
-def launch_two(models: Path, folder: Path, *options: str) -> str:
-    """The script under `accelerate launch` on the rows, with the reference and all checkpoints; returns its stderr."""
-    (folder / "accelerate.yaml").write_text(TWO_PROCESSES)
+def two_processes(models: Path, folder: Path, *options: str) -> str:
+    """The command in two processes, on the rows, with the reference and all checkpoints; returns their stderr."""
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows()))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
-    command = [str(TESTS.parent / "scripts" / "measure_kl.py"), "--reference", str(models / "reference")]
-    command += ["--data", str(folder / "data.jsonl"), "--output_dir", str(folder / "two"), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*launch, *command], capture_output=True, text=True, env=environment, timeout=200, check=False
-    )
-    assert (folder / "two" / "report.html").is_file(), done.stderr[-4000:]
-    return done.stderr
+    argv = ["measure", "--reference", str(models / "reference"), "--data", str(folder / "data.jsonl")]
+    argv += ["--output_dir", str(folder / "two"), *options]
+    statuses, errors = end_ranks(folder, 2, main, argv, ACCELERATE_USE_CPU="true")
+    assert (folder / "two" / "report.html").is_file(), (statuses, errors)
+    return errors
 
 
+@pytest.mark.processes
 def test_two_processes_give_the_numbers_of_one(models: Path, tmp_path: Path) -> None:
     """With a policy that cannot be loaded among the others, which both must leave out."""
     policies = [str(models / "run" / "checkpoint-*"), str(tmp_path / "nowhere")]
-    complaints = launch_two(models, tmp_path, "--batch_size", "3", "--policies", *policies)
+    complaints = two_processes(models, tmp_path, "--batch_size", "3", "--policies", *policies)
     assert complaints.count("nowhere' does not exist") == 1
     assert len(list((tmp_path / "two" / "tokens" / "checkpoint-20").glob("*.parquet"))) == 4
     before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "two" / "tokens").rglob("*.parquet"))
@@ -617,10 +599,11 @@ def test_two_processes_give_the_numbers_of_one(models: Path, tmp_path: Path) -> 
     assert_same(found, measure(models, Path(mkdtemp()), batch_size=3))
 
 
+@pytest.mark.processes
 def test_two_processes_sample_what_one_samples(models: Path, tmp_path: Path) -> None:
     options = {"sample": "checkpoint-20", "num_samples": 2, "max_new_tokens": 5}
     given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    launch_two(models, tmp_path, *given, "--policies", str(models / "run" / "checkpoint-20"))
+    two_processes(models, tmp_path, *given, "--policies", str(models / "run" / "checkpoint-20"))
     found = measure(models, tmp_path / "two", policies=["run/checkpoint-20"], **options)
     assert_same(found, measure(models, tmp_path / "one", policies=["run/checkpoint-20"], **options))
 

@@ -69,6 +69,8 @@ def starter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(starter_module, "PAIR_TRAIN_PROMPTS", 256)  # about one in five gives a pair so early
         patch.setattr(starter_module, "PAIR_TEST_PROMPTS", 64)
         make_starter(folder, steps=20, progress=False)
+    held_out = folder / "data" / "test.jsonl"
+    held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[:96]))
     return folder
 
 

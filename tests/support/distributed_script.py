@@ -23,6 +23,7 @@ from peft import LoraConfig
 from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from support.quick import make_quick
 from support.tiny import digit_reward, tiny_dataset, tiny_tokenizer
 from support.tiny_dpo import preferences
 from trl_klx import KLXDPOConfig, KLXDPOTrainer, KLXGRPOConfig, KLXGRPOTrainer
@@ -163,6 +164,7 @@ def main(model: str, runs: str) -> None:
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         # For inference only, and compiling it takes a minute. (`deepspeed.comm.torch` as a name is torch itself.)
         import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    make_quick()
     variables, rank = dict(os.environ), os.environ["RANK"]
     for run in json.loads(Path(runs).read_text()):
         output = Path(run["output"])

@@ -10,7 +10,6 @@ nothing kills.
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +144,3 @@ def main(algorithm: str, output: str, options: dict) -> None:
     }
     (Path(output) / f"result{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
-
-
-def run(algorithm: str, output: str, options: dict) -> None:
-    """`main`, and a quiet end."""
-    main(algorithm, output, options)
-    if torch.distributed.is_initialized():
-        time.sleep(0.5)  # gloo aborts now and then when one leaves while another still talks
-        torch.distributed.destroy_process_group()

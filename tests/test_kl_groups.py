@@ -95,7 +95,7 @@ def two_groups(first: str, second: str) -> Dataset:
 @pytest.mark.parametrize(
     ("options", "dataset", "words"),
     [
-        ({"kl_group_column": "domain"}, two_groups("a", "b"), "kl_group_column='domain' is no column"),
+        ({"kl_group_column": "domain"}, two_groups("a", "b"), "kl_group_column='domain' is not a column"),
         ({"kl_group_column": "task"}, two_groups("a", None), "is empty in a row"),  # type: ignore[arg-type]
         (
             {"kl_group_column": "task", "kl_group_targets": {"a": 1.0, "c": 2.0}, **PID, "kl_target": 1.0},

@@ -1,14 +1,14 @@
-"""Fixed, adaptive and PID beta in real training: GRPO and PPO on the starter task, exact KL in loss and reward.
+"""Compares fixed, adaptive and PID beta in real training: GRPO and PPO on the starter task, exact KL in both places.
 
 trl-klx starter --output_dir runs/starter
 OMP_NUM_THREADS=1 python scripts/benchmark_control_training.py --picture docs/images/controllers.png
 
 Every run is the starter recipe of its algorithm with another controller: the same starting beta, the same target, a KL
-of 0.4 nats per sequence, and default settings; `plain pid` has constant gains: weak ones, and (tuned) those
-and the floor that were found by hand for this task.
+of 0.4 nats per sequence, and default settings. `plain pid` has constant, weak gains; `plain pid, tuned` has the gains
+and the floor of beta that were found by hand for this task.
 
-Runs follow one another in one process. Each adds a line to `<output_dir>/runs.jsonl` when it is complete, and is not
-repeated while its line is there: an interrupted benchmark continues. Delete the file after a change of code.
+Runs follow one another in one process. A complete run adds a line to `<output_dir>/runs.jsonl` and is not repeated
+while the line is there, so an interrupted benchmark continues. Delete the file after a change of code.
 
 The shares *within 25 %* are of logged batches (5 steps each), whose KL is noisy. A run has *settled* at the first step
 from which on the mean KL of the last 25 steps stays within 25 % of the target for `--window` steps. *Overshoot* is the

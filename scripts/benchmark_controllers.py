@@ -1,4 +1,4 @@
-"""Fixed, adaptive and PID beta on simulated plants: how fast and how well each brings the KL to its target.
+"""Compares fixed, adaptive and PID beta on simulated plants: how fast and how well each brings the KL to its target.
 
 python scripts/benchmark_controllers.py --output controllers.json
 

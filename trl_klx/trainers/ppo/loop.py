@@ -102,7 +102,7 @@ class PPOLoop(PPOTrainer):
 
     @torch.no_grad()
     def generate(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """Sample one answer to each prompt from the policy as it is now; what follows a stop token is in them still."""
+        """Sample one answer to each prompt from the policy as it is now, not yet cut at its stop token."""
         args, tokenizer, gather = self.args, self.processing_class, self.args.ds3_gather_for_generation
         config = GenerationConfig(
             max_new_tokens=args.response_length,
@@ -160,7 +160,7 @@ class PPOLoop(PPOTrainer):
                 "checkpoint that PPO wrote, or start from it as model_name_or_path."
             )
         for part, folder in ((self.model.policy, resume_from_checkpoint), (self.model.value_model, str(value_folder))):
-            with swapped(self, model=part):  # which is asked what weights are tied
+            with swapped(self, model=part):  # transformers asks it which weights are tied
                 super()._load_from_checkpoint(folder, part)
 
     def _load_best_model(self) -> None:

@@ -175,7 +175,7 @@ def value_model_like(policy: PreTrainedModel) -> PreTrainedModel:
 
 
 def _merged(policy: PeftModel) -> PreTrainedModel:
-    """The policy as it is, adapter included; virtual tokens are not weights of a model and stay out."""
+    """The policy as it is, adapter included; virtual tokens are left out, for they are not weights of the model."""
     if policy.active_peft_config.is_prompt_learning:
         return causal_lm(policy)
     try:

@@ -55,7 +55,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         train_dataset: a column `prompt`, of strings or messages, or `input_ids`; others go to the reward functions.
         value_model: sequence classifier with one output and a head named `score`, or the path of a model to make it
             from. None: a copy of the policy's backbone under a head of zeros.
-        data_collator: TRL's argument; it has to be None.
+        data_collator: TRL's argument; must be None.
         eval_dataset: the same, for `evaluate`, which samples an answer to each prompt.
         optimizers, callbacks, peft_config, quantization_config: as in TRL's trainers; the adapter is the policy's.
         reward_funcs: as GRPO's: functions (sync or async), reward models or their paths, one or several.
@@ -108,7 +108,8 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         keeper = ReferenceKeeper(self, is_an_argument=True, in_policy=args.kl_is_measured, adapter=adapter)
         self._hold_parts(keeper, made.kl_groups, gold_reward_func)
         self.kl_term = term = args.kl_term()
-        self.kl_in_reward, self.kl_in_loss = (at and args.kl_is_penalised for at in (term.in_reward, term.in_loss))
+        self.kl_in_reward = args.kl_is_penalised and term.in_reward
+        self.kl_in_loss = args.kl_is_penalised and term.in_loss
         made.rewards.rewards = [self.frozen(r) if isinstance(r, nn.Module) else r for r in made.rewards.rewards]
         exact = None
         if args.kl_needs_exact:
@@ -167,11 +168,11 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         return Experience(rollout, advantages, returns, scale)
 
     def _shape_rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """(B, T) reward after each token, for the value model to predict; and what goes to the advantages directly.
+        """(B, T) reward after each token, which the value model learns to predict; and credit for the advantages alone.
 
         The score comes with the last token that the policy produced. Credit "return_to_go" charges a token's KL as a
         reward; "future" charges it one token earlier, so that the return holds the KL after the token; "immediate" and
-        "sequence" are not returns of a reward, and are charged minus a leave-one-out baseline.
+        "sequence" are not sums of later rewards: they go to the advantages directly, minus a leave-one-out baseline.
         """
         mask, term = rollout.mask, self.kl_term
         last = last_token_index(mask)
@@ -276,7 +277,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
 
     def _record_update(self, outputs: list[LossOutputs]) -> None:
         """Means over the real tokens of all updates of the rollout, on all processes."""
-        names = outputs[0].sums  # none of a loss that is not ours: `AppliedKLCheck` reports it where a KL was wanted
+        names = outputs[0].sums  # a subclass's loss may have none: `AppliedKLCheck` ends a run whose KL it leaves out
         if names:
             tokens = torch.stack([output.tokens for output in outputs]).sum()
             self.metrics.pool("train", {n: (torch.stack([o.sums[n] for o in outputs]).sum(), tokens) for n in names})

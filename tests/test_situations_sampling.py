@@ -274,7 +274,7 @@ def test_the_engine_is_told_all_end_tokens(tmp_path: Path) -> None:
         ({"do_sample": False}, "takes the likeliest answer"),
         ({"num_beams": 4}, "searches for likely answers"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "searches for likely answers"),
-        ({"num_return_sequences": 2}, "num_generations says how many"),
+        ({"num_return_sequences": 2}, "num_generations sets how many"),
         ({"return_dict_in_generate": True}, "TRL does not read"),
         ({"stop_strings": ["\n"]}, "eos_token_id takes ids"),
         ({"temperature": 0}, "is not a temperature to sample at"),
@@ -293,7 +293,7 @@ def test_what_is_no_sampling_is_refused(tmp_path: Path, given: Any, said: str) -
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"n": 2}, "num_generations says how many"),
+        ({"n": 2}, "num_generations sets how many"),
         ({"seed": 1}, "the same random numbers"),
         ({"logprobs": 5}, "the likeliest token's log-prob"),
         ({"temperature": 0.0}, "is not a temperature to sample at"),

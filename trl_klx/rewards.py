@@ -45,7 +45,7 @@ def exact_match(
 
 
 def _text(completion: Completion) -> str:
-    """What a completion says; a message that only calls a tool has the content None."""
+    """The text of a completion; a message that only calls a tool has the content None."""
     return completion if isinstance(completion, str) else completion[-1]["content"] or ""
 
 

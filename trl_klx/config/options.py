@@ -79,7 +79,7 @@ class KLArguments:
     )
     kl_budget: float | str | None = _option(
         None,
-        "Largest KL in nats per sequence; what happens beyond it is kl_budget_action. auto: half the KL at which "
+        "Largest KL in nats per sequence; beyond it kl_budget_action decides. auto: half the KL at which "
         "the gold reward is estimated to peak, as soon as that is known well enough (needs a gold reward).",
     )
     kl_budget_action: str = _option("stop", "Beyond kl_budget: stop (checkpoint saved) or warn.")

@@ -232,4 +232,4 @@ def _check_range(name: str, value: float) -> None:
         limits += [f"{'at most' if bounds[-1] == ']' else 'less than'} {high:g}"] * (high < math.inf)
         raise ValueError(f"{name}={value} must be a number, {' and '.join(limits)}.")
     if name in _STEPS_OR_SHARE and value > 1 and value != int(value):
-        raise ValueError(f"{name}={value} must be a whole number of steps, or below 1 a share of the run.")
+        raise ValueError(f"{name}={value} must be a whole number of steps, or a share of the run below 1.")

@@ -40,7 +40,7 @@ def write_page(done: Measurement, policies: list[PolicyTokens], tables: Tables) 
     shown = [place * responses // count for place in range(count)]
     sentences = notes(done)
     if count < responses:
-        sentences.append(f"The tables are of all {responses} responses; {count} of them are shown one by one.")
+        sentences.append(f"The tables are of all {responses} responses; {count} of them are shown individually.")
     names = sorted({name for policy in policies for name in policy.classes})
     loader = jinja2.PackageLoader("trl_klx.measure.page", "")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ...monitor.uncertainty import Z95
 
-# Placeholders that no picture else contains, for what CSS decides.
+# Placeholders that occur nowhere else in a picture, for what CSS decides.
 _INK, _GRID = "#010203", "#040506"
 _SERIES = ["#0708f1", "#0708f2", "#0708f3", "#0708f4", "#0708f5"]
 _VARIABLES = {_INK: "var(--ink)", _GRID: "var(--line)"} | {c: f"var(--series-{i})" for i, c in enumerate(_SERIES)}

@@ -105,8 +105,8 @@ def check_tokenizer(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
         different = sorted(set(mine.items()) ^ set(reference.items()), key=lambda item: (item[1], item[0]))[0]
         raise ModelError(
             f"{source.name!r} has another tokenizer than the reference ({len(mine)} and {len(reference)} tokens, the "
-            f"first that differs is {different[0]!r}, {different[1]}): the same response is other tokens to it, so "
-            "compare models of one tokenizer."
+            f"first that differs is {different[0]!r}, {different[1]}): it reads the same response as other tokens, so "
+            "compare models with one tokenizer."
         )
 
 

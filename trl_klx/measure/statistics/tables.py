@@ -119,7 +119,7 @@ def notes(done: Measurement) -> list[str]:
         )
     elif done.left_out_rows:
         truth = (
-            f"The responses are of {done.sampler}, but rows were left out, so that the rest is not a sample of it: "
+            f"The responses come from {done.sampler}, but rows were left out, so that the rest is not a sample of it: "
             f"no sum "
             "here is an unbiased sequence KL."
         )

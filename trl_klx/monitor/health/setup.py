@@ -80,7 +80,7 @@ def stale_sampler(ess: Readings, sampler_kl: Readings) -> Finding | None:
 
 
 def wrong_weights(mean: Readings, error: Readings, ess: Readings) -> Finding | None:
-    """The importance weights are no weights: their mean is not 1, so the answers were sampled by something else.
+    """The importance weights are wrong: their mean is not 1, so the answers were sampled by something else.
 
     Args:
         mean: of the tokens' weights.

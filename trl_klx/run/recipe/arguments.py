@@ -24,8 +24,8 @@ class RunArguments(ScriptArguments):
     gold_reward_func: str | None = field(
         default=None,
         metadata={
-            "help": "What the reward stands for, as one more function: scored in evaluation, never trained on. GRPO "
-            "and PPO follow it against the KL, and act by gold_action when it has turned."
+            "help": "A better measure of what the reward stands for: a function that scores evaluations and is never "
+            "trained on. GRPO and PPO follow it against the KL; gold_action decides what happens when it has turned."
         },
     )
     dataset_prepare: str | None = field(

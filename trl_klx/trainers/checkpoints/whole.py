@@ -242,7 +242,8 @@ class Checkpoints(Part):
         trainer_state = self._trainer.state
         if run is None and trainer_state.best_metric is not None:
             logger.warning(
-                f"{checkpoint} is of another run than {self._trainer.args.output_dir}: the best is looked for again."
+                f"{checkpoint} belongs to another run than {self._trainer.args.output_dir}: the best is looked for "
+                f"again."
             )
             trainer_state.best_metric = trainer_state.best_global_step = None
         name = trainer_state.best_model_checkpoint or f"{PREFIX_CHECKPOINT_DIR}-{trainer_state.best_global_step}"

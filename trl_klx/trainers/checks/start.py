@@ -103,7 +103,7 @@ def load_tokenizer(path: str, name: str, **kwargs: Any) -> Any:
             models, and every prompt would be empty.
     """
     try:
-        tokenizer, reason = AutoTokenizer.from_pretrained(path, **kwargs), "no file of it is there"
+        tokenizer, reason = AutoTokenizer.from_pretrained(path, **kwargs), "none of its files is there"
     except Exception as error:  # as many classes as there are tokenizers
         tokenizer, reason = None, f"{type(error).__name__}: {first_line(error)}"
     if tokenizer is None or not has_tokens(tokenizer):

@@ -106,8 +106,8 @@ def check_vocabularies(policy: nn.Module, other: nn.Module, name: str, *, tokens
 def check_value_vocabulary(policy: Any, value_model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a value model that reads the policy's tokens as others.
 
-    A larger embedding is that of one vocabulary with rows for more tokens, where the tokenizer at the model's path
-    says so.
+    A larger embedding has the policy's vocabulary and rows for more tokens, if the tokenizer at the model's path shows
+    that.
 
     Raises:
         ValueError: with the difference.

@@ -20,8 +20,8 @@ _NO_MEANING = {
     "kl_is_mode": "its KL takes no importance weight",
     "kl_is_cap": "its KL takes no importance weight",
     "kl_aggregation": "its KL is the mean over the completion tokens of a batch",
-    "kl_group_column": "its KL is of the probe's prompts, which have no groups",
-    "kl_group_targets": "its KL is of the probe's prompts, which have no groups",
+    "kl_group_column": "its KL is measured on the probe's prompts, which have no groups",
+    "kl_group_targets": "its KL is measured on the probe's prompts, which have no groups",
     "allow_biased_kl": "it takes one estimator, whose gradient is right",
 }
 # What only the probe gives a meaning to.
@@ -158,7 +158,7 @@ class KLXDPOConfig(KLArguments, DPOConfig):
     def _check_forward(self) -> None:
         if self.kl_direction == "forward" and not self.kl_needs_exact:
             raise ValueError(
-                "kl_direction='forward' is of the exact KL and none is computed: set kl_coef, or add exact to "
+                "kl_direction='forward' needs an exact KL and none is computed: set kl_coef, or add exact to "
                 "kl_monitor."
             )
 

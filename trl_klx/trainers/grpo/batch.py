@@ -54,8 +54,8 @@ def hidden_mask(inputs: dict, pad_token_id: int) -> Tensor:
     """(B, C) bool: tokens that the policy made and the loss leaves out.
 
     Without tools all of an answer is the policy's. With them, or with a mask of the environment's, it is what that mask
-    says, and what it leaves out though the inference engine gives it a log-prob: 0 there stands for what the engine has
-    not sampled. (Without a mask it is a token that the policy was certain of.)
+    marks, and what it leaves out although the inference engine gives it a log-prob: 0 there stands for what the engine
+    has not sampled. (Without a mask it is a token that the policy was certain of.)
     """
     answers = with_cut_answers(inputs["completion_mask"], inputs["completion_ids"], pad_token_id).bool()
     outside = answers & ~loss_mask(inputs).bool()

@@ -24,7 +24,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config"), (None,)),
     **dict.fromkeys(("allowed_token_ids", "structured_outputs"), (None,)),
 }
-# Settings under which answers are no samples of the policy, or that TRL cannot read, with the values that are harmless.
+# Settings under which answers are not samples of the policy, or that TRL cannot read, and their harmless values.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "do_sample": ((True, None), "takes the likeliest answer"),
     "num_beams": ((1, None), "searches for likely answers"),
@@ -33,8 +33,8 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "dola_layers": ((None,), "takes the likeliest answer of several layers"),
     "force_words_ids": ((None,), "searches for answers with given words"),
     "constraints": ((None,), "searches for answers with given words"),
-    "num_return_sequences": ((1, None), "gives more answers than there are prompts (num_generations says how many)"),
-    "n": ((1,), "gives more answers than there are prompts (num_generations says how many)"),
+    "num_return_sequences": ((1, None), "gives more answers than there are prompts (num_generations sets how many)"),
+    "n": ((1,), "gives more answers than there are prompts (num_generations sets how many)"),
     "return_dict_in_generate": ((False, None), "gives the answers in a form that TRL does not read"),
 }
 _REFUSED_OF_ENGINE: dict[str, tuple[tuple[Any, ...], str]] = {

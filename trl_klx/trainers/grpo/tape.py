@@ -48,7 +48,7 @@ class Tape:
     def record(self, score: Callable[[], Any], model: nn.Module, length: int) -> Any:
         """Call TRL's scoring of answers of `length` tokens by `model`, and keep what was asked for; returns its result.
 
-        What gives no log-probs (a patch of TRL may score elsewhere) is no scoring.
+        What gives no log-probs (a patch of TRL may score elsewhere) does not count.
         """
         exact, ask = self._exact, self._ask
         hidden: list[Tensor] = []

@@ -162,7 +162,7 @@ def check_resume(args: Any, model: str | None) -> None:
         model: the path of the model that it starts from.
 
     Raises:
-        CheckpointError: there is no whole checkpoint, or the model is that checkpoint.
+        CheckpointError: there is no complete checkpoint, or the model is that checkpoint.
     """
     checkpoint = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if checkpoint is None or model is None or Path(model).resolve() != Path(checkpoint).resolve():

@@ -95,7 +95,7 @@ async def _awaited(name: str, values: Any, given: Mapping[str, Any]) -> list[flo
 
 
 def run_together(coroutines: list) -> list:
-    """Await all in a thread of their own: the caller may already be inside an event loop, in a notebook say."""
+    """Await all in a thread of their own: the caller may already be inside an event loop, as in a notebook."""
     if not coroutines:
         return []
 
@@ -114,7 +114,7 @@ def failed(name: str, error: BaseException, given: Mapping[str, Any]) -> RewardE
 
 
 def reward_values(name: str, values: Any, rows: int) -> list[float]:
-    """One float per answer, NaN where the function said None; tensors, arrays and any sequence of numbers will do.
+    """One float per answer, NaN where the function returned None; tensors, arrays and any sequence of numbers will do.
 
     Raises:
         RewardError: it is not a sequence, of another length, or holds what is not a number.

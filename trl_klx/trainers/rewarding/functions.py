@@ -101,7 +101,7 @@ def finite_rewards(rewards: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[
 
 
 def distinct_names(names: Sequence[str], rewards: Sequence[Any]) -> list[str]:
-    """A name for each reward that no other has, for the log: of several with one name (lambdas, say), the second is
+    """A name for each reward that no other has, for the log: of several with one name (as lambdas have), the second is
     `<name>_2`; a model in memory without a name is called by its class."""
     found: list[str] = []
     for name, reward in zip(names, rewards, strict=True):

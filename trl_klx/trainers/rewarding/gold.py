@@ -73,7 +73,7 @@ def check_gold_reward(args: Any, gold_reward_func: Any) -> None:
 
 
 class GoldWatch(Part):
-    """Follows a gold reward: `monitor` says where it is best, and the budget of the KL may come of it.
+    """Follows a gold reward: `monitor` knows where it is best, and may set the budget of the KL.
 
     Args:
         trainer: the trainer, with its `kl`.
@@ -92,7 +92,7 @@ class GoldWatch(Part):
             )
         if GOLD in trainer.reward_func_names:
             raise ValueError(f"a reward function is called {GOLD!r}, as the gold reward is in the logs: rename it.")
-        # transformers sets "loss" where nobody chose; the loss of reinforcement learning says nothing about a model.
+        # transformers sets "loss" where nobody chose; the loss of reinforcement learning does not rank models.
         if args.metric_for_best_model in (None, "loss"):
             args.metric_for_best_model, args.greater_is_better = METRIC, True
         self._trainer, self.reward = trainer, reward
@@ -113,7 +113,7 @@ class GoldWatch(Part):
     def log(self, mode: str, found: dict[str, float], evaluation: str | None) -> dict[str, float]:
         if not self.monitor.is_measuring:
             return {}
-        # Evaluation of another dataset, under another name, is no point of the run's curve.
+        # Evaluation of another dataset, under another name, is not a point of the run's curve.
         kl = found.get("kl/sequence") if evaluation == "eval" else None
         step = self._trainer.state.global_step
         numbers = self.monitor.end_evaluation(step, kl, found.get("kl/sequence_se"))

@@ -27,6 +27,7 @@ from trl_klx.run.recipe.parse import parse
 from trl_klx.trainers.checkpoints import pushes as hub_hooks
 from trl_klx.trainers.dpo.config import KLXDPOConfig
 from trl_klx.trainers.grpo.config import KLXGRPOConfig
+from trl_klx.trainers.grpo.trainer import KLXGRPOTrainer
 from trl_klx.trainers.seams import TRL_HAS_PPO
 
 MAINS = {"grpo": grpo.main, "dpo": dpo.main}
@@ -236,13 +237,13 @@ def test_a_failed_push_leaves_the_model_and_says_how_to_push_later(
 ) -> None:
     """The Hub fails after training began: status 1, one sentence; the command that it prints pushes the same model."""
     fail, reason = FAILURES[failure]
-    begin = grpo.KLXGRPOTrainer.train
+    begin = KLXGRPOTrainer.train
 
     def train(self, *args, **kwargs):
         fail(hub)
         return begin(self, *args, **kwargs)
 
-    monkeypatch.setattr(grpo.KLXGRPOTrainer, "train", train)
+    monkeypatch.setattr(KLXGRPOTrainer, "train", train)
     run = tmp_path / "a run"
     argv = recipe(inputs, run, "grpo", hub_model_id=f"{OWNER}/run", hub_private_repo=True, max_steps=1)
     assert grpo.main(argv) == 1

@@ -168,6 +168,16 @@ def test_every_spelling_of_accelerate_config(tmp_path: Path, word: list[str], mo
     ]
 
 
+def test_a_launcher_imports_nothing_heavy(tmp_path: Path) -> None:
+    """It reads the words and the recipe by what the processes that it starts read them by, and no second more."""
+    code = (
+        "import sys; from trl_klx.cli import commands; commands.become = lambda command: 0\n"
+        f"commands.main(['grpo', '--accelerate_config', 'cpu', *{recipe(tmp_path, 'beta: 0.1')}])\n"
+        "sys.exit(bool({'torch', 'trl', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 @pytest.mark.situation("plans a run of several processes, with dry_run in the recipe", "right")
 @pytest.mark.parametrize("word", [["--accelerate_config=zero3"], ["--accelerate_config", "zero3"]])
 def test_a_dry_run_in_the_recipe_starts_no_process(

@@ -5,7 +5,11 @@
 and the user is warned.
 """
 
+from collections.abc import Iterator
+
 import pytest
+import torch
+from support.device import DEVICE, made_here
 from support.launching import Launched, Launches, Wanted
 from support.quick import make_quick
 
@@ -57,6 +61,13 @@ def print_situations(items: list[pytest.Item]) -> None:
     print("| what a user does | answer | cases |\n|---|---|---|")
     for (text, answer), cases in rows.items():
         print(f"| {text} | {answer} | {cases} |")
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """Where the tensors of a test are made: see support/device.py."""
+    with made_here():
+        yield DEVICE
 
 
 @pytest.fixture(scope="session")

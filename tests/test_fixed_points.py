@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from support.device import PLAIN
 from support.ppo_tools import settings
 from support.tiny import tiny_model, tiny_tokenizer
 from test_oracle import BANDIT_REF, BANDIT_REWARD
@@ -34,12 +35,7 @@ SHARED: dict[str, Any] = {
     "max_grad_norm": 0.0,
     "temperature": 1.0,
     "logging_steps": 1000,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "save_strategy": "no",
-    "disable_tqdm": True,
+    **PLAIN,
 }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from support.device import PLAIN
 from support.launching import Launched, alone, launch
 from support.tiny import digit_reward, save_tiny, tiny_dataset, tiny_tokenizer
 from torch import nn
@@ -49,12 +50,7 @@ def make_trainer(algorithm: str, folder: Path, model: str, gold: Any = turning, 
         "learning_rate": 1e-2,
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 10,  # the last batch is shorter
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
+        **PLAIN,
         **changes,
     }
     data = {"train_dataset": tiny_dataset(), "eval_dataset": PROMPTS, "processing_class": tiny_tokenizer()}

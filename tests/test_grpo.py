@@ -11,6 +11,7 @@ import trl
 from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig
+from support.device import PLAIN
 from support.tiny import digit_reward, save_tiny, tiny_dataset, tiny_family, tiny_model, tiny_tokenizer
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
@@ -31,12 +32,7 @@ SETTINGS = {
     "logging_steps": 1,
     "learning_rate": 1e-2,
     "beta": 0.2,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "save_strategy": "no",
-    "disable_tqdm": True,
+    **PLAIN,
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from support.device import PLAIN
 from support.tiny import Arguments, digit_reward, save_tiny, tiny_dataset, tiny_model, tiny_tokenizer
 from support.tiny_dpo import PROBE, drift
 from support.tiny_dpo import make_trainer as dpo_trainer
@@ -33,12 +34,7 @@ GRPO = {
     "logging_steps": 1,
     "learning_rate": 1e-3,
     "beta": 0.2,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "save_strategy": "no",
-    "disable_tqdm": True,
+    **PLAIN,
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.device import DEVICE
 from torch import Tensor
 
 from trl_klx.kl import (
@@ -26,11 +27,13 @@ from trl_klx.kl import (
 from trl_klx.kl.exact import block_kl
 from trl_klx.kl.exact_chunked import default_chunk_size
 
+pytestmark = pytest.mark.usefixtures("device")
+
 ESTIMATORS = ("k1", "k2", "k3")
 
 
 def random_logps(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     logps = -torch.rand(*shape, generator=generator, dtype=torch.float64) * 5
     return logps.to(dtype), (logps + torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
 
@@ -215,7 +218,7 @@ def test_loss_refuses(arguments: dict) -> None:
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_exact_kl_against_torch_distributions(direction: str) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     logits, ref_logits = torch.randn(2, 4, 7, 11, generator=generator, dtype=torch.float64)
     policy, reference = (torch.distributions.Categorical(logits=x) for x in (logits, ref_logits))
     pair = (policy, reference) if direction == "reverse" else (reference, policy)
@@ -225,7 +228,7 @@ def test_exact_kl_against_torch_distributions(direction: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_exact_kl_of_identical_models_is_zero(dtype: torch.dtype) -> None:
-    logits = torch.randn(5, 100, generator=torch.Generator().manual_seed(0)).to(dtype) * 10
+    logits = torch.randn(5, 100, generator=torch.Generator(DEVICE).manual_seed(0)).to(dtype) * 10
     assert (exact_kl(logits, logits.clone()) == 0).all()
 
 
@@ -244,7 +247,7 @@ def test_chunked_equals_dense(
     chunk_size: int | None,
 ) -> None:
     """Value, and the gradients of hidden states, weight and bias; the reference may have its own hidden size."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -281,7 +284,7 @@ def test_chunked_equals_dense(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunked_in_low_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     hidden, ref_hidden = torch.randn(2, 64, 16, generator=generator).to(dtype)
     weight = torch.randn(50, 16, generator=generator).to(dtype).requires_grad_()
     chunked = chunked_exact_kl(hidden, weight, ref_hidden, weight, chunk_size=8)
@@ -296,7 +299,7 @@ def test_chunked_in_low_precision_accumulates_in_float32(dtype: torch.dtype) -> 
 
 
 def test_chunked_under_autocast_differentiates_the_logits_that_forward_used() -> None:
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(DEVICE).manual_seed(2)
     hidden, ref_hidden = 30 * torch.randn(2, 9, 8, generator=generator)  # so large that bfloat16 moves probabilities
     weight = torch.randn(12, 8, generator=generator)
     hidden.requires_grad_()
@@ -311,7 +314,7 @@ def test_chunked_under_autocast_differentiates_the_logits_that_forward_used() ->
 
 
 def test_padded_vocabulary_rows_contribute_nothing() -> None:
-    logits, ref_logits = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    logits, ref_logits = torch.randn(2, 3, 6, generator=torch.Generator(DEVICE).manual_seed(0))
     padding = torch.full((3, 2), -torch.inf)
     padded, ref_padded = torch.cat([logits, padding], -1).requires_grad_(), torch.cat([ref_logits, padding], -1)
     logits.requires_grad_()
@@ -327,8 +330,8 @@ def test_padded_vocabulary_rows_contribute_nothing() -> None:
 @pytest.mark.parametrize("chunked", [False, True])
 def test_missing_support_is_infinite_with_finite_gradients(direction: str, chunked: bool) -> None:
     """Reported, not hidden: +inf where the left distribution has mass and the right has none; elsewhere untouched."""
-    logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    ref_logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits = torch.randn(2, 5, generator=torch.Generator(DEVICE).manual_seed(0), dtype=torch.float64)
+    ref_logits = torch.randn(2, 5, generator=torch.Generator(DEVICE).manual_seed(1), dtype=torch.float64)
     (ref_logits if direction == "reverse" else logits)[0, 2] = -torch.inf
     logits.requires_grad_()
     if chunked:  # logits as hidden states of an identity head
@@ -351,7 +354,7 @@ def test_missing_support_is_infinite_with_finite_gradients(direction: str, chunk
 
 
 def test_chunked_and_dense_agree_on_the_gradient_where_support_is_missing() -> None:
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator(DEVICE).manual_seed(4)
     hidden = torch.randn(3, 5, generator=generator, dtype=torch.float64).requires_grad_()
     ref_hidden = torch.randn(3, 5, generator=generator, dtype=torch.float64)
     eye = torch.eye(5, dtype=torch.float64)
@@ -410,7 +413,7 @@ def test_chunked_from_logits_equals_dense(
     direction: str, temperature: float, softcap: float | None, masked: bool, chunk_size: int | None
 ) -> None:
     """Value and gradient of logits (B, T, V); rows that do not count get no gradient, whatever they hold."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -448,7 +451,7 @@ def test_chunked_from_logits_equals_dense(
 @pytest.mark.parametrize("missing", ["neither", "both", "policy", "reference"])
 def test_routes_agree_on_support(direction: str, missing: str) -> None:
     """Value (+inf included) and gradient, where one model or both rule tokens out in some rows and not in others."""
-    logits, ref_logits = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    logits, ref_logits = torch.randn(2, 6, 9, generator=torch.Generator(DEVICE).manual_seed(7), dtype=torch.float64)
     for name, tensor in (("policy", logits), ("reference", ref_logits)):
         if missing in (name, "both"):
             tensor[2:4, 5] = -torch.inf
@@ -472,7 +475,7 @@ def test_routes_agree_on_support(direction: str, missing: str) -> None:
 
 
 def test_from_logits_with_a_reference_that_rules_a_token_out() -> None:
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(DEVICE).manual_seed(3)
     logits, ref_hidden = torch.randn(2, 6, 9, generator=generator, dtype=torch.float64)
     ref_bias = torch.zeros(9, dtype=torch.float64)
     ref_bias[4] = -torch.inf
@@ -490,7 +493,7 @@ def test_from_logits_with_a_reference_that_rules_a_token_out() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_from_logits_in_low_precision(dtype: torch.dtype) -> None:
     """The value is float32; the gradient has the type of the logits, as autograd wants it."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     logits = (3 * torch.randn(16, 50, generator=generator)).to(dtype).requires_grad_()
     ref_hidden, ref_weight = (torch.randn(n, 8, generator=generator).to(dtype) for n in (16, 50))
     found = chunked_exact_kl_from_logits(logits, ref_hidden, ref_weight, chunk_size=5)
@@ -505,7 +508,7 @@ def test_from_logits_in_low_precision(dtype: torch.dtype) -> None:
 
 
 def test_from_logits_goes_backward_once_and_not_at_all_without_gradient() -> None:
-    logits, ref_hidden = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    logits, ref_hidden = torch.randn(2, 3, 5, generator=torch.Generator(DEVICE).manual_seed(0))
     logits.requires_grad_()
     with torch.no_grad():
         value = chunked_exact_kl_from_logits(logits, ref_hidden, torch.eye(5))
@@ -637,7 +640,7 @@ def test_leave_one_out_baseline_by_hand() -> None:
 
 def test_leave_one_out_baseline_does_not_depend_on_its_own_answer() -> None:
     credit, _ = random_logps(6, 4)
-    mask = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) > 0.3
+    mask = torch.rand(6, 4, generator=torch.Generator(DEVICE).manual_seed(0)) > 0.3
     base = leave_one_out_baseline(credit, mask, 3)
     changed = credit.clone()
     changed[1] += 100

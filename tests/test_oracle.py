@@ -23,6 +23,8 @@ from torch import Tensor
 from trl_klx.kl import KLTerm, exact_kl, importance_weights, kl_credit, kl_estimate, kl_loss
 from trl_klx.kl.gradients import SOUND
 
+pytestmark = pytest.mark.usefixtures("device")
+
 TOLERANCE = 1e-9
 ESTIMATORS = ("k1", "k2", "k3", "exact")
 WORLDS = all_worlds()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.device import DEVICE
 from torch import Tensor
 
 from trl_klx.kl import KLTerm, kl_credit
@@ -17,10 +18,12 @@ from trl_klx.trainers.ppo.loss import (
     value_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def world(rows: int = 5, length: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards, values and a mask with gaps (tool output), a full row and an empty one."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     rewards, values = torch.randn(2, rows, length, generator=generator, dtype=torch.float64)
     mask = torch.rand(rows, length, generator=generator) < 0.6
     mask[0], mask[1] = True, False

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from support.device import PLAIN
 from support.ppo_tools import classifier, moved, trainer, weights
 from support.tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from torch import Tensor
@@ -53,12 +54,7 @@ def stock_step(
         "stop_token": "eos",
         "num_sample_generations": 0,
         "logging_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
+        **PLAIN,
     }
     data = Dataset.from_dict({"input_ids": [list(ids) for ids in order] * copies})
     stock = PPOTrainer(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from support.device import PLAIN
 from support.tiny import digit_reward, save_tiny, tiny_dataset, tiny_model, tiny_tokenizer
 from support.tiny_dpo import PROBE, make_trainer, preferences
 from tokenizers.processors import TemplateProcessing
@@ -31,12 +32,7 @@ SETTINGS = {
     "logging_steps": 1,
     "learning_rate": 0.1,
     "optim": "sgd",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "save_strategy": "no",
-    "disable_tqdm": True,
+    **PLAIN,
 }
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from support.device import DEVICE, made_here
+
 VOCAB, LENGTH = 5, 3
 
 
@@ -94,7 +96,7 @@ def eos_world() -> World:
 def shared_world() -> World:
     """A two-layer network shared by all states, far from its reference: gradients of different states interfere."""
     actions, mask, states = sequences(with_eos=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     features = torch.randn(31, 4, generator=generator, dtype=torch.float64)
     theta = torch.randn(4 * 6 + 6 * VOCAB, generator=generator, dtype=torch.float64) * 0.6
     drift = torch.randn(theta.shape, generator=generator, dtype=torch.float64)
@@ -107,7 +109,8 @@ def shared_world() -> World:
 
 
 def all_worlds() -> list[World]:
-    return [fixture_world(), eos_world(), shared_world()]
+    with made_here():
+        return [fixture_world(), eos_world(), shared_world()]
 
 
 def exact_token_kl(left_logits: Tensor, right_logits: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from packaging.version import Version
 from transformers import TrainerCallback
 
+from support.device import PLAIN
 from support.tiny import digit_reward, tiny_dataset, tiny_model, tiny_tokenizer
 from support.tiny_dpo import preferences
 from trl_klx import KLXDPOConfig, KLXDPOTrainer, KLXGRPOConfig, KLXGRPOTrainer
@@ -29,12 +30,7 @@ COMMON = {
     "learning_rate": 1e-2,
     "kl_controller": "pid",
     "kl_target": 0.02,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "disable_tqdm": True,
+    **PLAIN,
 }
 OWN: dict[str, dict[str, Any]] = {
     "grpo": {

@@ -18,6 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from support.device import DEVICE
 from trl_klx.config import KLArguments
 from trl_klx.config.check import check
 from trl_klx.config.rules import kl_rules
@@ -53,7 +54,7 @@ def tiny_model(seed: int = 0, *, tied: bool = False, vocab: int = 23) -> Qwen3Fo
         bos_token_id=None,
         initializer_range=0.3,
     )
-    return Qwen3ForCausalLM(config)
+    return Qwen3ForCausalLM(config).to(DEVICE)
 
 
 def tiny_family(name: str) -> PreTrainedModel:
@@ -73,8 +74,8 @@ def tiny_family(name: str) -> PreTrainedModel:
         "initializer_range": 0.5,
     }
     if name == "gemma2":
-        return Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=8, final_logit_softcapping=3.0))
-    return CohereForCausalLM(CohereConfig(**shape, logit_scale=0.25))
+        return Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=8, final_logit_softcapping=3.0)).to(DEVICE)
+    return CohereForCausalLM(CohereConfig(**shape, logit_scale=0.25)).to(DEVICE)
 
 
 def save_tiny(folder: Path, seed: int = 0, **settings) -> str:

@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from support.device import PLAIN
 from support.tiny import tiny_tokenizer
 from trl_klx.trainers.dpo.config import KLXDPOConfig
 from trl_klx.trainers.dpo.trainer import KLXDPOTrainer
@@ -16,12 +17,7 @@ SETTINGS = {
     "max_steps": 3,
     "logging_steps": 1,
     "learning_rate": 1e-2,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "save_strategy": "no",
-    "disable_tqdm": True,
+    **PLAIN,
 }
 PROBE = {"kl_probe_steps": 2, "kl_probe_prompts": 6, "kl_probe_max_new_tokens": 8}
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}

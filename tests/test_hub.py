@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Timer
@@ -17,7 +18,7 @@ from support.hub_server import OWNER, TOKEN, Hub
 from support.processes import end_ranks
 from support.tiny import save_tiny, tiny_model
 from support.tiny_dpo import make_trainer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_klx.cli import commands as cli
 from trl_klx.hub import push
@@ -315,6 +316,16 @@ def test_a_trainer_in_python_pushes_by_itself(hub: Hub, tmp_path: Path, monkeypa
     assert later.result(timeout=30).commit_message == "Later"
 
 
+class AtTheEnd(TrainerCallback):
+    """Acts once training has ended, before the trainer waits for its pushes."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._act()
+
+
 def test_a_background_push_is_let_finish_and_its_failure_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -330,7 +341,7 @@ def test_a_background_push_is_let_finish_and_its_failure_is_a_warning(
     saves = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     trainer = make_trainer(tiny_model(), tmp_path / "run", max_steps=2, **saves)
     trainer.args.push_to_hub = True
-    Timer(1.0, job.set_exception, [HubError("gone")]).start()
+    trainer.add_callback(AtTheEnd(lambda: Timer(0.2, job.set_exception, [HubError("gone")]).start()))
     trainer.train()
     first, second = (tmp_path / "run" / f"checkpoint-{step}" for step in (1, 2))
     assert began == [first]

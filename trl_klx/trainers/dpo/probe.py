@@ -3,6 +3,7 @@
 Shape legend: B answers, L tokens of prompt and answer, V vocabulary.
 """
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -219,11 +220,10 @@ def token_logps(model: nn.Module, batch: ProbeBatch) -> Tensor:
 def distinct_prompts(datasets: Iterable[Any], limit: int) -> list[list[int]]:
     """The first `limit` different prompts (token ids) of TRL's tokenised preference data, in order."""
     found: dict[tuple[int, ...], None] = {}
-    for dataset in datasets:
-        for row in dataset:
-            found.setdefault(tuple(row["prompt_ids"]))
-            if len(found) == limit:
-                return [list(prompt) for prompt in found]
+    for row in itertools.chain(*datasets):
+        found.setdefault(tuple(row["prompt_ids"]))
+        if len(found) == limit:
+            break
     return [list(prompt) for prompt in found]
 
 

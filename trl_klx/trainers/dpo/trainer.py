@@ -1,7 +1,7 @@
 """DPO with a chosen KL: `KLXDPOTrainer`.
 
 TRL computes DPO's loss; the exact KL at the data's prefixes is added to it. The policy's own KL is measured by a probe
-(`kl_probe.py`). Shape legend: B pairs (chosen first, then rejected: 2B rows), L tokens, H hidden.
+(`probe.py`). Shape legend: B pairs (chosen first, then rejected: 2B rows), L tokens, H hidden.
 """
 
 import math

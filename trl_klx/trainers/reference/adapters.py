@@ -38,7 +38,7 @@ def as_reference(policy: PeftModel, name: str | None = None) -> Iterator[None]:
 
 
 def check_fresh_adapter(config: PeftConfig | None) -> None:
-    """Refuse an adapter after whose making the model without it is no longer the model that was given.
+    """Refuse an adapter that changes the base model when it is made.
 
     Raises:
         ValueError: the reference, the policy without its adapter, would be another model than the policy's start.

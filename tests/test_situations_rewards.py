@@ -28,6 +28,7 @@ from trl_klx.trainers.errors import RunError
 from trl_klx.trainers.rewarding import calls as reward_calls
 from trl_klx.trainers.rewarding.calls import RewardError, reward_values
 from trl_klx.trainers.rewarding.functions import RewardFunctions
+from trl_klx.trainers.rewarding.gold import GoldWatch
 
 BUILD_TRAINER = train.build_trainer
 SAMPLERS = [name for name in ALGORITHMS if name != "dpo"]
@@ -252,8 +253,8 @@ def test_good_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("algorithm", SAMPLERS)
 def test_gold(algorithm: str, tmp_path: Path) -> None:
     run = made(algorithm, tmp_path, returning(evens), per_device_eval_batch_size=8)
-    run.gold_reward_func = returning(lambda rows: None)
     run.eval_dataset = Dataset.from_dict(tiny_dataset(8)[:])
+    run.gold = GoldWatch(run, returning(lambda rows: None))
     with pytest.raises(RewardError, match="returned None for 8 answers"):
         run.evaluate()
 

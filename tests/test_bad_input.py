@@ -272,6 +272,7 @@ def test_help_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in printed for command in ("starter", "grpo", "ppo", "dpo"))
 
 
+@pytest.mark.processes
 def test_a_bad_recipe_under_accelerate_launch(inputs: Path, tmp_path: Path) -> None:
     """As a user meets it: the sentence, a status that is not 0, and no traceback of ours or of the launcher."""
     path = recipe(inputs, tmp_path, kl_estimator="k4")

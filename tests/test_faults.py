@@ -66,6 +66,7 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 # Death ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 @all_algorithms
 def test_killed_twice_a_run_is_the_unbroken_one(algorithm: str, tmp_path: Path) -> None:
     """kill -9 in the middle of step 3, then in the middle of writing checkpoint-4, with one checkpoint kept."""
@@ -91,6 +92,7 @@ def test_killed_twice_a_run_is_the_unbroken_one(algorithm: str, tmp_path: Path) 
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
+@pytest.mark.processes
 def test_one_of_two_ranks_is_killed(tmp_path: Path) -> None:
     """DDP; and a loss that is not finite on one process only makes both skip the step."""
     options = {**SAVES, "max_steps": 4, "per_device_train_batch_size": 4, "bad_loss": 2}

@@ -31,6 +31,8 @@ from trl_klx.trainers.grpo.config import KLXGRPOConfig
 from trl_klx.trainers.grpo.trainer import KLXGRPOTrainer
 from trl_klx.trainers.seams import TRL_HAS_PPO
 
+pytestmark = pytest.mark.hub
+
 MAINS = {"grpo": grpo.main, "dpo": dpo.main}
 CONFIGS: dict[str, type] = {"grpo": KLXGRPOConfig, "dpo": KLXDPOConfig}
 if TRL_HAS_PPO:

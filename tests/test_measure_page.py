@@ -18,7 +18,10 @@ playwright = pytest.importorskip(
     "playwright.sync_api", reason="the page is tested with playwright: pip install playwright"
 )
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the page is tested in Chromium: apt install chromium")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="the page is tested in Chromium: apt install chromium"),
+]
 
 RESPONSES = 500
 EVIL = "</script><img src=x onerror=alert(1)>"

@@ -17,6 +17,8 @@ import yaml
 import trl_klx
 from trl_klx.recipe_files import RECIPES, shipped_recipe
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parent.parent
 # What a checkout's environment would lend: the tests are about the wheel alone.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -601,7 +601,7 @@ def test_no_tokenizer(tmp_path: Path, inputs: Path, algorithm: str, capsys: pyte
     tiny_model().save_pretrained(folder)
     argv = recipe(tmp_path, fields(inputs, algorithm, model_name_or_path=str(folder)))
     sentence = refused_alike(algorithm, argv, capsys)
-    assert sentence.startswith(f"the tokenizer of model_name_or_path={str(folder)!r} cannot be loaded here (no file of")
+    assert sentence.startswith(f"the tokenizer of model_name_or_path={str(folder)!r} cannot be loaded here (none of")
     without_words = AutoTokenizer.from_pretrained(folder)
     for model in (str(folder), AutoModelForCausalLM.from_pretrained(folder)):
         with pytest.raises(ValueError, match=r"the tokenizer of .* cannot be loaded here .* pass processing_class"):
@@ -646,13 +646,13 @@ def change_config(folder: Path, **changes: object) -> None:
 
 
 SPOILT = {
-    "no weights": "holds no model.safetensors: its weights are not all there",
+    "no weights": "holds no model.safetensors: weights are missing",
     "a file is missing": "holds no model-00002-of-0000",
-    "a file is cut": "is not whole (model-00001-of-0000",
-    "a file is empty": "is not whole (model-00001-of-0000",
-    "a file is a web page": "is not whole (model-00001-of-0000",
+    "a file is cut": "is incomplete (model-00001-of-0000",
+    "a file is empty": "is incomplete (model-00001-of-0000",
+    "a file is a web page": "is incomplete (model-00001-of-0000",
     "the index is cut": "holds no readable model.safetensors.index.json",
-    "a pickle is cut": "is not whole (pytorch_model.bin is cut)",
+    "a pickle is cut": "is incomplete (pytorch_model.bin is cut)",
     "another vocabulary": "holds weights of another shape than in its config.json (model.embed_tokens.w",
     "another width": "holds weights of another shape than in its config.json (model.layers.0.mlp.",
 }
@@ -676,7 +676,7 @@ def test_spoilt_classifiers(tmp_path: Path, inputs: Path, option: str, capsys: p
     shutil.copytree(inputs / "model", folder)
     spoilt(folder, "a file is cut")
     sentence = refused_alike("ppo", recipe(tmp_path, fields(inputs, "ppo", **{option: str(folder)})), capsys)
-    assert sentence.startswith(f"{option}={str(folder)!r} is not whole (model-00001-of-0000")
+    assert sentence.startswith(f"{option}={str(folder)!r} is incomplete (model-00001-of-0000")
 
 
 @pytest.mark.situation("starts from whole weights, in one file or several, tied or pickled", "right")

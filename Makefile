@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VENV_TRL116 := .venv-trl116
 # In as many processes as that; `WORKERS=0` for one that a debugger can stop.
 WORKERS ?= 2
-PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-trl116 lint docs clean
 

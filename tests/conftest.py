@@ -1,4 +1,4 @@
-"""Which worker runs what; two processes' runs; and the table of situations.
+"""The order of the tests; two processes' runs; and the table of situations.
 
 `pytest --situations` prints what users ran into and how the package answers: a test that is marked
 `situation("what a user does", "right")` is a row. The answers: it is right, it is refused in one sentence, or it works
@@ -34,20 +34,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--situations"):
         print_situations(items)
         items.clear()
-    group_by_file(items)
+    items.sort(key=lambda item: item.get_closest_marker("processes") is None)  # the longest come first
 
 
 def pytest_collection_finish() -> None:
     make_quick()
-
-
-def group_by_file(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: a file's tests stay with one worker, and what it made for them, unless marked otherwise;
-    those that start processes come first, because they take longest."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
 
 
 def print_situations(items: list[pytest.Item]) -> None:

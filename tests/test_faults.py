@@ -165,7 +165,7 @@ def test_the_last_whole_checkpoint(tmp_path: Path) -> None:
     early = checkpoint(tmp_path, 3)  # of a run that started afresh in the same folder
     assert resolve_checkpoint("last", tmp_path) == str(early)
     (early / "model.safetensors").unlink()  # a copy that was not finished, say
-    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
         resolve_checkpoint(str(early), tmp_path)
     with pytest.raises(CheckpointError, match="is not a folder"):
         resolve_checkpoint(str(tmp_path / "nowhere"), tmp_path)
@@ -624,5 +624,6 @@ def test_a_recipe_that_is_not_finite(
 def test_max_skipped_steps_is_checked(wrong: Any) -> None:
     assert Arguments().max_skipped_steps == 10
     assert Arguments(max_skipped_steps=0).max_skipped_steps == 0
-    with pytest.raises(ValueError, match=f"max_skipped_steps={wrong!r} must be a whole number"):
+    wanted = "a number, at least 0" if wrong == -1 else "a whole number"
+    with pytest.raises(ValueError, match=f"max_skipped_steps={wrong!r} must be {wanted}"):
         Arguments(max_skipped_steps=wrong)

@@ -13,7 +13,7 @@ from support.processes import SUPPORT, environment
 
 @pytest.mark.situation("gives a recipe with a field, key, word, file or reward that is wrong", "refused")
 @pytest.mark.processes
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=pytest.mark.xdist_group(f"fuzz{n}")) for n in (1, 2)])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_recipes_gone_wrong(seed: int) -> None:
     """No traceback but of the user's own code, nothing that a dry run misses, nothing that runs and means nothing."""
     command = [sys.executable, str(SUPPORT / "recipe_fuzzer.py"), "--seed", str(seed), "--cases", "60"]

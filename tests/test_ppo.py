@@ -244,7 +244,7 @@ def test_a_checkpoint_without_value_model_is_refused(tmp_path: Path) -> None:
     import shutil
 
     shutil.rmtree(tmp_path / "checkpoint-1" / "value_model")
-    with pytest.raises(ValueError, match="holds no value_model"):
+    with pytest.raises(ValueError, match="has no value_model"):
         trainer(tmp_path / "b", max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

@@ -78,7 +78,7 @@ class Launched(NamedTuple):
 
 def launch(strategy: str, name: str, options: dict, *marks: pytest.MarkDecorator) -> Any:
     """A parameter of the fixture `launched`, with its marks."""
-    marks += (pytest.mark.processes, pytest.mark.xdist_group(strategy))
+    marks += (pytest.mark.processes,)
     if strategy.startswith("zero"):
         marks += (pytest.mark.deepspeed,)
     sharding = {"fsdp2": "FSDP", "ddp": None}.get(strategy, "DEEPSPEED")

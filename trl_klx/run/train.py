@@ -23,9 +23,9 @@ from ..trainers.rewarding.calls import RewardError
 from .check.dry_run import dry_run
 from .outcome import resolved_recipe, show_outcome
 from .recipe.algorithm import Algorithm, Inputs
-from .recipe.arguments import BadInput, Recipe, starts_no_process
+from .recipe.arguments import BadInput, Findings, Recipe, starts_no_process
 from .recipe.parse import parse
-from .sources.read import Findings, read_inputs, start_problems
+from .sources.read import read_inputs, start_problems
 from .sources.users_code import users_traceback
 
 # One process may find its disk full, or have the answer or the prompt that a run fails on; that a step is not finite

@@ -18,9 +18,9 @@ from ..explain.alternatives import advice
 from ..explain.notes import sentence
 from ..recipe.algorithm import Algorithm
 from ..recipe.algorithms import ALGORITHMS
-from ..recipe.arguments import Recipe, starts_no_process
+from ..recipe.arguments import Findings, Recipe, starts_no_process
 from ..recipe.parse import parse
-from ..sources.read import Findings, read_inputs, start_problems
+from ..sources.read import read_inputs, start_problems
 from . import page
 from .layout import Layout, read_layout
 from .machine import check_machine, unreachable

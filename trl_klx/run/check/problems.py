@@ -8,8 +8,7 @@ from datasets import IterableDataset
 from ...trainers.errors import CheckpointError
 from ...trainers.reference.resumed import check_resume
 from ..recipe.algorithm import Algorithm, Inputs
-from ..recipe.arguments import Recipe
-from ..sources.read import Findings
+from ..recipe.arguments import Findings, Recipe
 from .layout import Layout
 from .memory import Models
 

@@ -1,5 +1,6 @@
 """The parts of a recipe: dataset and rewards, the config of the trainer, and how the model is loaded."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -65,3 +66,27 @@ def starts_no_process(accelerate_config: str) -> str:
         f"accelerate_config={accelerate_config!r} starts processes only on the command line of `trl-klx`, or as "
         "`accelerate launch --config_file`: give it there, or plan for it by --dry_run."
     )
+
+
+class Findings:
+    """What becomes of a problem: it is raised, or kept among the `sentences`."""
+
+    def __init__(self, *, stops: bool) -> None:
+        self.stops = stops
+        self.sentences: list[str] = []
+
+    def ask(self, check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of a check that raises ValueError; None where it complained and the reading continues."""
+        try:
+            return check(*args, **kwargs)
+        except ValueError as error:
+            if self.stops:
+                raise
+            self.add(str(error))
+            return None
+
+    def add(self, sentence: str) -> None:
+        if self.stops:
+            raise BadInput(sentence)
+        if sentence not in self.sentences:
+            self.sentences.append(sentence)

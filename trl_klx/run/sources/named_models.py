@@ -7,7 +7,7 @@ and an adapter tried on it.
 import warnings
 from collections.abc import Iterator, Mapping
 from inspect import signature
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -18,12 +18,9 @@ from trl import get_peft_config, get_quantization_config
 
 from ...trainers.checks.packages import missing_for_model
 from ...trainers.checks.start import overwritten_checkpoints, overwritten_models
-from ..recipe.arguments import BadInput, Recipe
+from ..recipe.arguments import BadInput, Findings, Recipe
 from .data import maker
 from .weights import weight_problems
-
-if TYPE_CHECKING:
-    from .read import Findings
 
 POLICY, CLASSIFIERS = "model_name_or_path", ("reward_model_path", "value_model_path")
 # What `from_pretrained` takes beside its named parameters and the fields of the model's config (transformers 5.23).
@@ -72,7 +69,7 @@ class NamedModels(NamedTuple):
     classifiers: dict[str, Weights]  # by the option that names them
 
 
-def named_models(recipe: Recipe, found: "Findings") -> tuple[PreTrainedConfig | None, NamedModels | None]:
+def named_models(recipe: Recipe, found: Findings) -> tuple[PreTrainedConfig | None, NamedModels | None]:
     """Check every model that a recipe names; what it takes to read one is read once.
 
     Returns:

@@ -17,35 +17,11 @@ from ...trainers.errors import FolderError
 from ...trainers.rewarding.gold import check_gold_reward
 from ...wording import first_line
 from ..recipe.algorithm import Algorithm, Inputs
-from ..recipe.arguments import BadInput, Recipe
+from ..recipe.arguments import BadInput, Findings, Recipe
 from .data import open_dataset, wanted_splits
 from .named_models import NamedModels, named_models, trusts_code
 from .tried_settings import setting_problems
 from .users_code import load_function, try_reward
-
-
-class Findings:
-    """What becomes of a problem: it is raised, or kept among the `sentences`."""
-
-    def __init__(self, *, stops: bool) -> None:
-        self.stops = stops
-        self.sentences: list[str] = []
-
-    def ask(self, check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The result of a check that raises ValueError; None where it complained and the reading continues."""
-        try:
-            return check(*args, **kwargs)
-        except ValueError as error:
-            if self.stops:
-                raise
-            self.add(str(error))
-            return None
-
-    def add(self, sentence: str) -> None:
-        if self.stops:
-            raise BadInput(sentence)
-        if sentence not in self.sentences:
-            self.sentences.append(sentence)
 
 
 def start_problems(recipe: Recipe) -> Iterator[str]:

@@ -592,3 +592,20 @@ def test_an_environment_may_make_the_prompts(tmp_path: Path, rows: dict | None) 
     trainer.train()
     assert trainer.state.log_history[0]["rewards/Sums/mean"] == 1.0
     assert trainer.state.log_history[0]["kl/sequences"] == 8
+
+
+def test_a_sampled_credit_computes_no_exact_kl(
+    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exact KL that is only monitored is computed in the loss; the credit of k1 has no use for it."""
+    settings = {"kl_estimator": "k1", "kl_placement": "reward", "kl_monitor": ["k1", "exact"]}
+    trainer = make_trainer(model_path, tmp_path, **settings, max_steps=1)
+    asked, exact_kl_of = [], trainer._exact.exact_kl
+
+    def counted(*args, **kwargs):
+        asked.append(args)
+        return exact_kl_of(*args, **kwargs)
+
+    monkeypatch.setattr(trainer._exact, "exact_kl", counted)
+    trainer.train()
+    assert len(asked) == 1  # the loss of the one micro-batch

@@ -197,7 +197,8 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         """
         mask, ref_logps = loss_mask(batch), batch["ref_per_token_logps"]
         if policy is None:
-            policy = self._score(self.model, batch, self._ask(batch, grad=False))
+            charges_exact = self.kl_term.estimator == "exact"
+            policy = self._score(self.model, batch, self._ask(batch, grad=False) if charges_exact else Ask())
         exact = policy.exact
         if policy.hidden is not None and self._exact is not None:
             with self.accelerator.autocast():

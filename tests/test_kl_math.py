@@ -24,8 +24,8 @@ from trl_klx.kl import (
     masked_mean,
     masked_sum,
 )
+from trl_klx.kl.chunked.exact import default_chunk_size
 from trl_klx.kl.exact import block_kl
-from trl_klx.kl.exact_chunked import default_chunk_size
 
 pytestmark = pytest.mark.usefixtures("device")
 

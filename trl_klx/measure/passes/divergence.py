@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...kl.chunked.exact import default_chunk_size
 from ...kl.estimators import at_least_float32
-from ...kl.exact_chunked import default_chunk_size
 
 TOP = 5
 # Logits of one model that run through softmax and the rest together: with their temporaries, a CPU's cache.
@@ -146,7 +146,7 @@ def chunked_token_statistics(
         ref_hidden: (N, H') the reference's hidden states at the same positions.
         tokens: (N,) the tokens that followed.
         vocab_size: V, from which the default chunk follows.
-        chunk_size: tokens per chunk; None takes `trl_klx.kl.exact_chunked.default_chunk_size`.
+        chunk_size: tokens per chunk; None takes `trl_klx.kl.chunked.exact.default_chunk_size`.
     """
     kind = tokens.device.type
     chunk_size = chunk_size or default_chunk_size(vocab_size, kind)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .estimators import at_least_float32
-from .exact import Direction, block_kl, check_direction
-from .logits import LogitTransform, check_transform
+from ..estimators import at_least_float32
+from ..exact import Direction, block_kl, check_direction
+from ..logits import LogitTransform, check_transform
 
 # Float32 logits that are held at once. On a CPU more buys no speed (docs/performance.md); on a GPU large products and
 # few launches are better, by reasoning and not by measurement.

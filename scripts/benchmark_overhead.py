@@ -5,15 +5,20 @@ python scripts/benchmark_overhead.py --model runs/starter/model
 python scripts/benchmark_overhead.py --model runs/sums/model --prompt "Write a sentence about the sea." \
     --batch_size 4 --completion_length 48
 
-`--model` is any causal language model that `from_pretrained` loads; recipes/smollm2-135m/prepare.py fetches a real one.
+python scripts/benchmark_overhead.py --shape qwen2.5-0.5b --batch_size 8 --completion_length 256 --whole_rounds 0
 
-All trainers share policy, reference and optimizer in one process and take turns; a ratio is taken to stock within a
-round. `step` is loss, backward, clipping and optimizer on one fixed rollout, the same answers for all; `whole` samples,
-scores and rewards a rollout first. Memory is the peak during a step, in a process of its own, above what it held
-before.
+`--model` is any causal language model that `from_pretrained` loads; recipes/smollm2-135m/prepare.py fetches a real one.
+`--shape` takes random weights of a published shape instead, which needs no file at all. `--frozen` trains a LoRA
+adapter: no gradient of the head. On CUDA the policy runs in bf16 autocast, as `bf16: true` has it.
+
+All trainers share policy, reference and optimizer in one process (with `--frozen` the base model) and take turns; a
+ratio is taken to stock within a round. `step` is loss, backward, clipping and optimizer on one fixed rollout, the same
+answers for all; `whole` samples, scores and rewards a rollout first. Memory is the peak during a step, in a process of
+its own, above what it held before.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -22,10 +27,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
+from random_models import SHAPES, save
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,6 +41,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
 from trl_klx.kl import exact_kl
+from trl_klx.trainers.seams import FUSED_LM_HEAD, TRL_VERSION
 
 STOCK = "stock k3 loss"
 # name: options of KLXGRPOConfig, or None for stock
@@ -44,9 +53,12 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "k3 loss": {"kl_estimator": "k3"},
     "exact loss": {"kl_estimator": "exact"},
     "exact both": {"kl_estimator": "exact", "kl_placement": "both"},
-    "exact loss, from hidden states": {"kl_estimator": "exact"},  # the route of TRL 1.16, forced
-    "exact loss, dense": {"kl_estimator": "exact"},  # for comparison: `exact_kl` on all logits at once
 }
+if not FUSED_LM_HEAD:  # where the policy's forward returns logits
+    VARIANTS |= {
+        "exact loss, from hidden states": {"kl_estimator": "exact"},  # the route of TRL 1.16, forced
+        "exact loss, dense": {"kl_estimator": "exact"},  # for comparison: `exact_kl` on all logits at once
+    }
 
 Arguments = argparse.Namespace
 
@@ -54,6 +66,9 @@ Arguments = argparse.Namespace
 def parse(arguments: list[str] | None) -> Arguments:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/starter/model", help="folder of a causal language model")
+    parser.add_argument("--shape", choices=list(SHAPES), help="random weights of this shape, in place of --model")
+    parser.add_argument("--frozen", action="store_true", help="train a LoRA adapter on all linear layers, rank 32")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--prompt", default="53331=")
     parser.add_argument("--batch_size", type=int, default=64, help="answers per step")
     parser.add_argument("--completion_length", type=int, default=8, help="tokens of every answer")
@@ -62,6 +77,7 @@ def parse(arguments: list[str] | None) -> Arguments:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--no_memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: process time, on a busy machine")
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # measure this variant's memory in this process
     return parser.parse_args(arguments)
 
@@ -75,7 +91,7 @@ def rows(args: Arguments) -> list[dict[str, str]]:
     return [{"prompt": args.prompt}] * args.batch_size
 
 
-def make_trainer(name: str, model: Any, tokenizer: Any, args: Arguments) -> GRPOTrainer:
+def make_trainer(name: str, model: Any, args: Arguments) -> GRPOTrainer:
     cpu = not torch.cuda.is_available()
     settings: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="benchmark-"),
@@ -85,17 +101,24 @@ def make_trainer(name: str, model: Any, tokenizer: Any, args: Arguments) -> GRPO
         "generation_kwargs": {"min_new_tokens": args.completion_length},
         "beta": 0.1,
         "use_cpu": cpu,
-        "bf16": False,
+        "bf16": args.bf16,
         "gradient_checkpointing": False,
         "report_to": [],
     }
-    data = {"train_dataset": Dataset.from_list(rows(args)), "processing_class": tokenizer}
+    data: dict[str, Any] = {
+        "train_dataset": Dataset.from_list(rows(args)),
+        "processing_class": AutoTokenizer.from_pretrained(args.model),
+    }
+    if args.frozen:
+        data["peft_config"] = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
     options = VARIANTS[name]
+    torch.manual_seed(0)  # for the adapter
     if options is None:
         trainer = GRPOTrainer(model, reward, GRPOConfig(**settings), **data)
     else:
         trainer = KLXGRPOTrainer(model, reward, KLXGRPOConfig(**settings, **options), **data)
         force_route(trainer, name)
+    trainer.accelerator.prepare_model(trainer.model)  # autocast goes around its forward, as in `train`
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return trainer
@@ -138,13 +161,21 @@ def rollout(trainer: GRPOTrainer, args: Arguments) -> dict[str, Any]:
     return trainer._generate_and_score_completions(rows(args))
 
 
-def load(args: Arguments) -> tuple[Any, Any, torch.optim.Optimizer]:
-    torch.manual_seed(0)
+def load_model(args: Arguments) -> Any:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    # A learning rate so small that the policy, and with it every rollout, stays the same for all.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-12)
-    return model, AutoTokenizer.from_pretrained(args.model), optimizer
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_optimizer(trainer: GRPOTrainer) -> torch.optim.Optimizer:
+    """With a learning rate so small that the policy, and with it every rollout, stays the same for all."""
+    return torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-12)
+
+
+def with_the_weights_of(model: Any) -> Any:
+    """A model of its own, which an adapter can be put on, with the same tensors."""
+    twin = copy.deepcopy(model)
+    share_weights(twin, model)
+    return twin
 
 
 def take_turns(steps: dict[str, Callable[[], None]], rounds: int, clock: str) -> dict[str, list[float]]:
@@ -162,25 +193,34 @@ def take_turns(steps: dict[str, Callable[[], None]], rounds: int, clock: str) ->
     return seconds
 
 
-def share_reference(trainers: list[GRPOTrainer]) -> None:
-    """One set of reference weights for all, so that many variants of a large model fit."""
-    for trainer in trainers[1:]:
-        for mine, first in zip(trainer.ref_model.parameters(), trainers[0].ref_model.parameters(), strict=True):
-            mine.data = first.data
+def share_weights(model: Any, other: Any) -> None:
+    for mine, first in zip(model.parameters(), other.parameters(), strict=True):
+        mine.data = first.data
+
+
+def make_trainers(args: Arguments) -> tuple[dict[str, GRPOTrainer], dict[str, torch.optim.Optimizer]]:
+    """All variants on one set of weights, of the policy and of the reference, so that those of a large model fit."""
+    model, trainers = load_model(args), {}
+    for name in args.variants:
+        trainers[name] = make_trainer(name, with_the_weights_of(model) if args.frozen else model, args)
+        reference = trainers[name].ref_model
+        if reference is not None:  # with an adapter, the policy without it
+            share_weights(reference, next(iter(trainers.values())).ref_model)
+    if args.frozen:
+        return trainers, {name: make_optimizer(trainer) for name, trainer in trainers.items()}
+    return trainers, dict.fromkeys(trainers, make_optimizer(next(iter(trainers.values()))))
 
 
 def measure_times(args: Arguments) -> dict[str, dict[str, list[float]]]:
     """Seconds by kind of step ("step", "whole"), variant and round."""
-    model, tokenizer, optimizer = load(args)
-    trainers = {name: make_trainer(name, model, tokenizer, args) for name in args.variants}
-    share_reference(list(trainers.values()))
+    trainers, optimizers = make_trainers(args)
     batches = {name: rollout(trainer, args) for name, trainer in trainers.items()}
     answers = [batch["completion_ids"] for batch in batches.values()]
     assert all(torch.equal(answers[0], other) for other in answers)
-    steps = {name: make_step(trainers[name], optimizer, batches[name], whole=False) for name in trainers}
+    steps = {name: make_step(trainers[name], optimizers[name], batches[name], whole=False) for name in trainers}
     out = {"step": take_turns(steps, args.rounds, args.clock)}
     if args.whole_rounds:
-        whole = {name: make_step(trainers[name], optimizer, rows(args), whole=True) for name in trainers}
+        whole = {name: make_step(trainers[name], optimizers[name], rows(args), whole=True) for name in trainers}
         out["whole"] = take_turns(whole, args.whole_rounds, args.clock)
     return out
 
@@ -206,10 +246,11 @@ def reset_peak() -> None:
 
 def measure_memory(name: str, args: Arguments) -> int:
     """Bytes that a step takes at its peak on top of the weights, references, optimizer and rollout."""
-    model, tokenizer, optimizer = load(args)
-    trainer = make_trainer(name, model, tokenizer, args)
-    batch = rollout(trainer, args)
-    for parameter in model.parameters():  # the optimizer's moments, without a step whose memory the system may keep
+    trainer = make_trainer(name, load_model(args), args)
+    optimizer, batch = make_optimizer(trainer), rollout(trainer, args)
+    for parameter in optimizer.param_groups[0][
+        "params"
+    ]:  # the optimizer's moments, without a step whose memory the system may keep
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
@@ -220,7 +261,7 @@ def measure_memory(name: str, args: Arguments) -> int:
 
 
 def memory_of(name: str, args: Arguments) -> int:
-    settings = {key: value for key, value in vars(args).items() if key != "worker"}
+    settings = {key: value for key, value in vars(args).items() if key not in ("worker", "output")}
     command = [sys.executable, __file__, "--worker", json.dumps({"name": name, "settings": settings})]
     # Freed blocks go back to the system at once: what the process holds is then what it uses.
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", **os.environ}
@@ -261,6 +302,27 @@ def table_of(times: dict[str, dict[str, list[float]]], memory: dict[str, int]) -
     return table
 
 
+def figures(
+    times: dict[str, dict[str, list[float]]], memory: dict[str, int], args: Arguments
+) -> dict[str, dict[str, Any]]:
+    """Median seconds and the ratio to stock with its quartiles, by variant and kind of step; bytes at the peak."""
+    out: dict[str, dict[str, Any]] = {}
+    for name in args.variants:
+        out[name] = {
+            kind: {"seconds": statistics.median(seconds[name]), "over stock": ratios(seconds, name)}
+            for kind, seconds in times.items()
+        }
+        if memory:
+            out[name]["peak bytes"] = memory[name]
+    return out
+
+
+def measure(args: Arguments) -> tuple[dict[str, dict[str, list[float]]], dict[str, int]]:
+    without_memory = args.no_memory or not (torch.cuda.is_available() or os.path.exists("/proc/self/clear_refs"))
+    memory = {} if without_memory else {name: memory_of(name, args) for name in args.variants}
+    return measure_times(args), memory
+
+
 def main(arguments: list[str] | None = None) -> tuple[dict[str, dict[str, list[float]]], dict[str, int]]:
     args = parse(arguments)
     if STOCK not in args.variants:
@@ -269,10 +331,15 @@ def main(arguments: list[str] | None = None) -> tuple[dict[str, dict[str, list[f
         task = json.loads(args.worker)
         print(measure_memory(task["name"], Arguments(**task["settings"])))
         return {}, {}
-    without_memory = args.no_memory or not (torch.cuda.is_available() or os.path.exists("/proc/self/clear_refs"))
-    memory = {} if without_memory else {name: memory_of(name, args) for name in args.variants}
-    times = measure_times(args)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape is not None:
+            args.model = save(args.shape, Path(folder), device="cuda" if torch.cuda.is_available() else "cpu")
+        times, memory = measure(args)
     Console(width=None if sys.stdout.isatty() else 140).print(table_of(times, memory))
+    if args.output is not None:
+        found = {"trl": str(TRL_VERSION), "torch": torch.__version__, "variants": figures(times, memory, args)}
+        settings = {key: value for key, value in vars(args).items() if key not in ("worker", "output")}
+        args.output.write_text(json.dumps({"settings": settings, **found}, indent=1))
     return times, memory
 
 

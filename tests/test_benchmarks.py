@@ -11,6 +11,7 @@ from packaging.version import Version
 from rich.console import Console
 from support.loading import load
 from support.tiny import save_tiny
+from torch.utils.flop_counter import FlopCounterMode
 
 from trl_klx.control.plants import PHASES
 from trl_klx.tasks.starter import make_problems
@@ -23,27 +24,59 @@ def printed(table) -> str:
     return out.getvalue()
 
 
-def test_benchmark_of_the_exact_kl(capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_of_the_exact_kl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = load("scripts/benchmark_exact_kl.py")
-    results = benchmark.main(["--vocabularies", "60", "--tokens", "8", "--hidden", "8", "--repeats", "1"])
-    assert [key[2] for key in results] == list(benchmark.ROUTES)
+    arguments = ["--vocabularies", "60", "--tokens", "8", "--hidden", "8", "--repeats", "1", "--no_accuracy"]
+    figures = benchmark.main([*arguments, "--output", str(tmp_path / "figures.json")])
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    (case,) = figures["cases"]
+    assert (case["vocabulary"], case["hidden"], case["tokens"], case["head"]) == (60, 8, 8, "trained")
+    results = case["routes"]
+    assert list(results) == [*benchmark.FLOORS, *benchmark.ROUTES]
     assert all(math.isfinite(value) and value >= 0 for result in results.values() for value in result.values())
     shown = capsys.readouterr().out
-    assert all(name in shown for name in benchmark.ROUTES)
-    assert (benchmark.NOT_INSTALLED in shown) == (not results[60, 8, "trl"])
+    assert all(name in shown for name in results)
+    assert (benchmark.NOT_INSTALLED in shown) == (not results["trl"])
 
 
+@pytest.mark.parametrize("head", ["trained", "frozen"])
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_routes_of_the_benchmark_compute_the_same(direction: str) -> None:
+def test_routes_of_the_benchmark_compute_the_same(direction: str, head: str) -> None:
     benchmark = load("scripts/benchmark_exact_kl.py")
-    args = benchmark.parse(["--hidden", "8", "--direction", direction])
-    inputs = benchmark.make_inputs(60, 8, args)
-    routes = [benchmark.route(name, args) for name in benchmark.ROUTES]
-    results = [(function(**inputs), *benchmark.run(function, inputs)) for function in routes if function is not None]
-    assert len(results) >= 3
-    for other in results[1:]:
-        for found, wanted in zip(other, results[0], strict=True):
+    args = benchmark.parse(["--direction", direction])
+    inputs = benchmark.make_inputs(benchmark.Case(60, 8, 8, head), args)
+    results = {}
+    for name in benchmark.ROUTES:
+        function = benchmark.route(name, args)
+        if function is not None:
+            value = benchmark.kl_of(function(**inputs))
+            results[name] = (value, *benchmark.gradients(value, inputs))
+    assert len(results) >= 4
+    assert len(results["dense"]) == (3 if head == "trained" else 2)
+    for other in results.values():
+        for found, wanted in zip(other, results["dense"], strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("head", "products", "stock"), [("trained", 4, 3), ("frozen", 3, 2)])
+def test_the_floor_is_the_products_that_no_route_avoids(head: str, products: int, stock: int) -> None:
+    """Counted in operations: one product of all tokens takes 2 N V H."""
+    benchmark = load("scripts/benchmark_exact_kl.py")
+    args = benchmark.parse(["--chunk_size", "3"])
+    inputs = benchmark.make_inputs(benchmark.Case(60, 16, 8, head), args)
+    for name, count in {"products": products, "stock": stock}.items():
+        call = benchmark.floor(name, inputs, args)
+        with FlopCounterMode(display=False) as counter:
+            call()
+        assert counter.get_total_flops() == count * 2 * 8 * 60 * 16
+
+
+def test_accuracy_of_the_benchmark() -> None:
+    benchmark = load("scripts/benchmark_exact_kl.py")
+    rows = benchmark.measure_accuracy(benchmark.parse(["--routes", "dense", "chunked"]))
+    assert [row["route"] for row in rows] == ["dense", "chunked"] * len(benchmark.GAPS)
+    assert rows[0]["nats"] == pytest.approx(0.04, rel=0.2)
+    assert all(1e-9 < row["gradient of hidden"] < 1e-3 and 1e-9 < row["gradient of head"] < 1e-3 for row in rows)
 
 
 def test_slopes() -> None:
@@ -52,7 +85,9 @@ def test_slopes() -> None:
     assert benchmark.slope([10, 100], [5.0, 5.0]) == pytest.approx(0)
     assert math.isnan(benchmark.slope([10, 10], [1.0, 2.0]))
     results = {
-        (vocab, tokens, "dense"): {"bytes": 2.0 * vocab * tokens, "seconds": 3.0 * vocab * tokens**2}
+        benchmark.Case(vocab, 8, tokens, "frozen"): {
+            "dense": {"bytes": 2.0 * vocab * tokens, "seconds": 3.0 * vocab * tokens**2}
+        }
         for vocab in (10, 20)
         for tokens in (4, 8)
     }
@@ -74,6 +109,37 @@ def test_benchmark_of_the_overhead(tmp_path: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert all(name in shown for name in benchmark.VARIANTS)
     assert benchmark.memory_of("k3 loss", benchmark.parse(arguments)) >= 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_overhead_of_a_shape_in_bf16(frozen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights, and the policy's forward in autocast, as a training run has it."""
+    benchmark = load("scripts/benchmark_overhead.py")
+    used, project = set(), torch.nn.functional.linear
+
+    def linear(hidden: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+        out = project(hidden, *args)
+        used.add(out.dtype if torch.is_grad_enabled() else None)
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    arguments = [
+        "--shape",
+        "tiny",
+        "--bf16",
+        "--batch_size",
+        "4",
+        "--completion_length",
+        "4",
+        "--variants",
+        "exact both",
+    ]
+    arguments += ["--rounds", "1", "--whole_rounds", "0", "--no_memory", "--output", str(tmp_path / "figures.json")]
+    benchmark.main(arguments + ["--frozen"] * frozen)
+    assert torch.bfloat16 in used
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures["variants"]) == [benchmark.STOCK, "exact both"]
+    assert figures["variants"]["exact both"]["step"]["over stock"][0] > 0
 
 
 def test_ratios_are_taken_round_by_round() -> None:

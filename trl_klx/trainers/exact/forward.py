@@ -24,7 +24,16 @@ from ...kl.exact import Direction
 from ...kl.logits import LogitTransform
 from ..reference.build import causal_lm
 from ..seams import FUSED_LM_HEAD, swapped
-from .head import WITHOUT_EXACT, call_as_forward, check_heads, reshard, whole
+from .head import (
+    WITHOUT_EXACT,
+    are_close,
+    call_as_forward,
+    check_heads,
+    not_called,
+    reshard,
+    unknown_transform,
+    whole,
+)
 
 
 def exact_kl_between(trainer: Any, policy: nn.Module, *, temperature: float, direction: Direction) -> "ExactKLForward":
@@ -33,11 +42,7 @@ def exact_kl_between(trainer: Any, policy: nn.Module, *, temperature: float, dir
     Raises:
         ValueError: it cannot be computed for this model, or for this kind of sharding.
     """
-    if is_fsdp1(trainer):  # which flattens the head into one parameter with others
-        raise ValueError(
-            "fsdp_version=1 flattens the output head, which the exact KL reads: use fsdp_version 2, DDP or DeepSpeed, "
-            "or kl_estimator k1, k2 or k3 (in DPO kl_coef 0 and no kl_probe_steps)."
-        )
+    check_not_flat(trainer)
     causal = causal_lm(policy)
     reference = causal if trainer.ref_model is None else causal_lm(trainer.accelerator.unwrap_model(trainer.ref_model))
     exact = ExactKLForward(causal, reference, temperature=temperature, direction=direction)
@@ -51,11 +56,20 @@ def is_fsdp1(trainer: Trainer) -> bool:
     return plugin is not None and plugin.fsdp_version != 2
 
 
+def check_not_flat(trainer: Trainer) -> None:
+    """Raise ValueError under FSDP1, which flattens the head into one parameter with others."""
+    if is_fsdp1(trainer):
+        raise ValueError(
+            "fsdp_version=1 flattens the output head, which the exact KL reads: use fsdp_version 2, DDP or DeepSpeed, "
+            "or kl_estimator k1, k2 or k3 (in DPO kl_coef 0 and no kl_probe_steps)."
+        )
+
+
 class _Call:
     """What passes by while a model scores: the latest input of an output head, (rows, L, H)."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model_name = type(model).__name__
+        self._model = model
         self._hidden: Tensor | None = None
 
     def keep_input(self, head: nn.Module, args: tuple) -> None:
@@ -67,10 +81,7 @@ class _Call:
     def completion(self, length: int) -> Tensor:
         """(rows, C, H) the hidden states that predict the completion's `length` tokens."""
         if self._hidden is None or self._hidden.dim() != 3:
-            raise ValueError(
-                f"{self._model_name} does not call its output head with the hidden states of all tokens, which the "
-                f"exact KL reads there: {WITHOUT_EXACT}."
-            )
+            raise not_called(self._model)
         return self._hidden[:, -length - 1 : -1]
 
 
@@ -153,7 +164,7 @@ class ExactKLForward:
                 self._check_projection(hidden, output)
                 if FUSED_LM_HEAD:
                     policy.base_model(**inputs)
-                    if not _are_close(call.completion(ids.size(1) - 1), hidden):
+                    if not are_close(call.completion(ids.size(1) - 1), hidden):
                         raise ValueError(
                             f"TRL's fused head reads other hidden states of {type(policy).__name__} than the model's "
                             f"own head does: {WITHOUT_EXACT}."
@@ -292,16 +303,8 @@ class ExactKLForward:
         with torch.no_grad():
             raw = self._policy.get_output_embeddings()(hidden[:1, -1]).float()
             ours = self._transform._replace(temperature=1.0).apply_(raw)
-        if not _are_close(ours, logits[:1, -2].detach().float()):
-            raise ValueError(
-                f"{type(self._policy).__name__} transforms its logits in a way that the exact KL does not know: "
-                f"{WITHOUT_EXACT}, and please report the architecture."
-            )
-
-
-def _are_close(ours: Tensor, theirs: Tensor) -> bool:
-    atol = 2e-2 * float(theirs.abs().max())
-    return ours.shape == theirs.shape and torch.allclose(ours.to(theirs.device), theirs, rtol=2e-2, atol=atol)
+        if not are_close(ours, logits[:1, -2].detach().float()):
+            raise unknown_transform(self._policy)
 
 
 def _scattered(kl_N: Tensor, mask: Tensor) -> Tensor:

@@ -23,9 +23,13 @@ def call_as_forward(head: nn.Module, function: Callable[[Tensor], Tensor], hidde
     ZeRO-3 and FSDP gather a module's weights by hooks around its forward, and again around its part of backward;
     accelerate's bring inputs, and weights that are offloaded, to the head's device.
     """
-    name = "_old_forward" if "_hf_hook" in vars(head) else "forward"  # accelerate puts its hook around `_old_forward`
-    with swapped(head, **{name: function}):
+    with swapped(head, **{place_of_forward(head): function}):
         return head(hidden)
+
+
+def place_of_forward(head: nn.Module) -> str:
+    """The attribute to swap for a function that runs as the head's forward."""
+    return "_old_forward" if "_hf_hook" in vars(head) else "forward"  # accelerate puts its hook around `_old_forward`
 
 
 def reshard(head: nn.Module) -> None:
@@ -77,3 +81,23 @@ def check_heads(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
             f"the policy has a vocabulary of {head.out_features} and the reference of {ref_head.out_features}: "
             "exact KL needs one vocabulary; use the checkpoint that the policy started from as reference."
         )
+
+
+def are_close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two projections are the same, but for half precision."""
+    atol = 2e-2 * float(theirs.abs().max())
+    return ours.shape == theirs.shape and torch.allclose(ours.to(theirs.device), theirs, rtol=2e-2, atol=atol)
+
+
+def not_called(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} does not call its output head with the hidden states of all tokens, which the "
+        f"exact KL reads there: {WITHOUT_EXACT}."
+    )
+
+
+def unknown_transform(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} transforms its logits in a way that the exact KL does not know: "
+        f"{WITHOUT_EXACT}, and please report the architecture."
+    )

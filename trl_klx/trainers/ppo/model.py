@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
 from ..checks.vocabulary import check_value_vocabulary
+from ..exact.scored_head import Asked, HiddenStates, Scored
 from ..reference.build import causal_lm
 from ..rewarding.models import load_classifier
 
@@ -24,14 +25,16 @@ VALUE_FOLDER = "value_model"  # inside a checkpoint; the policy is the checkpoin
 
 @dataclass
 class PolicyAndValueOutput(ModelOutput):
-    """Of the last T tokens: the logits that predict them (B, T, V), the values before them and exact KL (B, T).
+    """What was asked of the last T tokens, see `Scored`, and the values before them, all (B, T).
 
     (A field named `values` would hide the dict's method, which DeepSpeed calls.)
     """
 
-    logits: Tensor | None = None
+    logps: Tensor | None = None
+    entropy: Tensor | None = None
+    exact: Tensor | None = None
+    hidden: HiddenStates | None = None
     state_values: Tensor | None = None
-    exact_kl: Tensor | None = None
 
 
 class PolicyAndValue(nn.Module):
@@ -50,23 +53,23 @@ class PolicyAndValue(nn.Module):
         self._can_keep_logits = "logits_to_keep" in inspect.signature(causal_lm(policy).forward).parameters
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, completion_length: int, with_values: bool = True
+        self, input_ids: Tensor, attention_mask: Tensor, asked: Asked, with_values: bool = True
     ) -> PolicyAndValueOutput:
-        """Score the last `completion_length` tokens of (B, L) `input_ids`; prompts may be padded on the left."""
-        output = self.run(self.policy, input_ids, attention_mask, completion_length)
+        """Score the last T tokens of (B, L) `input_ids` as `asked`; prompts may be padded on the left."""
+        scored = self.run(self.policy, input_ids, attention_mask, asked)
         values = None
         if with_values:
             inputs = _inputs(input_ids, attention_mask)
             hidden = self.value_model.base_model(**inputs, use_cache=False).last_hidden_state
-            values = self.value_model.get_submodule("score")(hidden[:, -completion_length - 1 : -1]).squeeze(-1)
-        return PolicyAndValueOutput(output.logits, values, output.get("exact_kl"))
+            values = self.value_model.get_submodule("score")(hidden[:, -asked.ids.size(1) - 1 : -1]).squeeze(-1)
+        return PolicyAndValueOutput(**vars(scored), state_values=values)
 
-    def run(self, model: Any, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Any:
-        """Run the policy, or a reference of its architecture; `logits` are (B, T, V), those that predict the answer."""
-        keep = {"logits_to_keep": completion_length + 1} if self._can_keep_logits else {}
-        output = model(**_inputs(input_ids, attention_mask), **keep, use_cache=False)
-        output["logits"] = output.logits[:, -completion_length - 1 : -1]
-        return output
+    def run(self, model: Any, input_ids: Tensor, attention_mask: Tensor, asked: Asked) -> Scored:
+        """Score the answers by the policy, or by a reference of its architecture."""
+        inputs: dict[str, Any] = _inputs(input_ids, attention_mask)
+        if self._can_keep_logits:
+            inputs["logits_to_keep"] = asked.ids.size(1) + 1
+        return asked.scores(lambda: model(**inputs, use_cache=False))
 
     def generate(self, **kwargs: Any) -> Tensor:
         """The policy's `generate`. Called here and not on the policy, so that FSDP gathers what it has sharded."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -38,24 +39,32 @@ class Rewarded:
     prompts: Tensor  # (B,) numbers, equal for equal prompts
     groups: Tensor | None  # (B,) place of the prompt's group among those of the KL session; None without groups
     scores: Tensor  # (B,) weighted rewards, minus the penalty for answers without an end; NaN where no reward applies
+    counts: list[int]  # tokens of each answer that count, known on the host
 
     @property
     def length(self) -> int:
         return self.mask.size(1)
 
     def rows(self, index: Tensor | slice) -> Self:
-        """The same of some answers only."""
-        return replace(self, **{name: tensor[index] for name, tensor in _tensors(self).items()})
+        """The same of some answers only; an `index` on the CPU waits for no device."""
+        on_device = index.to(self.mask.device, non_blocking=True) if isinstance(index, Tensor) else index
+        chosen: dict[str, Any] = {}
+        for name, values in vars(self).items():
+            if isinstance(values, Tensor):
+                chosen[name] = values[on_device]
+            elif values is not None:
+                chosen[name] = [values[i] for i in index.tolist()] if isinstance(index, Tensor) else values[index]
+        return replace(self, **chosen)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of some answers by policy and value model; (B, T) and 0 on masked positions, but for the logits."""
+    """Of some answers by policy and value model; (B, T) and 0 on masked positions. None where it was not asked for."""
 
     logps: Tensor  # of the answer's tokens, at the sampling temperature
-    logits: Tensor  # (B, T, V)
     values: Tensor
-    exact: Tensor | None  # exact KL to the reference, where it was asked for
+    entropy: Tensor | None  # of the policy at each token
+    exact: Tensor | None  # exact KL to the reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,23 +74,27 @@ class Rollout(Rewarded):
     sampler_logps: Tensor  # (B, T) of the policy as it sampled, scored by the trainer
     values: Tensor  # (B, T)
     ref_logps: Tensor | None  # (B, T); None where no KL is measured
-    ref_hidden: Tensor | None  # (B, T, H), where the loss has an exact KL
+    ref_hidden: list[Tensor] | None  # (n, H) of the n tokens of each answer that count, where the loss has an exact KL
     exact: Tensor | None  # (B, T) exact KL, where it is measured
 
     @classmethod
     def joined(cls, parts: "Sequence[Rollout]") -> "Rollout":
         """One rollout of the answers of several."""
-        names = _tensors(parts[0])
-        return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+        joined: dict[str, Any] = {}
+        for name, first in vars(parts[0]).items():
+            if first is not None:
+                values = [getattr(part, name) for part in parts]
+                joined[name] = torch.cat(values) if isinstance(first, Tensor) else list(chain(*values))
+        return replace(parts[0], **joined)
 
     def without_unscored(self) -> "Rollout":
         """The same, in which nothing of an answer counts to which no reward applies."""
         unscored = self.scores.isnan()
-        return replace(self, mask=self.mask & ~unscored.unsqueeze(1), scores=self.scores.masked_fill(unscored, 0.0))
-
-
-def _tensors(values: Rewarded) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in vars(values).items() if tensor is not None}
+        mask = self.mask & ~unscored.unsqueeze(1)
+        counts = mask.sum(1).tolist()
+        hidden = self.ref_hidden and [rows[:count] for rows, count in zip(self.ref_hidden, counts, strict=True)]
+        scores = self.scores.masked_fill(unscored, 0.0)
+        return replace(self, mask=mask, counts=counts, ref_hidden=hidden, scores=scores)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,18 @@
 """The first half of a PPO step: answers are sampled, rewarded, scored and measured. Shape legend: see trainer.py."""
 
 from collections import defaultdict
-from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from trl.data_utils import is_conversational
-from trl.trainer.utils import print_prompt_completions_sample, selective_log_softmax
+from trl.trainer.utils import print_prompt_completions_sample
 
 from ...kl import fill_masked, kl_estimate, masked_sum
 from ...kl.estimators import SAMPLED_ESTIMATORS
-from ..exact.forward import ExactKLForward
+from ..exact.scored_head import Asked, Entropy, ScoredHead
 from ..reference.adapters import as_reference
 from ..rewarding.functions import RewardFunctions, finite_rewards
 from ..session.prompts import prompt_numbers
@@ -22,6 +23,9 @@ from .rollout import Answers, Rewarded, Rollout, Scores, padded
 
 if TYPE_CHECKING:
     from .trainer import KLXPPOTrainer
+
+# A compiled model (torch_compile) would keep a graph of the function that stands in for its head for one call.
+_uncompiled = partial(torch.compiler.set_stance, "force_eager")
 
 _PRINTED = 5  # answers that num_sample_generations shows at a time
 
@@ -34,7 +38,7 @@ class PPOSampler:
         prompts: reads the rows.
         rewards: the reward functions and models.
         rollout_func: samples the answers in the policy's place; None: the policy does.
-        exact: computes the exact KL; None where none is wanted.
+        heads: output heads of policy and reference, which score the tokens.
     """
 
     def __init__(
@@ -43,10 +47,11 @@ class PPOSampler:
         prompts: PromptReader,
         rewards: RewardFunctions,
         rollout_func: RolloutFunction | None,
-        exact: ExactKLForward | None,
+        heads: tuple[ScoredHead, ScoredHead],
     ) -> None:
         self._trainer, self._prompts, self.rewards = trainer, prompts, rewards
-        self._rollout_func, self._exact = rollout_func, exact
+        self._rollout_func = rollout_func
+        self._head, self._ref_head = heads
 
     def rollout(self, rows: Rows) -> Rollout:
         """An answer to each prompt, with its rewards and scores. Call without gradients."""
@@ -108,6 +113,7 @@ class PPOSampler:
             prompts=prompt_numbers(answers.prompts, device),
             groups=groups,
             scores=scores,
+            counts=[sum(made) for made in answers.policy_made],
         )
 
     def rewards_of(self, answers: Answers, functions: RewardFunctions) -> tuple[Tensor, dict[str, list]]:
@@ -144,49 +150,50 @@ class PPOSampler:
 
     def _scored(self, part: Rewarded) -> Rollout:
         """Answers as policy, value model and reference score them now."""
-        trainer, ref_logps, ref_hidden = self._trainer, None, None
+        trainer, ref_logps, hidden = self._trainer, None, None
         if trainer.args.kl_is_measured:
-            ref_logps, ref_hidden = self._reference_scores(part)
-        scores = self.scores(trainer.model, part, ref_hidden, with_grad=False)
-        exact_in_loss = trainer.kl_in_loss and trainer.kl_term.estimator == "exact"
+            ref_logps, hidden = self._reference_scores(part)
+        ref_hidden = None if hidden is None else list(hidden.split(part.counts))
+        scores = self.scores(trainer.model, part, ref_hidden)
+        learns_exact = trainer.mode == "train" and trainer.kl_in_loss and trainer.kl_term.estimator == "exact"
         return Rollout(
             **vars(part),
             sampler_logps=scores.logps,
             values=scores.values,
             ref_logps=ref_logps,
-            ref_hidden=ref_hidden if exact_in_loss else None,  # the largest tensor of all
+            ref_hidden=ref_hidden if learns_exact else None,  # the largest tensor of all
             exact=scores.exact,
         )
 
-    def scores(self, model: Any, part: Rewarded, ref_hidden: Tensor | None, *, with_grad: bool) -> Scores:
+    def scores(
+        self, model: Any, part: Rewarded, ref_hidden: list[Tensor] | None, *, entropy: Entropy = "none"
+    ) -> Scores:
         """Of policy and value model in one forward of `model`; and the exact KL, where `ref_hidden` is given."""
-        wanted: Any = nullcontext([])
-        if self._exact is not None and ref_hidden is not None:
-            wanted = self._exact.exact_kl(model, ref_hidden, part.mask, with_grad=with_grad)
-        with wanted as exact:
-            output = model(part.input_ids, part.attention_mask, part.length)
+        asked = self._asked(self._head, part, entropy=entropy)
+        if ref_hidden is not None:
+            direction = self._trainer.kl_term.direction
+            hidden = torch.cat(ref_hidden)
+            asked = replace(asked, ref_hidden=hidden, reference=self._ref_head, direction=direction)
+        with _uncompiled():
+            output = model(part.input_ids, part.attention_mask, asked)
         values = fill_masked(output.state_values.float(), part.mask)
-        return Scores(self._logps(output.logits, part), output.logits, values, exact[0] if exact else None)
+        return Scores(output.logps, values, output.get("entropy"), output.get("exact"))
 
     def _reference_scores(self, part: Rewarded) -> tuple[Tensor, Tensor | None]:
-        """(B, T) log-probs and, where the exact KL needs them, (B, T, H) hidden states, in one forward."""
+        """(B, T) log-probs and, where the exact KL needs them, the (N, H) hidden states of the tokens that count."""
         trainer, model, reference = self._trainer, self._trainer.model, self._trainer.ref_model
-        capture: Any = nullcontext([])
-        if self._exact is not None:
-            capture = self._exact.hidden_states(model if reference is None else reference, part.length)
-        with capture as hidden:
+        asked = self._asked(self._ref_head, part, keeps_hidden=trainer.args.kl_needs_exact)
+        with _uncompiled():
             if reference is None:
                 with as_reference(trainer.policy, trainer.args.ref_adapter_name):
-                    output = model(part.input_ids, part.attention_mask, part.length, with_values=False)
+                    output = model(part.input_ids, part.attention_mask, asked, with_values=False)
             else:
                 wrapper = trainer.accelerator.unwrap_model(model)
-                output = wrapper.run(reference, part.input_ids, part.attention_mask, part.length)
-        return self._logps(output.logits, part), hidden[0] if hidden else None
+                output = wrapper.run(reference, part.input_ids, part.attention_mask, asked)
+        return output.logps, None if output.hidden is None else output.hidden.tensor
 
-    def _logps(self, logits: Tensor, part: Rewarded) -> Tensor:
-        """(B, T) log-probs of the answer's tokens at the sampling temperature, 0 on masked positions."""
-        logits = logits.float() / self._trainer.args.temperature
-        return fill_masked(selective_log_softmax(logits, part.input_ids[:, -part.length :]), part.mask)
+    def _asked(self, head: ScoredHead, part: Rewarded, **more: Any) -> Asked:
+        return Asked(head, part.input_ids[:, -part.length :], part.mask, sum(part.counts), **more)
 
     # Metrics
 

@@ -19,10 +19,9 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from trl.trainer.utils import entropy_from_logits
 
 from ...kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
-from ..exact.forward import exact_kl_between
+from ..exact.scored_head import Entropy, scored_heads
 from ..reference.resumed import ReferenceKeeper
 from ..session.applied import KL_IN_LOSS, KL_IN_REWARD
 from ..session.coefficient import KLCoefficient
@@ -111,10 +110,10 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         self.kl_in_reward = args.kl_is_penalised and term.in_reward
         self.kl_in_loss = args.kl_is_penalised and term.in_loss
         made.rewards.rewards = [self.frozen(r) if isinstance(r, nn.Module) else r for r in made.rewards.rewards]
-        exact = None
-        if args.kl_needs_exact:
-            exact = exact_kl_between(self, self.model.policy, temperature=args.temperature, direction=term.direction)
-        self.sampler = PPOSampler(self, made.prompts, made.rewards, rollout_func, exact)
+        heads = scored_heads(
+            self, self.model.policy, temperature=args.temperature, with_exact=bool(args.kl_needs_exact)
+        )
+        self.sampler = PPOSampler(self, made.prompts, made.rewards, rollout_func, heads)
         self._clipping = Clipping(args.cliprange, args.cliprange_value)
         self._watch_health(made.model.policy, gain="reward", entropy="policy/entropy_avg", tokenizer=made.tokenizer)
 
@@ -239,13 +238,13 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
     def _loss(self, model: Any, experience: Experience, rows: Tensor, *, is_first_use: bool = False) -> LossOutputs:
         """The loss of some answers; `is_first_use`: of which the policy has learnt nothing yet."""
         part, batch = experience.rollout.rows(rows), experience.batch(rows)
-        scores = self.sampler.scores(model, part, part.ref_hidden, with_grad=True)
+        entropy: Entropy = "trained" if self.args.entropy_coef else "measured"
+        scores = self.sampler.scores(model, part, part.ref_hidden, entropy=entropy)
+        assert scores.entropy is not None
         per_token, policy_metrics = policy_loss(scores.logps, batch, self._clipping)
         value_error, value_metrics = value_loss(scores.values, batch, self._clipping)
-        with torch.set_grad_enabled(self.args.entropy_coef != 0):
-            entropy = entropy_from_logits(scores.logits.float() / self.args.temperature)
-        per_token = per_token + self.args.vf_coef * value_error - self.args.entropy_coef * entropy
-        metrics = policy_metrics | value_metrics | {"policy/entropy_avg": entropy}
+        per_token = per_token + self.args.vf_coef * value_error - self.args.entropy_coef * scores.entropy
+        metrics = policy_metrics | value_metrics | {"policy/entropy_avg": scores.entropy}
         weights = None
         if part.ref_logps is not None and self.kl_in_loss:
             self.kl.reached.add(KL_IN_LOSS)

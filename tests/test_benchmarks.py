@@ -254,3 +254,42 @@ def test_memory_of_measuring_is_bounded() -> None:
     """2048 tokens of a vocabulary of 50,000 are 781 MiB of logits; the chunk holds 128 and what a block needs."""
     benchmark = load("scripts/benchmark_measure.py")
     assert benchmark.main(["--memory", "--vocabulary", "50000", "--tokens", "2048"]) < 300
+
+
+def test_check_of_a_gpu_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole course with its quickest stage, on the CPU; the other stages were run so by hand."""
+    check = load("scripts/check_gpu.py")
+    check.main(["--device", "cpu", "--stages", "kernels", "--output_dir", str(tmp_path), "--patience", "3"])
+    written = json.loads((tmp_path / "check.json").read_text())
+    findings = written["stages"]["kernels"]["findings"]
+    assert len(findings) == 2 * (2 + 2 + 3 + 2)
+    assert all(row["ok"] for row in findings if "float32, error of KL" in row["what"])
+    shown = capsys.readouterr().out
+    assert all(row["what"][:40] in shown for row in findings)
+
+
+def test_a_stage_that_takes_too_long_fails_and_stops_no_other(tmp_path: Path) -> None:
+    check = load("scripts/check_gpu.py")
+    arguments = ["--device", "cpu", "--stages", "steps", "kernels", "--output_dir", str(tmp_path)]
+    assert check.main([*arguments, "--patience", "0.001"]) == 1
+    stages = json.loads((tmp_path / "check.json").read_text())["stages"]
+    assert list(stages) == ["steps", "kernels"]
+    for stage in stages.values():
+        assert [(row["what"], row["ok"]) for row in stage["findings"]] == [("the stage", False)]
+
+
+def test_the_check_of_a_gpu_machine_ends_within_eight_minutes() -> None:
+    check = load("scripts/check_gpu.py")
+    assert sum(check.ALONE.values()) + max(check.TOGETHER.values()) <= 460
+
+
+def test_layouts_are_compared_by_their_furthest_number() -> None:
+    layouts = load("scripts/gpu_check/layouts.py")
+    alone = [{"loss": 1e-7 * step, "grad_norm": 0.5, "kl/exact": 0.01 * step, "kl/coef": 0.5} for step in range(4)]
+    assert layouts.furthest(alone, alone) == (0.0, "loss at step 1")
+    other = [dict(row) for row in alone]
+    other[2]["grad_norm"], other[1]["loss"] = 0.51, 5e-6  # the loss differs by next to nothing
+    assert layouts.furthest(other, alone) == (pytest.approx(0.01 / 0.51), "grad_norm at step 3")
+    other[3]["kl/exact"] = math.nan
+    assert not layouts.furthest(other, alone)[0] <= layouts.TOLERANCE
+    assert layouts.furthest(alone[:3], alone)[0] == math.inf

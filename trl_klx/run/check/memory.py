@@ -18,7 +18,8 @@ EXACT, FORMULA, ESTIMATE = "exact", "formula", "estimate"
 ALWAYS, TRAINING, GENERATION = "always", "training", "generation"
 _GIB = 2**30
 _CHUNKS = 512 * 2**20  # of the exact KL, both models' logits
-_OVERHEAD = 2 * _GIB  # context of the device, kernels, communication, fragmentation
+CONTEXT = "context, kernels, fragmentation"
+_OVERHEAD = 2 * _GIB  # of the device, its kernels and communication
 _VLLM_CACHE = 2 * _GIB  # the least that vLLM needs beside its weights
 _LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
 
@@ -94,7 +95,7 @@ def estimate(algorithm: Algorithm, recipe: Recipe, models: Models, layout: Layou
     if layout.shards_parameters:
         live = 2 * min(models.trained.parameters, _LIVE_PARAMETERS)
         parts.append(Part("layers gathered for use", live, ESTIMATE))
-    parts.append(Part("context, kernels, fragmentation", _OVERHEAD, ESTIMATE))
+    parts.append(Part(CONTEXT, _OVERHEAD, ESTIMATE))
     colocated = getattr(args, "use_vllm", False) and args.vllm_mode == "colocate"
     share = args.vllm_gpu_memory_utilization if colocated else 0.0
     weights = 2 * models.base.parameters // args.vllm_tensor_parallel_size if share else 0

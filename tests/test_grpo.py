@@ -321,6 +321,7 @@ def test_the_samplers_own_log_probs_weight_the_kl(model_path: str, tmp_path: Pat
     mask = inputs["completion_mask"].bool()
     k3 = kl_estimate(logps, inputs["ref_per_token_logps"], "k3")
     torch.testing.assert_close(loss, 0.2 * (weights * k3)[mask].mean(), rtol=1e-4, atol=1e-6)
+    trainer.metrics.settle("train")
     assert trainer._metrics["train"]["kl/weight_max"][-1] == pytest.approx(float(weights[mask].max()), rel=1e-4)
     assert 0.5 < trainer._metrics["train"]["kl/ess"][-1] < 1.0
 
@@ -403,6 +404,7 @@ def test_weights_of_a_loss_are_computed_once(model_path: str, tmp_path: Path, mo
     weights = (-noise).exp()
     k3 = kl_estimate(logps, inputs["ref_per_token_logps"], "k3")
     torch.testing.assert_close(loss, 0.2 * (weights.clamp(max=1.05) * k3)[mask].mean(), rtol=1e-4, atol=1e-6)
+    trainer.metrics.settle("train")
     assert trainer._metrics["train"]["kl/weight_max"][-1] == pytest.approx(float(weights[mask].max()), rel=1e-4)
 
 

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from support.tiny import Arguments
 
+from trl_klx.trainers.session.metrics import Metrics
 from trl_klx.trainers.session.session import KLSession
 
 # Two prompts, two answers each, of 2, 1, 3 and 2 tokens.
@@ -62,9 +63,12 @@ def test_micro_batches_of_one_step_are_one_reading() -> None:
 
 def test_weight_metrics() -> None:
     weights = torch.tensor([[0.5, 2.0, 50.0]])
-    metrics = control().weight_metrics(weights, torch.tensor([[1, 1, 0]]))
-    assert metrics["kl/weight_max"] == 2.0
-    assert metrics["kl/ess"] == pytest.approx(2.5**2 / (2 * 4.25))
+    metrics = Metrics(Accelerator(cpu=True))
+    metrics.defer_weights("train", weights, torch.tensor([[1, 1, 0]]))
+    metrics.settle("train")
+    found = metrics.take("train")
+    assert found["kl/weight_max"] == 2.0
+    assert found["kl/ess"] == pytest.approx(2.5**2 / (2 * 4.25))
 
 
 def test_state_holds_controller_and_budget(tmp_path: Path) -> None:

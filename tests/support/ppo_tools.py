@@ -85,9 +85,10 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tens
 
 
 def first_rollout(made: KLXPPOTrainer) -> Any:
-    """The rollout that the first step would make."""
-    rows = next(iter(made.get_train_dataloader()))
-    return made._make_rollout(rows)
+    """The rollout that the first step would make; its metrics are in `made.metrics`."""
+    rollout = made._make_rollout(next(iter(made.get_train_dataloader())))
+    made.metrics.settle(made.mode)
+    return rollout
 
 
 def messages(rows: int = 16) -> Dataset:

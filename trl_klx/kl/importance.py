@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .estimators import at_least_float32
@@ -86,7 +87,8 @@ def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:
     """
     weights = fill_masked(at_least_float32(weights), mask)
     largest = weights.amax() if weights.numel() else weights.new_zeros(())
-    if not largest > 0:
-        return weights.new_ones(())
-    weights = weights.isinf().to(weights.dtype) if largest.isinf() else weights / largest
-    return masked_sum(weights, mask).square() / (mask.bool().sum() * masked_sum(weights.square(), mask))
+    has_any = largest > 0
+    scaled = weights / torch.where(has_any, largest, 1.0)
+    scaled = torch.where(largest.isinf(), weights.isinf().to(weights.dtype), scaled)
+    squares = mask.bool().sum() * masked_sum(scaled.square(), mask)
+    return torch.where(has_any, masked_sum(scaled, mask).square() / squares, 1.0)

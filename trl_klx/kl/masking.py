@@ -12,7 +12,8 @@ from torch import Tensor
 
 def fill_masked(values: Tensor, mask: Tensor, fill: float = 0.0) -> Tensor:
     """Return `values` with `fill` wherever `mask` is false; no gradient reaches the masked positions. Any shape."""
-    return torch.where(mask.bool(), values, torch.as_tensor(fill, dtype=values.dtype, device=values.device))
+    # `new_full` writes on the device; a tensor made of `fill` would be copied there, and the host would wait for it.
+    return torch.where(mask.bool(), values, values.new_full((), fill))
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

@@ -49,6 +49,7 @@ OVERRIDDEN = {
     "generate_completions": "prints answers of our sampler",
     # GRPO
     "_get_per_token_logps_and_entropies": "the scoring of answers, which also gives hidden states and the exact KL",
+    "_prepare_inputs": "a rollout is shuffled on the device",
     "_generate_and_score_completions": "the rollout: the reference's scores and the KL's credit join the batch",
     "_generate_single_turn": "`generate` samples from the policy that is scored; answers end at every end token",
     "_generate": "up to 1.14: answers that end with another end token than the tokenizer's count as cut off",
@@ -66,6 +67,7 @@ SWAPPED = {
     "reward_funcs": "checked ones, or the gold reward alone (GRPO)",
     "reward_processing_classes": "of the gold reward (GRPO)",
     "reward_func_names": "of the gold reward (GRPO)",
+    "shuffle_sequence_dict": "of TRL's module: its permutation is the host's, which waits at every tensor (GRPO)",
     "create_model_from_path": "of TRL's module: gives the copy of a policy in memory as the reference",
     "add_adapter": "of the policy, with `get_parameter`: TRL finds the reference's adapter made, by whatever name",
     "get_parameter": "see `add_adapter`",

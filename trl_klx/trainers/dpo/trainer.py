@@ -225,7 +225,7 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
             self.guard.watch(KL, exact_kl, mask)
         if self.args.kl_in_loss:
             self.kl.reached.add(KL_IN_LOSS)
-            self.metrics.add(self.mode, "kl/loss", self.accelerator.gather(loss.detach()).mean().item())
+            self.metrics.defer(self.mode, "kl/loss", loss)
         return loss
 
     def _end_step(self) -> None:

@@ -1,5 +1,7 @@
 """Which tensors of a GRPO batch mean what. Shape legend: B answers, P prompt tokens, C completion tokens."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,26 @@ def loss_mask(inputs: dict) -> Tensor:
     """(B, C) tokens that the policy produced: no padding, and no tool output."""
     mask = inputs["completion_mask"]
     return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
+
+
+def shuffled(rollout: dict[str, Any]) -> dict[str, Any]:
+    """The answers of a rollout in another order, as TRL's `shuffle_sequence_dict` gives it.
+
+    TRL leaves the permutation on the host, which then waits for the device at every tensor.
+    """
+    permutation = torch.randperm(len(next(values for values in rollout.values() if values is not None)))
+    there: dict[torch.device, Tensor] = {}
+
+    def permuted(values: Any) -> Any:
+        if values is None or (isinstance(values, Tensor) and values.dim() == 0):
+            return values
+        if not isinstance(values, Tensor):
+            return [values[place] for place in permutation]
+        if values.device not in there:
+            there[values.device] = permutation.to(values.device)
+        return values[there[values.device]]
+
+    return {name: permuted(values) for name, values in rollout.items()}
 
 
 def with_cut_answers(mask: Tensor, ids: Tensor, pad_token_id: int) -> Tensor:
@@ -70,7 +92,7 @@ def health_sums(logps: Tensor, inputs: dict, pad_token_id: int) -> dict[str, Ten
     """Sums over a micro-batch: the k3 of the KL inside and outside the loss mask, and that of sampler to trainer."""
     mask, hidden = loss_mask(inputs), hidden_mask(inputs, pad_token_id)
     k3 = kl_estimate(logps, inputs["ref_per_token_logps"], "k3")
-    sums = {"seen": masked_sum(k3, mask), "hidden": masked_sum(k3, hidden), "answers": mask.new_tensor(len(mask))}
+    sums = {"seen": masked_sum(k3, mask), "hidden": masked_sum(k3, hidden), "answers": mask.new_full((), len(mask))}
     engine_logps = inputs.get("sampling_per_token_logps")
     if engine_logps is None:
         return {**sums, "sampler_kl": logps.new_zeros(()), "sampled": logps.new_zeros(())}

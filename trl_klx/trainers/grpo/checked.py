@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
 
 from ..checks.inputs import check_inputs, check_lengths
 from ..checks.rows import PROMPTS, check_prompts
@@ -19,7 +20,7 @@ from ..rewarding.calls import checked_for_trl
 from ..rewarding.functions import distinct_names, finite_rewards
 from ..rewarding.models import loaded_rewards, loading_of, model_rewards, with_padding_of_its_own
 from ..seams import ONE_END_TOKEN, swapped
-from .batch import is_cut_off
+from .batch import is_cut_off, shuffled
 from .sampling import Sampling
 
 
@@ -28,7 +29,7 @@ class _RolloutNotes:
     """What is known inside TRL's rollout only, and not in the batch that it returns."""
 
     policy_made: list[list[int]] | None = None  # of each answer: 0 for tool output; None without tools
-    unscored: bool | None = None  # whether no answer has a reward
+    unscored: Tensor | None = None  # bool, whether no answer has a reward
 
 
 class CheckedGRPOTrainer(GRPOTrainer):
@@ -37,8 +38,8 @@ class CheckedGRPOTrainer(GRPOTrainer):
     Reward models read texts as in PPO. Left to itself, TRL would load a checkpoint without a head, whose rewards are
     random, take the first of several outputs, and leave out the special tokens that a text begins with.
 
-    A batch holds more than TRL's: `unscored`, a bool, where no answer of the rollout has a reward, and with tools or an
-    environment's mask `policy_made`, (B, C), 0 for what the policy has not written.
+    A batch holds more than TRL's: `unscored`, a bool tensor, where no answer of the rollout has a reward, and with
+    tools or an environment's mask `policy_made`, (B, C), 0 for what the policy has not written.
 
     Raises:
         ValueError: a dataset or a reward function cannot be used.
@@ -76,6 +77,10 @@ class CheckedGRPOTrainer(GRPOTrainer):
         check_lengths(PROMPTS, args, train_dataset, eval_dataset, self._tokenizer, self.model.config)
         self.sampling = Sampling(self, may_change=args.kl_is_measured)
         self.eos_token_ids = self.sampling.ends  # what TRL 1.16 reads
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        with swapped(grpo_trainer, shuffle_sequence_dict=shuffled):
+            return super()._prepare_inputs(generation_batch)
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         if self._vocabulary is not None:
@@ -121,7 +126,7 @@ class CheckedGRPOTrainer(GRPOTrainer):
         with swapped(self, _notes=notes, mask_truncated_completions=masks):
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if notes.unscored is not None:
-            output["unscored"] = torch.tensor(notes.unscored)
+            output["unscored"] = notes.unscored
         if notes.policy_made is not None:  # TRL's tool_mask is 0 all over an answer that is cut off and masked
             output["policy_made"] = torch.zeros_like(output["completion_mask"])
             for row, made in zip(output["policy_made"], notes.policy_made, strict=True):
@@ -143,7 +148,7 @@ class CheckedGRPOTrainer(GRPOTrainer):
         rewards, infinite = finite_rewards(self._rewards_as_given(*given), self.reward_func_names)
         for name, count in infinite.items():
             self._metrics[self._mode][f"rewards/{name}/infinite"].append(count)
-        self._notes.unscored = bool(rewards.isnan().all())
+        self._notes.unscored = rewards.isnan().all()
         return rewards
 
     def _rewards_as_given(self, *given: Any) -> Tensor:

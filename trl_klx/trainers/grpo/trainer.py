@@ -206,9 +206,10 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         credit = self.kl_term.credit(policy.logps, ref_logps, mask, exact=exact)
         # The answers to one prompt may lie on several processes.
         accelerator, (rows, length) = self.accelerator, credit.shape
-        all_credit, all_mask = (
-            accelerator.gather(accelerator.pad_across_processes(tensor, dim=1)) for tensor in (credit, mask.int())
-        )
+        both = torch.stack([credit, mask.to(credit.dtype)], dim=1)
+        if accelerator.num_processes > 1:
+            both = accelerator.gather(accelerator.pad_across_processes(both, dim=2))
+        all_credit, all_mask = both.unbind(1)
         start = accelerator.process_index * rows
         baseline = leave_one_out_baseline(all_credit, all_mask, self._group_size)
         return credit - baseline[start : start + rows, :length]
@@ -228,8 +229,8 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         return rewards
 
     def _compute_loss(self, model, inputs):
-        if self.model.training and inputs.get("unscored", False):
-            self.guard.watch(REWARDS, torch.nan)
+        if self.model.training and "unscored" in inputs:
+            self.guard.watch(REWARDS, torch.where(inputs["unscored"], torch.nan, 0.0))
         if not self.args.kl_is_measured:
             return super()._compute_loss(model, inputs)
         check_rollout(self, inputs)
@@ -253,8 +254,7 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
             exact=policy.exact,
         )
         kl_loss = self._aggregate(self._beta_of(inputs) * per_token_kl, mask, inputs)
-        shown = kl_loss.detach() * self._accumulation
-        self.metrics.add(self.mode, "kl/loss", self.accelerator.gather(shown).mean().item())
+        self.metrics.defer(self.mode, "kl/loss", kl_loss * self._accumulation)
         return loss + kl_loss
 
     def _beta_of(self, inputs: dict) -> Tensor | float:
@@ -319,8 +319,7 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
             for what, measured in ((POLICY, logps), (REFERENCE, ref_logps), *((KL, value) for value in exact.values())):
                 self.guard.watch(what, measured, mask)
         if weights is not None:
-            for name, value in self.kl.weight_metrics(weights, mask).items():
-                self.metrics.add(self.mode, name, value)
+            self.metrics.defer_weights(self.mode, weights, mask)
 
     def _health_metrics(self) -> dict[str, float]:
         has_mask = self.mask_truncated_completions or bool(self.tools) or self.rollout_func is not None

@@ -123,7 +123,7 @@ class LossOutputs:
     loss: Tensor
     tokens: Tensor  # how many count
     sums: dict[str, Tensor]  # metrics, summed over these tokens
-    weights: Tensor | None = None  # (N,) importance weights of the KL loss on these tokens, where it takes any
+    weights: tuple[Tensor, Tensor] | None = None  # (B, T) importance weights of the KL loss, where it takes any; mask
 
 
 def padded(ids: list[list[int]], fill: int, side: str, device: Any) -> tuple[Tensor, Tensor]:

@@ -207,13 +207,12 @@ class PPOSampler:
         }
         for name, column in zip(self.rewards.names, rewards.unbind(1), strict=True):
             sums[f"rewards/{name}/mean"] = (column.nansum(), (~column.isnan()).sum())
-        means = self._pool(sums)
-        if "reward" not in means:  # on any process
-            return
-        spread = (scores - means["reward"]).square().nansum()
-        squares, count = self._trainer.accelerator.reduce(torch.stack([spread, scored.to(spread)]), reduction="sum")
-        reward_std = float((squares / (count - 1).clamp(min=1)).sqrt())
-        self._trainer.metrics.add(self._trainer.mode, "reward_std", reward_std)
+        self._pool(sums)
+        reduce = self._trainer.accelerator.reduce
+        total, count = reduce(torch.stack([scores.nansum(), scored.to(scores)]), reduction="sum")
+        # NaN where no answer has a reward, on any process: then nothing is logged.
+        spread = reduce((scores - total / count).square().nansum().where(count > 0, torch.nan), reduction="sum")
+        self._trainer.metrics.defer(self._trainer.mode, "reward_std", (spread / (count - 1).clamp(min=1)).sqrt())
 
     def _record_kl(self, rollout: Rollout) -> None:
         """The KL is measured where it is unbiased: on fresh answers, before any of the step's updates."""
@@ -235,8 +234,8 @@ class PPOSampler:
                 sums["objective/rlhf_reward"] = ((rollout.scores - charged)[scored].sum(), scored.sum())
         self._pool(sums)
 
-    def _pool(self, sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-        return self._trainer.metrics.pool(self._trainer.mode, sums)
+    def _pool(self, sums: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self._trainer.metrics.pool(self._trainer.mode, sums)
 
     def print(self, answers: Answers, rewards: Tensor, extra: dict[str, list]) -> None:
         """Show a few answers with their rewards."""

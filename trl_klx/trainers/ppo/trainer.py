@@ -254,7 +254,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
             metrics["kl/loss"] = self.kl.coef_of(part.groups) * (experience.scale * kl)
             per_token = per_token + metrics["kl/loss"]
         sums = {name: masked_sum(values.detach(), part.mask) for name, values in metrics.items()}
-        used = None if weights is None else weights[part.mask]
+        used = None if weights is None else (weights, part.mask)
         return LossOutputs(masked_sum(per_token, part.mask), part.mask.sum(), sums, used)
 
     def _kl_weights(self, policy_logps: Tensor, part: Rollout, *, is_first_use: bool) -> Tensor | None:
@@ -282,9 +282,8 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
             self.metrics.pool("train", {n: (torch.stack([o.sums[n] for o in outputs]).sum(), tokens) for n in names})
         used = [output.weights for output in outputs if output.weights is not None]
         if used:
-            weights = torch.cat(used)
-            for name, value in self.kl.weight_metrics(weights, torch.ones_like(weights)).items():
-                self.metrics.add("train", name, value)
+            weights, masks = (torch.cat(tensors) for tensors in zip(*used, strict=True))
+            self.metrics.defer_weights("train", weights, masks)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")

@@ -1,19 +1,42 @@
 """What a run has measured since its last log: one store, of means, pooled ratios, and KL rows summed per prompt.
 
-`mode` is "train" or "eval" everywhere: the two are logged apart.
+`mode` is "train" or "eval" everywhere: the two are logged apart. What micro-batches measure stays on the device until
+the log, which brings it to the host at once: a number at a time would have the host wait for the device each time.
 """
 
 import math
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ...kl import effective_sample_size, fill_masked
 from ...monitor.metrics import finite
 from ...monitor.moments import KLSummary, prompt_sums, sequence_rows, summarise
 
 Means = dict[str, defaultdict[str, list[float]]]  # by mode, by name: the values that the next log averages
+
+
+class _Deferred(NamedTuple):
+    """A scalar that is still on the device."""
+
+    name: str
+    value: Tensor  # of this process
+    largest: bool  # the largest over processes, or else the mean
+
+
+class _Sums(NamedTuple):
+    """Sums and counts that are still on the device, (names, 2), of this process."""
+
+    names: tuple[str, ...]
+    totals: Tensor
+
+
+def _widest(accelerator: Accelerator) -> torch.dtype:
+    """The widest float of its device."""
+    return torch.float64 if accelerator.device.type != "mps" else torch.float32
 
 
 class Metrics:
@@ -26,6 +49,8 @@ class Metrics:
 
     def __init__(self, accelerator: Accelerator, trls: Means | None = None) -> None:
         self._accelerator = accelerator
+        self._deferred: dict[str, list[_Deferred]] = {"train": [], "eval": []}
+        self._sums: dict[str, list[_Sums]] = {"train": [], "eval": []}
         self.trl_logs = trls is not None
         self.means: Means = {"train": defaultdict(list), "eval": defaultdict(list)} if trls is None else trls
         self.ratios: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}  # sum and count, by name
@@ -38,19 +63,48 @@ class Metrics:
         """Take a number of which the log shows the latest."""
         self.means[mode][name] = [value]
 
-    def pool(self, mode: str, sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """Log sum over count of each, pooled over processes and until the next log; returns those of this call.
+    def defer(self, mode: str, name: str, value: Tensor, *, largest: bool = False) -> None:
+        """Take a scalar of this process; the log shows the mean of those since the last, each the mean over processes,
+        or the `largest` of them. Call on every process.
+        """
+        self._deferred[mode].append(_Deferred(name, value.detach(), largest))
 
-        One collective: call on every process, with the same names. A sum that is not finite is left out.
+    def pool(self, mode: str, sums: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Log sum over count of each, pooled over processes and until the next log. Call on every process, with the
+        same names. A sum that is not finite is left out.
         """
         flat = torch.stack([torch.stack([total.float(), count.float()]) for total, count in sums.values()])
-        totals = self._accelerator.reduce(flat, reduction="sum").tolist()
-        pooled, found = self.ratios[mode], {}
-        for name, (total, count) in zip(sums, totals, strict=True):
+        self._sums[mode].append(_Sums(tuple(sums), flat))
+
+    def defer_weights(self, mode: str, weights: Tensor, mask: Tensor) -> None:
+        """Log `kl/ess` (mean over processes) and `kl/weight_max` (largest anywhere) of untruncated importance weights.
+
+        Args:
+            mode: see the module.
+            weights: (B, T).
+            mask: (B, T) tokens that count.
+        """
+        largest = fill_masked(weights, mask).amax() if weights.numel() else weights.new_zeros(())
+        self.defer(mode, "kl/ess", effective_sample_size(weights, mask))
+        self.defer(mode, "kl/weight_max", largest, largest=True)
+
+    def settle(self, mode: str) -> None:
+        """Gather what was deferred, and what is to be pooled. Call on every process."""
+        deferred, self._deferred[mode] = self._deferred[mode], []
+        sums, self._sums[mode] = self._sums[mode], []
+        flat = [value.value.reshape(1) for value in deferred] + [part.totals.flatten() for part in sums]
+        if not flat:
+            return
+        dtype = _widest(self._accelerator)
+        gathered = self._accelerator.gather(torch.cat([part.to(dtype) for part in flat]).unsqueeze(0)).cpu()
+        each, totals = gathered[:, : len(deferred)], gathered[:, len(deferred) :].sum(0).view(-1, 2).tolist()
+        for (name, _, largest), mean, most in zip(deferred, each.mean(0).tolist(), each.amax(0).tolist(), strict=True):
+            self.add(mode, name, most if largest else mean)
+        pooled, names = self.ratios[mode], (name for part in sums for name in part.names)
+        for name, (total, count) in zip(names, totals, strict=True):
             if count > 0 and math.isfinite(total):  # one infinite KL would hide all others until the next log
                 before = pooled.get(name, (0.0, 0.0))
-                pooled[name], found[name] = (before[0] + total, before[1] + count), total / count
-        return found
+                pooled[name] = before[0] + total, before[1] + count
 
     def drop_non_finite(self, mode: str) -> None:
         """Take NaN and infinity out of the means, and with them the names that have nothing else."""
@@ -82,9 +136,8 @@ class PooledSums:
         self._sums = self._zeros()
 
     def _zeros(self) -> Tensor:
-        device = self._accelerator.device
-        dtype = torch.float64 if device.type != "mps" else torch.float32
-        return torch.zeros(len(self._names), dtype=dtype, device=device)
+        accelerator = self._accelerator
+        return torch.zeros(len(self._names), dtype=_widest(accelerator), device=accelerator.device)
 
     def add(self, **values: Tensor) -> None:
         """Add the sums of a micro-batch of this process: scalars, one for each name."""
@@ -105,24 +158,25 @@ class PromptMean:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._rows: dict[str, list[Tensor]] = {"train": [], "eval": []}  # of this process
-        self._sums: dict[str, Tensor] = {}  # per prompt, of all processes, by mode
+        self._rows: dict[str, list[Tensor]] = {"train": [], "eval": []}  # of this process, since the last log
 
     def add(self, mode: str, values: Tensor, mask: Tensor, prompts: Tensor) -> None:
         """Take (B, T) values; `mask`, (B, T), marks those that count, and `prompts`, (B,), are as in `KLSession`."""
         self._rows[mode].append(sequence_rows({"": values}, mask, prompts))
 
-    def pool(self, mode: str) -> None:
-        """Gather what was added; a batch that is not finite is left out. Call on every process."""
-        rows, self._rows[mode] = self._rows[mode], []
-        if rows:
-            add_sums(self._sums, mode, prompt_sums(self._accelerator.gather(torch.cat(rows)).cpu()))
-
     def take(self, mode: str) -> KLSummary | None:
-        """The mean since the last call; None without values. Call on every process."""
-        self.pool(mode)
-        sums = self._sums.pop(mode, None)
-        return None if sums is None else summarise(sums, ("",))[""]
+        """The mean since the last call, without batches that are not finite; None where nothing is left. Call on every
+        process.
+        """
+        rows, self._rows[mode] = self._rows[mode], []
+        if not rows:
+            return None
+        sums: dict[str, Tensor] = {}
+        local = torch.cat(rows)
+        gathered = self._accelerator.gather(local).cpu().view(-1, *local.shape)
+        for batch in gathered.split([len(part) for part in rows], dim=1):
+            add_sums(sums, mode, prompt_sums(batch.flatten(0, 1)))
+        return summarise(sums[mode], ("",))[""] if sums else None
 
 
 def add_sums(pools: dict[str, Tensor], name: str, sums: Tensor) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from ...config.choices import CONTROLLER_SETTINGS
 from ...config.options import KLArguments
 from ...control.controllers import KINDS, Controller, make_controller
-from ...kl import effective_sample_size
 from ...monitor.metrics import finite
 from ...monitor.moments import KLSummary, prompt_sums, sequence_count, sequence_rows, summarise
 from ..checkpoints.own_folders import STATE_FILE
@@ -140,8 +139,9 @@ class KLSession(Part):
         """Beta of rows whose group has these numbers, (B,) -> (B, 1); one number where all groups have one beta."""
         if groups is None or len(self._coefs) == 1:
             return self.coef
-        coefs = torch.tensor([self._coefs[name] for name in self.groups], device=groups.device)
-        return coefs[groups].unsqueeze(1)
+        # Written on the device one by one: the host would wait for a copy of all.
+        coefs = [torch.full((), self._coefs[name], device=groups.device) for name in self.groups]
+        return torch.stack(coefs)[groups].unsqueeze(1)
 
     @property
     def controller(self) -> Controller | None:
@@ -169,10 +169,9 @@ class KLSession(Part):
         self._window[mode].append(torch.cat([group.to(rows).unsqueeze(1), rows], dim=1))
 
     def measure_data(self, mode: str, exact: Tensor, mask: Tensor, prompts: Tensor) -> None:
-        """Add the exact KL of a batch of DPO's data, (B, T), which no controller reads. Call on every process."""
+        """Add the exact KL of a batch of DPO's data, (B, T), which no controller reads."""
         self.reached.add(KL_ON_DATA)
         self._data_mean.add(mode, exact, mask, prompts)
-        self._data_mean.pool(mode)
 
     def end_step(self) -> dict[str, float]:
         """Gather the step's KL and move beta. Returns the step's metrics; call on every process.
@@ -267,13 +266,6 @@ class KLSession(Part):
             if group != _ALL:
                 out |= {f"{place}/token": reading.per_token, f"{place}/token_se": reading.per_token_se}
         return finite(out) | means
-
-    def weight_metrics(self, weights: Tensor, mask: Tensor) -> dict[str, float]:
-        """`kl/ess` (mean over processes) and `kl/weight_max` (largest anywhere) of untruncated importance weights."""
-        largest = torch.where(mask.bool(), weights, 0.0).amax() if weights.numel() else weights.new_zeros(())
-        both = torch.stack([effective_sample_size(weights, mask), largest])
-        gathered = self._accelerator.gather(both.unsqueeze(0))
-        return {"kl/ess": gathered[:, 0].mean().item(), "kl/weight_max": gathered[:, 1].max().item()}
 
     def _gather(self, mode: str) -> dict[str, Tensor]:
         """Sums per prompt of all processes, and of the groups among them; empty where nothing was measured."""

@@ -198,8 +198,11 @@ class Lifecycle(Trainer):
     def _measured(self, evaluation: str | None) -> dict[str, float]:
         """All that was measured since the last log, under the prefix of the evaluation; None: in training."""
         mode, found = self.mode, {}
-        if not (self.metrics.trl_logs and evaluation in (None, "eval")):  # other prefixes TRL does not know
+        self.metrics.settle(mode)
+        trl_logs = self.metrics.trl_logs and evaluation in (None, "eval")  # other prefixes TRL does not know
+        if mode == "train" or not trl_logs:
             self.metrics.drop_non_finite(mode)
+        if not trl_logs:
             found = self.metrics.take(mode)
         for part in self.parts:
             found |= part.log(mode, found, evaluation)

@@ -1,5 +1,6 @@
 """Steps that are not finite: seen on any process, skipped on all, counted, and the run's end when they do not cease."""
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..checkpoints.whole import whole_checkpoints
 from ..errors import NonFiniteError
@@ -65,9 +67,12 @@ class StepGuard(Part):
     def watch(self, what: str, values: Tensor | float, mask: Tensor | None = None) -> None:
         """Note whether `values` are all finite, where `mask` marks that they count; `what` is a key of `ADVICE`."""
         device = self._accelerator.device
-        values = torch.as_tensor(values, device=device).detach()
-        bad = ~values.isfinite() if mask is None else ~values.isfinite() & mask.bool()
-        self._bad[what] = self._bad.get(what, torch.zeros((), dtype=torch.bool, device=device)) | bad.any()
+        if isinstance(values, Tensor):
+            each = values.detach().to(device).isfinite().logical_not()
+            bad = (each if mask is None else each & mask.bool()).any()
+        else:  # written on the device: the host would wait for a copy
+            bad = torch.full((), not math.isfinite(values), device=device)
+        self._bad[what] = self._bad[what] | bad if what in self._bad else bad
 
     def for_deepspeed(self, loss: Tensor) -> Tensor:
         """DeepSpeed skips a gradient that is not finite: make it one, everywhere, where the step is to be skipped."""
@@ -85,7 +90,7 @@ class StepGuard(Part):
             return False
         # In fp16 the scaler tries out a scale, skips what overflows, and counts for itself.
         if norm is not None and self._accelerator.mixed_precision != "fp16":
-            self.watch(GRADIENT, norm.item() if isinstance(norm, Tensor) else norm)
+            self.watch(GRADIENT, norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if self._drops(model, DECISIVE):
             return False
         self.in_a_row = 0

@@ -17,7 +17,7 @@ _TRAINING = {"torch", "transformers", "trl", "accelerate", "peft", "packaging", 
 _BELOW = {"trainers/errors", "trainers/parts", "trainers/seams"}  # every room of `trainers` may use them
 _PLAIN = {"files", "wording"}  # small modules that know nothing of the rest, for every room but the two lowest
 ALLOWED = {
-    "kl": ({"kl"}, {"torch"}),
+    "kl": ({"kl"}, {"torch", "triton"}),
     "control": (set(), {"numpy"}),
     "config": ({"kl", "recipe_files"}, set()),
     "rewards": (set(), set()),

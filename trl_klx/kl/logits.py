@@ -40,6 +40,11 @@ class LogitTransform(NamedTuple):
             raw.div_(self.softcap).tanh_().mul_(self.softcap)
         return raw if self.temperature == 1.0 else raw.div_(self.temperature)
 
+    def apply(self, raw: Tensor) -> Tensor:
+        """`apply_` to a copy; `raw` itself where there is nothing to do."""
+        is_identity = self.scale == 1.0 and self.softcap is None and self.temperature == 1.0
+        return raw if is_identity else self.apply_(raw.clone())
+
     def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
         """Replace a gradient at the final `logits`, (..., V), by that at the raw ones."""
         factor = self.scale / self.temperature

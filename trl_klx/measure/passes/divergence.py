@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kl.chunked.exact import default_chunk_size
+from ...kl.chunked.checks import default_chunk_size
 from ...kl.estimators import at_least_float32
 
 TOP = 5
@@ -146,7 +146,7 @@ def chunked_token_statistics(
         ref_hidden: (N, H') the reference's hidden states at the same positions.
         tokens: (N,) the tokens that followed.
         vocab_size: V, from which the default chunk follows.
-        chunk_size: tokens per chunk; None takes `trl_klx.kl.chunked.exact.default_chunk_size`.
+        chunk_size: tokens per chunk; None takes `trl_klx.kl.chunked.checks.default_chunk_size`.
     """
     kind = tokens.device.type
     chunk_size = chunk_size or default_chunk_size(vocab_size, kind)

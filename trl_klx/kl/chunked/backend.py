@@ -1,0 +1,19 @@
+"""The switch: a Triton kernel computes what `rows` defines on a GPU, the same sums in torch do elsewhere."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from . import torch_rows
+from .rows import Backend
+
+if find_spec("triton") is None:  # a build of torch for CPUs, or Windows
+    triton_rows: Backend | None = None
+else:
+    from . import triton_rows
+
+
+def backend_for(logits: Tensor) -> Backend:
+    """Triton for what CUDA holds in float32 or less, torch for the rest."""
+    return triton_rows if triton_rows is not None and logits.is_cuda and logits.dtype != torch.float64 else torch_rows

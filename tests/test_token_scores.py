@@ -230,7 +230,7 @@ def test_float32_linear_keeps_what_half_precision_would_round(by_autocast: bool)
     hidden, weight = normal(4, 64).bfloat16(), (4 * normal(50, 64)).bfloat16()
     exact = hidden.double() @ weight.double().t()
     if by_autocast:
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        with torch.autocast(torch.device(DEVICE).type, dtype=torch.bfloat16):
             found = float32_linear(hidden.float(), weight.float())
     else:
         found = float32_linear(hidden, weight)

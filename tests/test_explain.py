@@ -149,6 +149,12 @@ def explain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more
             ["generation_kwargs={'top_k': 5, 'temperature': 1.5}", "k1 reads 0.097 and k3 0.097"],
         ),
         ("grpo_k3_loss", ["--repetition_penalty", "1.2"], 0, ["repetition_penalty=1.2:", "a KL in the reward is not"]),
+        (
+            "grpo_k3_loss",
+            ["--kl_controller", "pid", "--kl_target", "0.002"],
+            0,
+            ["rounded to bfloat16, which adds about 0.001 nats per token", "add exact to kl_monitor"],
+        ),
         ("grpo_exact_both_pid", [], 0, ["top_p=0.9", "hold 0.02 nats per token", "up to 2 nats in an answer of 100"]),
         ("grpo_k3_none", [], 0, ["no penalty acts on the policy", "No penalty acts (beta=0.0"]),
         ("grpo_k3_none", ["--kl_placement", "loss"], 0, ["There is no KL to the reference"]),

@@ -5,6 +5,7 @@ from typing import Any
 
 from ...kl.sampling import KL, enumerated_policy, reading, sampler_logits
 from ...trainers.checks.rows import PROMPTS
+from ...trainers.grpo.precision import rounded_target
 from ...trainers.grpo.sampling_settings import changed_sampling, in_words, settings_of
 from ...trainers.seams import FUSED_LM_HEAD
 from .algorithm import PROMPT_TOKENS, Algorithm, Batches, Inputs, Shape, off_policy_note, trainer_arguments
@@ -72,6 +73,9 @@ class _GRPO(Algorithm):
             )
         if args.sync_ref_model:
             yield "sync_ref_model=true moves the reference after the policy: a KL to a moving target bounds nothing."
+        rounded = rounded_target(args)
+        if rounded is not None:
+            yield rounded
         if changed_sampling(args):
             yield _changed_sampling(args)
         if args.mask_truncated_completions:

@@ -1,5 +1,6 @@
 """`KLXGRPOConfig`: TRL's `GRPOConfig` with the KL arguments."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ from ..checks.noise import check_neftune
 from ..checks.rewards import check_weights
 from ..rewarding.gold import GoldArguments
 from ..seams import LIGER_COMPUTES_THE_LOSS
+from .precision import rounded_target
 from .sampling_settings import check_sampling
 
 _CHOICES: dict[str, tuple] = {
@@ -70,6 +72,7 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
             self._check_trl_options,
             partial(check_sampling, self),
             self._check_reward_reaches_every_token,
+            self._tell_of_rounding,
         ]
         return [self._check_trl_switch, *kl_rules(self), *own]
 
@@ -77,6 +80,11 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
         check(self)
         self.use_bias_correction_kl = self.kl_importance_sampling != "none"
         super().__post_init__()
+
+    def _tell_of_rounding(self) -> None:
+        sentence = rounded_target(self)
+        if sentence is not None:
+            warnings.warn(sentence, UserWarning, stacklevel=5)
 
     def _check_trl_options(self) -> None:
         check_neftune(self.neftune_noise_alpha)

@@ -1,13 +1,15 @@
 """Where the trainers depend on how TRL, accelerate and transformers are made: read this when a new version is out.
 
 What differs between TRL's versions is in the constants and checks below. Methods that our classes override are in
-`OVERRIDDEN`, attributes put in for a while in `SWAPPED`, private ones that are read in `READ`. Two bends are of
-another kind: the exact KL wraps the policy's `forward` for good (`exact.forward`), and while TRL sets up, a reference
-that is an adapter stands in `peft_config` under TRL's name for it (`reference.adapters`).
+`OVERRIDDEN`, attributes put in for a while in `SWAPPED`, private ones that are read in `READ`. Three bends are of
+another kind: the exact KL wraps the policy's `forward` for good (`exact.forward`), FSDP2 does not round what PPO's
+models give (`keep_float32_outputs`), and while TRL sets up, a reference that is an adapter stands in `peft_config`
+under TRL's name for it (`reference.adapters`).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,8 @@ SWAPPED = {
     "get_parameter": "see `add_adapter`",
     "generation_config": "of the model: `generate` fills from it what the given one leaves open",
     "_get_logits_processor": "of the model: the only way to a processor behind `generate`'s own",
-    "forward": "of the output head, or `_old_forward` inside accelerate's hook: our code where its weights are whole",
+    "forward": "of the output head, or `_old_forward` inside accelerate's hook: our code where its weights are whole "
+    "(in PPO while the whole model runs: it scores tokens in the head's place)",
     "precompute_ref_logps": "TRL reads the reference's log-probs from the batch, and does not score it again (DPO)",
     "gather": "of the accelerator: the log-ratios of single pairs are seen where TRL gathers them (DPO)",
     "save_total_limit": "of the config: rotating checkpoints is ours",
@@ -98,6 +101,17 @@ READ = {
     "_clip_grad_norm": "PPO's updates within a step are clipped as transformers' are",
     "_train_batch_size": "transformers' batch size, which PPO sets",
 }
+
+
+def keep_float32_outputs(accelerator: Any) -> None:
+    """Leave what a model gives as it is: accelerate has FSDP2 round all of it to half precision, log-probs included.
+
+    In bfloat16 a log-prob of 8 has a spacing of 0.03, and the ratio of two of them a noise of as much. Call before
+    `prepare`.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 @contextmanager

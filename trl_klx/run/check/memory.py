@@ -173,22 +173,25 @@ def _training_buffers(args: Any, models: Models, shape: Shape) -> list[Part]:
     config = models.config
     width = 2 if args.bf16 or args.fp16 else 4
     logits = shape.rows * shape.scored * config.vocab_size
-    # The forward's output, its float32 copy under autocast, and its gradient; without one where it is only scored.
-    size = 0 if shape.fuses_head else logits * (10 if width == 2 else 8)
-    size = max(size, shape.scored_at_once * shape.scored * config.vocab_size * (6 if width == 2 else 4))
+    # The forward's output, its float32 copy under autocast, and its gradient; or a chunk of float32 logits.
+    size = logits * (10 if width == 2 else 8)
+    if shape.fuses_head:
+        size = min(size, _CHUNKS)
     parts = [Part("logits", size, ESTIMATE, TRAINING)]
     if args.kl_needs_exact:
         parts.append(Part("exact KL", _CHUNKS + (0 if shape.fuses_head else 4 * logits), ESTIMATE, TRAINING))
         hidden = shape.kept * shape.scored * config.hidden_size * width
         parts.append(Part("reference's hidden states", hidden, ESTIMATE, TRAINING))
     positions = shape.rows * shape.tokens
-    layer = positions * (10 * config.hidden_size + 3 * config.intermediate_size) * width
+    of_token = (10 * config.hidden_size + 3 * config.intermediate_size) * width
+    layer = positions * of_token
     if args.gradient_checkpointing:
         activations = layer + config.num_hidden_layers * positions * config.hidden_size * width
     else:
         activations = layer * config.num_hidden_layers
     if models.value is not None:  # in proportion to its size
         activations += activations * models.value.parameters // models.base.parameters
+    activations = max(activations, shape.scored_at_once * shape.tokens * of_token)
     parts.append(Part("activations", activations, ESTIMATE, TRAINING))
     return parts
 

@@ -48,6 +48,13 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOConfig):
             "or null with stop_token_id, which then is the only end, or for answers of full length."
         },
     )
+    local_rollout_forward_batch_size: int = field(
+        default=64,
+        metadata={
+            "help": "Answers that a process samples, and scores without gradient, at a time. No logits are kept for "
+            "it: what it costs is the activations of a layer, and keys and values while sampling."
+        },
+    )
     num_sample_generations: int = field(
         default=0, metadata={"help": "How often in the run to print a few sampled answers with their rewards."}
     )

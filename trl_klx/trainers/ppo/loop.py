@@ -31,7 +31,7 @@ from trl.trainer.utils import identity
 
 from ..checks.noise import without_noise
 from ..errors import CheckpointError
-from ..seams import swapped
+from ..seams import keep_float32_outputs, swapped
 from ..shared.generation import end_tokens, generating_with
 from .config import KLXPPOConfig, as_dict
 from .model import VALUE_FOLDER, PolicyAndValue
@@ -72,6 +72,8 @@ class PPOLoop(PPOTrainer):
         # Trainer's own __init__, past the PPOTrainer's that leaves it out.
         own = {"model": model, "args": args, "processing_class": tokenizer, "data_collator": identity}
         super(PPOTrainer, self).__init__(**own, **given)
+        if self.is_fsdp_enabled:
+            keep_float32_outputs(self.accelerator)
         self._train_batch_size = args.local_batch_size or 0  # the dataloader's: prompts of a rollout on this process
         self.ref_model = None if ref_model is None else self.frozen(ref_model)
         self.stop_tokens = end_tokens(model.policy, tokenizer) if args.stop_token == "eos" else []

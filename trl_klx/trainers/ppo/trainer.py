@@ -177,7 +177,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         last = last_token_index(mask)
         answered = (last >= 0).nonzero().squeeze(1)
         rewards = torch.zeros_like(rollout.sampler_logps)
-        rewards[answered, last[answered]] = rollout.scores[answered]
+        rewards[answered, last[answered]] = rollout.scores[answered].to(rewards)
         charged, direct = torch.zeros_like(rewards), torch.zeros_like(rewards)
         if rollout.ref_logps is not None and self.kl_in_reward:
             self.kl.reached.add(KL_IN_REWARD)

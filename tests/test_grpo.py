@@ -360,25 +360,6 @@ def test_kl_in_the_reward_shares_trls_own_scoring(
     torch.testing.assert_close(*credits, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(TRL_VERSION >= Version("1.16"), reason="the model returns no logits")
-def test_both_routes_of_the_exact_kl_agree(model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the logits that the model returns, and from hidden states as on TRL 1.16: loss and gradients."""
-    trainer = make_trainer(model_path, tmp_path, kl_estimator="exact", temperature=0.7)
-    drift(trainer)
-    inputs = rollout(trainer)
-    exact, used, results = trainer._exact, [], []
-    for name in ("_from_logits", "_from_hidden"):
-        route = getattr(exact, name)
-        monkeypatch.setattr(exact, name, lambda *args, route=route, name=name: (used.append(name), route(*args))[1])
-    for logits_of in (exact._logits_of, lambda output: None):
-        monkeypatch.setattr(exact, "_logits_of", logits_of)
-        loss = trainer._compute_loss(trainer.model, inputs)
-        results.append([loss, *torch.autograd.grad(loss, list(trainer.model.parameters()))])
-    assert used == ["_from_logits", "_from_hidden"]
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
 def test_weights_of_a_loss_are_computed_once(model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The logged weights are untruncated, the loss's are capped, and both come of one computation."""
     trainer = make_trainer(model_path, tmp_path, loss_type="bnpo", kl_is_cap=1.05)

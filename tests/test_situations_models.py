@@ -52,6 +52,7 @@ from trl_klx.trainers.checks.noise import noise_of, without_noise
 from trl_klx.trainers.checks.trainable import check_trainable
 from trl_klx.trainers.exact.forward import ExactKLForward
 from trl_klx.trainers.exact.head import call_as_forward, whole
+from trl_klx.trainers.exact.tokens import AnswerTokens
 from trl_klx.trainers.seams import FUSED_LM_HEAD
 
 pytestmark = pytest.mark.trl
@@ -334,10 +335,10 @@ def test_exact_kl_of_architectures(name: str) -> None:
     wanted = exact_kl(2.0 * policy.eval()(IDS).logits, 2.0 * reference.eval()(IDS).logits)
     forward = ExactKLForward(policy, reference, temperature=0.5, direction="reverse")
     forward.check()
-    mask = torch.ones(1, IDS.size(1) - 1)
-    with forward.hidden_states(reference, mask.size(1)) as ref_hidden:
+    tokens = AnswerTokens.of(torch.ones(1, IDS.size(1) - 1))
+    with forward.hidden_states(tokens) as ref_hidden:
         reference(IDS)
-    with forward.exact_kl(policy, ref_hidden[0], mask, with_grad=True) as found:
+    with forward.exact_kl(policy, tokens, ref_hidden, with_grad=True) as found:
         policy(IDS)
     torch.testing.assert_close(found[0], wanted[:, :-1], rtol=1e-4, atol=1e-5)
     assert wanted.mean() > 0.1

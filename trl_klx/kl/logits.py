@@ -32,6 +32,11 @@ class LogitTransform(NamedTuple):
         # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies.
         return cls(scaling if config.model_type == "hyperclovax" else 1 / scaling, softcap, temperature)
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As the functions of `chunked` take it."""
+        return {"temperature": self.temperature, "logit_scale": self.scale, "softcap": self.softcap}
+
     def apply_(self, raw: Tensor) -> Tensor:
         """Replace (..., V) raw logits by the final ones."""
         if self.scale != 1.0:

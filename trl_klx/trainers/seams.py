@@ -77,6 +77,8 @@ SWAPPED = {
     "_get_logits_processor": "of the model: the only way to a processor behind `generate`'s own",
     "forward": "of the output head, or `_old_forward` inside accelerate's hook: our code where its weights are whole "
     "(in PPO while the whole model runs: it scores tokens in the head's place)",
+    "_ChunkedLogProbFunction": "of TRL's module, since 1.16: while its fused head runs for an exact KL, log-probs, "
+    "entropy and KL come from one projection",
     "precompute_ref_logps": "TRL reads the reference's log-probs from the batch, and does not score it again (DPO)",
     "gather": "of the accelerator: the log-ratios of single pairs are seen where TRL gathers them (DPO)",
     "save_total_limit": "of the config: rotating checkpoints is ours",

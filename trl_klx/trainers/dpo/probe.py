@@ -28,6 +28,7 @@ from transformers import (
 from ...kl import kl_estimate, masked_sum
 from ...kl.estimators import SAMPLED_ESTIMATORS
 from ..exact.forward import ExactKLForward
+from ..exact.tokens import AnswerTokens
 from ..seams import FUSED_LM_HEAD
 from ..session.metrics import PooledSums
 from ..shared.generation import end_tokens, generating_with
@@ -179,12 +180,13 @@ class KLProbe:
         mask = batch.target_mask
         hidden: AbstractContextManager[list[Tensor]] = nullcontext([])
         exact: AbstractContextManager[list[Tensor]] = nullcontext([])
-        if self._exact is not None:
-            hidden = self._exact.hidden_states(reference, mask.size(1))
+        tokens = None if self._exact is None else AnswerTokens.of(mask)
+        if self._exact is not None and tokens is not None:
+            hidden = self._exact.hidden_states(tokens)
         with as_reference, hidden as ref_hidden:
             ref_logps = token_logps(reference, batch)
-        if self._exact is not None:
-            exact = self._exact.exact_kl(policy, ref_hidden[0], mask, with_grad=False)
+        if self._exact is not None and tokens is not None:
+            exact = self._exact.exact_kl(policy, tokens, ref_hidden, with_grad=False)
         with exact as exact_kl:
             logps = token_logps(policy, batch)
         self._sums.add(answers=mask.any(-1).sum(), tokens=mask.sum(), surprise=-masked_sum(logps, mask))

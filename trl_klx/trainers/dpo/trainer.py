@@ -21,6 +21,7 @@ from ..checks.rows import PAIRS
 from ..checks.start import check_start, config_for
 from ..checks.vocabulary import check_pairs, check_vocabularies, known_tokens, token_count
 from ..exact.forward import ExactKLForward, exact_kl_between, is_fsdp1
+from ..exact.tokens import AnswerTokens
 from ..reference.adapters import as_reference, trainable_as_before
 from ..reference.build import reference_is_a_copy
 from ..reference.resumed import ReferenceKeeper, print_of
@@ -193,13 +194,13 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
             with swapped(self, precompute_ref_logps=True):
                 return super()._compute_loss(model, self._with_reference_logps(inputs), return_outputs)
         inputs = dict(inputs)
-        prompts, mask = inputs.pop("kl_prompts"), inputs["completion_mask"][:, 1:].bool()
-        with self._exact.hidden_states(self._reference_model, mask.size(1)) as ref_hidden:
+        prompts, tokens = inputs.pop("kl_prompts"), AnswerTokens.of(inputs["completion_mask"][:, 1:])
+        with self._exact.hidden_states(tokens) as ref_hidden:
             inputs = self._with_reference_logps(inputs)
-        exact = self._exact.exact_kl(model, ref_hidden[0], mask, with_grad=self.args.kl_in_loss)
+        exact = self._exact.exact_kl(model, tokens, ref_hidden, with_grad=self.args.kl_in_loss)
         with exact as exact_kl, swapped(self, precompute_ref_logps=True):
             result = super()._compute_loss(model, inputs, return_outputs)
-        kl_loss = self._kl_loss(the_only(exact_kl, self), mask, prompts)
+        kl_loss = self._kl_loss(the_only(exact_kl, self), tokens.mask, prompts)
         if not self.args.kl_in_loss:
             return result
         return (result[0] + kl_loss, result[1]) if return_outputs else result + kl_loss

@@ -1,11 +1,12 @@
 """The exact KL computed inside the policy's forward, where DDP and its kin see every parameter that is used.
 
-The reference's hidden states (B, C, H), what its output head is given, are kept from its scoring pass and go through
-that head chunk by chunk.
-Where the policy's forward returns logits (TRL below 1.16), the KL is taken from them (`chunked_exact_kl_from_logits`);
-where it does not, from the hidden states of its backbone (`chunked_exact_kl`). The result rides out on the model's
-output, as a field of a subclass of the output's own class: wrappers rebuild outputs from their declared fields, and
-an ad-hoc key would be lost or crash them.
+The reference's hidden states at the tokens that count, what its output head is given, are kept from its scoring pass
+and go through that head chunk by chunk. Where the policy's forward is TRL's fused head (TRL >= 1.16), log-probs,
+entropy and the KL come from one projection of its hidden states (`fused`); where it returns logits, the KL is taken
+from them (`chunked_exact_kl_from_logits`). The result rides out on the model's output, as a field of a subclass of the
+output's own class: wrappers rebuild outputs from their declared fields, and an ad-hoc key would be lost or crash them.
+
+Policy and reference are scored alike, by logits that are not rounded to half precision: their log-ratios too are true.
 """
 
 import dataclasses
@@ -18,22 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
+from trl.trainer import utils as trl_utils
 
 from ...kl import chunked_exact_kl, chunked_exact_kl_from_logits
 from ...kl.exact import Direction
 from ...kl.logits import LogitTransform
 from ..reference.build import causal_lm
 from ..seams import FUSED_LM_HEAD, swapped
+from .fused import FusedScores
 from .head import (
     WITHOUT_EXACT,
+    HeadInput,
     are_close,
     call_as_forward,
     check_heads,
     not_called,
     reshard,
     unknown_transform,
+    unrounded,
     whole,
 )
+from .requests import Part, Request
+from .tokens import AnswerTokens, ranks_of
 
 
 def exact_kl_between(trainer: Any, policy: nn.Module, *, temperature: float, direction: Direction) -> "ExactKLForward":
@@ -65,44 +72,6 @@ def check_not_flat(trainer: Trainer) -> None:
         )
 
 
-class _Call:
-    """What passes by while a model scores: the latest input of an output head, (rows, L, H)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._hidden: Tensor | None = None
-
-    def keep_input(self, head: nn.Module, args: tuple) -> None:
-        self._hidden = args[0]
-
-    def keep_output(self, backbone: nn.Module, args: tuple, output: Any) -> None:
-        self._hidden = output.last_hidden_state
-
-    def completion(self, length: int) -> Tensor:
-        """(rows, C, H) the hidden states that predict the completion's `length` tokens."""
-        if self._hidden is None or self._hidden.dim() != 3:
-            raise not_called(self._model)
-        return self._hidden[:, -length - 1 : -1]
-
-
-class _KLCall(_Call):
-    """A scoring that asks for the exact KL. The trainer may split its batch; rows are handed out in order."""
-
-    def __init__(self, model: nn.Module, ref_hidden: Tensor, mask: Tensor, *, with_grad: bool) -> None:
-        super().__init__(model)
-        self._ref_hidden, self._mask, self.with_grad = ref_hidden, mask, with_grad
-        self._next_row, self.length = 0, mask.size(1)
-
-    @property
-    def is_served(self) -> bool:
-        return self._next_row == len(self._mask)
-
-    def take(self, rows: int) -> tuple[Tensor, Tensor]:
-        """The reference's hidden states (rows, C, H) and the mask (rows, C) of the next rows."""
-        start, self._next_row = self._next_row, self._next_row + rows
-        return self._ref_hidden[start : self._next_row], self._mask[start : self._next_row].bool()
-
-
 class ExactKLForward:
     """Gives a causal language model's forward the exact KL to a reference, on request.
 
@@ -122,28 +91,30 @@ class ExactKLForward:
         self._policy, self._reference = policy, reference
         self._direction: Direction = direction
         self._transform = LogitTransform.of(policy.config, temperature)
-        self._call: _KLCall | None = None  # what the policy's forward is to serve
+        self._call: Request | None = None  # what forwards are to serve
         self._checked = False
         check_heads(policy, reference)
-        self._wrap_forward()
+        for model in {id(model): model for model in (policy, reference)}.values():
+            self._wrap_forward(model)
 
-    def _wrap_forward(self) -> None:
+    def _wrap_forward(self, wrapped: PreTrainedModel) -> None:
         # For good, and not while scoring only: accelerate's autocast goes around it.
         kept = f"_forward_{id(self)}"
         # Kept on the model: a copy of the model has a copy of it, which is bound to that copy.
-        setattr(self._policy, kept, self._policy.forward)
+        setattr(wrapped, kept, wrapped.forward)
 
         # Same signature: `generate` validates its model arguments against it.
-        @functools.wraps(type(self._policy).forward)
+        @functools.wraps(type(wrapped).forward)
         def forward(model, *args, **kwargs):
-            original, call = getattr(model, kept), self._call
-            if call is None or call.is_served or model is not self._policy:
+            original, request = getattr(model, kept), self._call
+            if request is None or request.is_served or model not in (self._policy, self._reference):
                 return original(*args, **kwargs)
             reshard(model.get_output_embeddings())
-            output = original(*args, **kwargs)
-            return _with_exact_kl(output, self._exact_kl(call, output))
+            if kwargs.get("fused_lm_head"):
+                return self._by_fused_head(request, model, kwargs["labels"], lambda: original(*args, **kwargs))
+            return self._by_logits(request, model, lambda: original(*args, **kwargs))
 
-        self._policy.forward = types.MethodType(forward, self._policy)
+        wrapped.forward = types.MethodType(forward, wrapped)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -152,135 +123,175 @@ class ExactKLForward:
         Raises:
             ValueError: it is not.
         """
-        policy, training, call = self._policy, self._policy.training, _Call(self._policy)
+        policy, training = self._policy, self._policy.training
         embedding: Any = policy.get_input_embeddings()
         ids = torch.arange(4, device=embedding.weight.device).unsqueeze(0)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         policy.eval()
         try:
-            with self._watching(policy, call, lambda *_: None):
+            with torch.compiler.set_stance("force_eager"), unrounded(policy.get_output_embeddings()) as given:
                 output = policy(**inputs)
-                hidden = call.completion(ids.size(1) - 1)
-                self._check_projection(hidden, output)
-                if FUSED_LM_HEAD:
-                    policy.base_model(**inputs)
-                    if not are_close(call.completion(ids.size(1) - 1), hidden):
-                        raise ValueError(
-                            f"TRL's fused head reads other hidden states of {type(policy).__name__} than the model's "
-                            f"own head does: {WITHOUT_EXACT}."
-                        )
+            hidden, _ = _latest(policy, given)
+            self._check_projection(hidden, output)
+            if FUSED_LM_HEAD and not are_close(policy.base_model(**inputs).last_hidden_state, hidden):
+                raise ValueError(
+                    f"TRL's fused head reads other hidden states of {type(policy).__name__} than the model's own head "
+                    f"does: {WITHOUT_EXACT}."
+                )
         finally:
             policy.train(training)
 
     @contextmanager
-    def hidden_states(self, model: nn.Module, completion_length: int) -> Iterator[list[Tensor]]:
-        """While active, collect the (rows, C, H) hidden states that predict the completion, one tensor per forward."""
-        collected: list[Tensor] = []
-        call = _Call(self._policy)
+    def log_probs(self, tokens: AnswerTokens) -> Iterator[None]:
+        """While active, forwards of policy and reference score the answers as they do for an exact KL."""
+        with self._serving(Request(tokens)):
+            yield
 
-        def collect(*_) -> None:
-            collected.append(call.completion(completion_length).detach())
+    @contextmanager
+    def hidden_states(self, tokens: AnswerTokens) -> Iterator[list[Tensor]]:
+        """While active, collect the hidden states that predict the tokens: a tensor (n, H) for each answer.
 
-        with self._watching(model, call, collect):
-            yield collected
+        They are those that the output head is given, in the precision in which it takes them.
+        """
+        request = Request(tokens, keeps_hidden=True)
+        with self._serving(request):
+            yield request.kept
 
     @contextmanager
     def exact_kl(
-        self, model: nn.Module, ref_hidden: Tensor, mask: Tensor, *, with_grad: bool
+        self, model: nn.Module, tokens: AnswerTokens, ref_hidden: list[Tensor], *, with_grad: bool
     ) -> Iterator[list[Tensor]]:
         """While active, forwards of `model` also compute the exact KL; collect it (rows, C), one tensor per forward.
 
         Args:
             model: the model as it is called, wrappers (DDP, PEFT) included.
-            ref_hidden: (B, C, H) from `hidden_states` of the reference.
-            mask: (B, C) tokens that count; the others are not computed and are 0.
+            tokens: of B answers, those that count; the others are not computed and are 0.
+            ref_hidden: B tensors (n, H) from `hidden_states` of the reference, at the same tokens.
             with_grad: False where the value is only measured.
         """
         collected: list[Tensor] = []
-        call = _KLCall(self._policy, ref_hidden, mask, with_grad=with_grad)
 
         def collect(_module: nn.Module, _args: tuple, output) -> None:
-            if sum(map(len, collected)) < len(mask):  # the trainer may run the model once more, for its outputs
+            if sum(map(len, collected)) < len(ref_hidden):  # the trainer may run the model once more, for its outputs
                 collected.append(output.exact_kl)
 
-        with swapped(self, _call=call), self._watching(model, call, collect):
-            yield collected
+        handle = model.register_forward_hook(collect)
+        try:
+            with self._serving(Request(tokens, ref_hidden=ref_hidden, with_grad=with_grad)):
+                yield collected
+        finally:
+            handle.remove()
 
     @torch.no_grad()
-    def of_hidden_states(self, hidden: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
-        """(B, C) exact KL of hidden states (B, C, H) of policy and reference that `hidden_states` kept; a constant."""
-        return self._from_hidden(hidden, ref_hidden, mask.bool())
+    def of_hidden_states(
+        self,
+        hidden: list[Tensor],
+        within: AnswerTokens,
+        ref_hidden: list[Tensor],
+        tokens: AnswerTokens,
+        *,
+        at_once: int,
+    ) -> Tensor:
+        """(B, C) exact KL of hidden states of policy and reference that `hidden_states` kept; a constant.
+
+        Args:
+            hidden: B tensors, the policy's at the tokens of `within`.
+            ref_hidden: B tensors, the reference's at `tokens`, which are among those.
+            at_once: answers whose hidden states are copied at a time.
+        """
+        found = []
+        for start in range(0, len(hidden), at_once):
+            stop = start + at_once
+            policy = hidden[start:stop], within.rows(start, stop)
+            found.append(self._of_answers(*policy, ref_hidden[start:stop], tokens.rows(start, stop)))
+        return torch.cat(found)
+
+    def _of_answers(
+        self, hidden: list[Tensor], within: AnswerTokens, ref_hidden: list[Tensor], tokens: AnswerTokens
+    ) -> Tensor:
+        head = self._policy.get_output_embeddings()
+        policy_hidden = torch.cat(hidden)
+        if tokens.count != within.count:
+            policy_hidden = policy_hidden.index_select(0, ranks_of(within.mask)[tokens.places])
+
+        def kl(hidden_NH: Tensor, ref_weight: Tensor, ref_bias: Tensor | None) -> Tensor:
+            ref_NH = torch.cat(ref_hidden).to(hidden_NH.device)
+            options = {"bias": head.bias, "ref_bias": ref_bias, **self._options}
+            with torch.autocast(hidden_NH.device.type, enabled=False):  # they are in the head's precision
+                return chunked_exact_kl(hidden_NH, head.weight.to(hidden_NH), ref_NH, ref_weight.to(ref_NH), **options)
+
+        return tokens.spread(self._with_ref_head(kl, policy_hidden, in_policy_head=True))
 
     @contextmanager
-    def _watching(self, model: nn.Module, call: _Call, hook: Callable[..., None]) -> Iterator[None]:
-        # Only while scoring: generation runs the backbone too, and a copy of the model must not carry our hooks.
-        models = {id(model): model for model in (self._policy, self._reference)}.values()
-        handles = [model.get_output_embeddings().register_forward_pre_hook(call.keep_input) for model in models]
-        if FUSED_LM_HEAD:  # which reads the head's weights and does not call it
-            handles += [model.base_model.register_forward_hook(call.keep_output) for model in models]
-        handles.append(model.register_forward_hook(hook))
-        try:
-            # A compiled model (torch_compile) keeps graphs that know nothing of hooks which came later.
-            with torch.compiler.set_stance("force_eager"):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _serving(self, request: Request) -> Iterator[None]:
+        # A compiled model (torch_compile) keeps graphs of what the forward does without a request.
+        with swapped(self, _call=request), torch.compiler.set_stance("force_eager"):
+            yield
 
-    def _exact_kl(self, call: _KLCall, output: Any) -> Tensor:
-        hidden = call.completion(call.length)
-        ref_hidden, mask = call.take(hidden.size(0))
-        if not self._checked:
-            self._check_projection(hidden, output)
-        logits = self._logits_of(output)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and call.with_grad):
-            if logits is None:
-                return self._from_hidden(hidden, ref_hidden, mask)
-            return self._from_logits(logits, ref_hidden, mask)
+    def _by_fused_head(self, request: Request, model: PreTrainedModel, labels: Tensor, run: Callable[[], Any]) -> Any:
+        """TRL's fused head, with scores of our own."""
+        device = model.get_output_embeddings().weight.device
+        part = request.take(labels.size(0), device)
+        scores = FusedScores(
+            part,
+            labels,
+            trl_utils._ChunkedLogProbFunction,
+            transform=self._transform,
+            direction=self._direction,
+            ref_head=self._ref_head,
+        )
+        with swapped(trl_utils, _ChunkedLogProbFunction=scores):
+            output = run()
+        return self._given(request, part, output, scores.hidden, scores.exact)
 
-    def _logits_of(self, output: Any) -> Tensor | None:
-        return getattr(output, "logits", None)  # TRL >= 1.16's fused head returns none
+    def _ref_head(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The reference's head, where the policy's is `weight` and `bias`."""
+        ref_head = self._reference.get_output_embeddings()
+        return (weight.detach(), bias) if ref_head is self._policy.get_output_embeddings() else whole(ref_head)
+
+    def _by_logits(self, request: Request, model: PreTrainedModel, run: Callable[[], Any]) -> Any:
+        """A forward that returns logits: they are not rounded, and the KL is taken from them."""
+        head = model.get_output_embeddings()
+        with unrounded(head) as given:
+            output = run()
+        hidden, dtype = _latest(model, given)
+        part = request.take(hidden.size(0), hidden.device)
+        kept = exact = None
+        if part.keeps_hidden:
+            kept = part.tokens.select(hidden.detach()).to(dtype)
+        if part.ref_hidden is not None:
+            if not self._checked:
+                self._check_projection(hidden, output)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and part.with_grad):
+                exact = self._from_logits(part, output.logits)
+        return self._given(request, part, output, kept, exact)
+
+    def _given(self, request: Request, part: Part, output: Any, hidden: Tensor | None, exact: Tensor | None) -> Any:
+        if hidden is not None:
+            request.kept.extend(part.tokens.split(hidden))
+        return output if exact is None else _with_exact_kl(output, exact)
 
     @property
     def _options(self) -> dict[str, Any]:
         """How both heads' outputs become logits, and which way the KL goes."""
-        scale, softcap, temperature = self._transform
-        return {"temperature": temperature, "logit_scale": scale, "softcap": softcap, "direction": self._direction}
+        return {**self._transform.arguments, "direction": self._direction}
 
-    def _from_hidden(self, hidden: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
-        """(B, C) from the hidden states of both, (B, C, H)."""
-        head = self._policy.get_output_embeddings()
-        ref_hidden, mask = ref_hidden.to(hidden.device), mask.to(hidden.device)
-
-        def kl(hidden_NH: Tensor, ref_weight: Tensor, ref_bias: Tensor | None) -> Tensor:
-            return chunked_exact_kl(
-                hidden_NH,
-                head.weight,
-                ref_hidden[mask].to(hidden_NH.device),
-                ref_weight,
-                bias=head.bias,
-                ref_bias=ref_bias,
-                **self._options,
-            )
-
-        return _scattered(self._with_ref_head(kl, hidden[mask], in_policy_head=True), mask)
-
-    def _from_logits(self, logits: Tensor, ref_hidden: Tensor, mask: Tensor) -> Tensor:
+    def _from_logits(self, part: Part, logits: Tensor) -> Tensor:
         """(B, C) from the policy's logits, (B, at least C + 1, V): only the reference is projected.
 
         Takes them whole, the last one included, because a slice or a selection would copy them, forward and backward.
         """
-        length = mask.size(1)
-        ref_hidden, mask = ref_hidden.to(logits.device), mask.to(logits.device)
-        rows = mask.new_zeros(logits.shape[:-1])
-        rows[:, logits.size(1) - length - 1 : logits.size(1) - 1] = mask
+        counted = nn.functional.pad(part.tokens.to(logits.device).placed(logits.size(1) - 1), (0, 1))
 
         def kl(logits: Tensor, ref_weight: Tensor, ref_bias: Tensor | None) -> Tensor:
+            assert part.ref_hidden is not None
+            ref_hidden = part.ref_hidden.to(logits.device)
             return chunked_exact_kl_from_logits(
-                logits, ref_hidden[mask], ref_weight, mask=rows, ref_bias=ref_bias, **self._options
+                logits, ref_hidden, ref_weight, mask=counted, ref_bias=ref_bias, **self._options
             )
 
-        return _scattered(self._with_ref_head(kl, logits, in_policy_head=False), mask)
+        exact = self._with_ref_head(kl, logits, in_policy_head=False)
+        return part.tokens.to(exact.device).spread(exact)
 
     def _with_ref_head(self, kl: Callable[..., Tensor], policy: Tensor, *, in_policy_head: bool) -> Tensor:
         """Call `kl(policy, ref_weight, ref_bias)`, as the forward of the policy's head where its weights are needed."""
@@ -296,21 +307,21 @@ class ExactKLForward:
 
     def _check_projection(self, hidden: Tensor, output) -> None:
         """On one token: our projection of the hidden state is the logits the model itself returns."""
-        logits = self._logits_of(output)
-        if logits is None or hidden.size(1) == 0:
+        if hidden.size(1) < 2:
             return
         self._checked = True
         with torch.no_grad():
-            raw = self._policy.get_output_embeddings()(hidden[:1, -1]).float()
+            raw = self._policy.get_output_embeddings()(hidden[:1, -2]).float()
             ours = self._transform._replace(temperature=1.0).apply_(raw)
-        if not are_close(ours, logits[:1, -2].detach().float()):
+        if not are_close(ours, output.logits[:1, -2].detach().float()):
             raise unknown_transform(self._policy)
 
 
-def _scattered(kl_N: Tensor, mask: Tensor) -> Tensor:
-    """Per-token values at their places in (B, C), 0 elsewhere."""
-    # masked_scatter keeps an all-masked batch connected to the graph, which DDP needs.
-    return kl_N.new_zeros(mask.shape).masked_scatter(mask.to(kl_N.device), kl_N)
+def _latest(model: nn.Module, given: list[HeadInput]) -> HeadInput:
+    """What the model's output head was given last; it has to be the hidden states of all tokens."""
+    if not given or given[-1].hidden.dim() != 3:
+        raise not_called(model)
+    return given[-1]
 
 
 @functools.cache

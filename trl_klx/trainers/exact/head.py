@@ -1,7 +1,8 @@
 """The output head of a causal language model: what it does to hidden states, and how to read it where it is sharded."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,13 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from ...kl import float32_linear
 from ..seams import swapped
 
 # What to do where the exact KL is not available.
 WITHOUT_EXACT = "use kl_estimator k1, k2 or k3 (in DPO kl_coef 0, with kl_monitor=['k1', 'k3'])"
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 def call_as_forward(head: nn.Module, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -30,6 +34,42 @@ def call_as_forward(head: nn.Module, function: Callable[[Tensor], Tensor], hidde
 def place_of_forward(head: nn.Module) -> str:
     """The attribute to swap for a function that runs as the head's forward."""
     return "_old_forward" if "_hf_hook" in vars(head) else "forward"  # accelerate puts its hook around `_old_forward`
+
+
+class HeadInput(NamedTuple):
+    """What an output head was given."""
+
+    hidden: Tensor  # (rows, L, H)
+    dtype: torch.dtype  # the precision in which the head takes it
+
+
+@contextmanager
+def unrounded(head: Any) -> Iterator[list[HeadInput]]:
+    """While active, the head's logits are not rounded to half precision; collects what the head is given.
+
+    A product of half-precision matrices then has a float32 result. Rounded to bfloat16, logits between 16 and 32 lie
+    0.125 apart, which hides a KL near 0 and gives log-ratios a noise of 0.05. In float32 the head runs as it is.
+    """
+    name = place_of_forward(head)
+    plain, given = getattr(head, name), list[HeadInput]()
+
+    def project(hidden: Tensor) -> Tensor:
+        dtype = product_dtype(hidden, head.weight)
+        given.append(HeadInput(hidden, dtype))
+        if type(head) is not nn.Linear or dtype not in HALF:
+            return plain(hidden)
+        return float32_linear(hidden, head.weight, head.bias)
+
+    with swapped(head, **{name: project}):
+        yield given
+
+
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The precision in which an output head multiplies here: autocast's, or that of the tensors."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def reshard(head: nn.Module) -> None:

@@ -7,8 +7,8 @@ what shards or offloads the head gathers its weights around it, forward and back
 forward gets the raw projections of a few rows of the vocabulary on one token: what it makes of them shows whether all
 that it does to logits is known.
 
-PPO scores this way, because its scoring is ours alone. GRPO and DPO leave the scoring to TRL, whose log-probs are those
-that its loss takes, and add the exact KL to it (`forward`).
+PPO scores this way, because its scoring is ours alone. In GRPO and DPO it is TRL's, whose models give what its loss
+takes: logits, or log-probs of a fused head (`forward`).
 """
 
 from collections.abc import Callable

@@ -1,12 +1,13 @@
 """Which tensors of a GRPO batch mean what. Shape legend: B answers, P prompt tokens, C completion tokens."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...kl import kl_estimate, last_token_index, masked_sum
 from ...monitor.metrics import finite
+from ..exact.tokens import AnswerTokens
 
 # Model inputs of vision-language models that TRL carries from the rollout to the loss.
 VISION_INPUTS = (
@@ -47,6 +48,23 @@ def shuffled(rollout: dict[str, Any]) -> dict[str, Any]:
         return values[there[values.device]]
 
     return {name: permuted(values) for name, values in rollout.items()}
+
+
+class RefStates(NamedTuple):
+    """The reference's hidden states of one answer. A batch has a list of them, which TRL shuffles and splits as it is.
+
+    Tensors of different lengths in a list: no padding, no copy, and their lengths known on the host.
+    """
+
+    hidden: Tensor  # (n, H) at the tokens of the loss mask, in the precision of the output head; a view
+    scored: int  # tokens of the answer that get a log-prob
+
+
+def ref_states_of(inputs: dict) -> tuple[list[Tensor], AnswerTokens]:
+    """The reference's hidden states, a tensor (n, H) an answer, and the tokens that they are at."""
+    states: list[RefStates] = inputs["ref_hidden_states"]
+    counts, scored = [len(each.hidden) for each in states], [each.scored for each in states]
+    return [each.hidden for each in states], AnswerTokens(loss_mask(inputs).bool(), counts, scored)
 
 
 def with_cut_answers(mask: Tensor, ids: Tensor, pad_token_id: int) -> Tensor:

@@ -19,6 +19,7 @@ from ...kl import importance_weights, kl_estimate, leave_one_out_baseline
 from ...kl.estimators import SAMPLED_ESTIMATORS
 from ..checks.start import check_start, config_for
 from ..exact.forward import ExactKLForward, exact_kl_between
+from ..exact.tokens import AnswerTokens
 from ..reference.adapters import as_reference
 from ..reference.build import reference_as_given
 from ..reference.resumed import ReferenceKeeper
@@ -34,10 +35,12 @@ from ..shared.step_guard import KL, POLICY, REFERENCE, REWARDS
 from .aggregation import TOKEN_MEANS, mean_as_trl
 from .batch import (
     VISION_INPUTS,
+    RefStates,
     attention_to_cut_answers,
     health_metrics,
     health_sums,
     loss_mask,
+    ref_states_of,
     sampler_logps_of,
     scored_by_sampler,
     weighted,
@@ -118,30 +121,38 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         """
         return self.args.kl_health and self.args.kl_is_measured and not self.aux_loss_enabled
 
+    def _attention(self, attention_mask: Tensor, ids: Tensor, length: int) -> Tensor:
+        """(B, P + C) TRL's attention mask, and what it hides of the answers, the last `length` tokens."""
+        if not (self._looks_behind_mask and self.mask_truncated_completions):
+            return attention_mask
+        return attention_to_cut_answers(attention_mask, ids, length, self._tokenizer.pad_token_id)
+
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if self._looks_behind_mask and self.mask_truncated_completions:
-            pad = self._tokenizer.pad_token_id
-            attention_mask = attention_to_cut_answers(attention_mask, input_ids, logits_to_keep, pad)
+        attention_mask = self._attention(attention_mask, input_ids, logits_to_keep)
         inputs = model, input_ids, attention_mask, logits_to_keep
         score = functools.partial(super()._get_per_token_logps_and_entropies, *inputs, *args, **kwargs)
-        return score() if self._tape is None else self._tape.record(score, model, logits_to_keep)
+        return score() if self._tape is None else self._tape.record(score, model, attention_mask[:, -logits_to_keep:])
 
     @torch.no_grad()
     def _score(self, model: Any, batch: dict, ask: Ask) -> Scoring:
         """Score the answers of a rollout in TRL's own way."""
-        args, tape = self.args, Tape(self._exact, ask)
-        rows = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-        options: Any = args.gradient_checkpointing_kwargs
+        options: Any = self.args.gradient_checkpointing_kwargs
+        tape = Tape(self._exact, ask)
         with disable_gradient_checkpointing(self.model, options), swapped(self, _tape=tape):
             self._get_per_token_logps_and_entropies(
                 model,
                 torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
                 torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
                 batch["completion_ids"].size(1),
-                batch_size=rows,
+                batch_size=self._rows_at_once,
                 **{name: batch[name] for name in VISION_INPUTS if name in batch},
             )
         return self._applied(tape.one())
+
+    @property
+    def _rows_at_once(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
 
     def _applied(self, scoring: Scoring | None) -> Scoring:
         if scoring is None:
@@ -159,6 +170,7 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         in_reward = self.kl_term.in_reward and self.args.kl_is_penalised
         # TRL scores the policy where its loss needs that: these hidden states serve an exact KL in the reward, too.
         tape = Tape(self._exact, Ask(hidden=in_reward and self.kl_term.estimator == "exact"))
+        self._drop_ref_states()
         with swapped(self, beta=0.0, _tape=tape):  # the reference is scored here
             batch = super()._generate_and_score_completions(inputs)
         if "unscored" not in batch:  # then it was not TRL's rollout that ran
@@ -174,14 +186,22 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         return batch
 
     def _score_reference(self, batch: dict) -> None:
-        """Add the reference's log-probs and, for an exact KL, its hidden states."""
+        """Add the reference's log-probs and, for an exact KL, its hidden states: `RefStates` of each answer."""
+        answers = batch["completion_mask"], batch["completion_ids"], batch["completion_ids"].size(1)
+        tokens = None if self._exact is None else AnswerTokens.of(loss_mask(batch), self._attention(*answers))
         model = self.model if self.ref_model is None else self.ref_model
         policy = self.accelerator.unwrap_model(self.model)
         with as_reference(policy) if self.ref_model is None else nullcontext():
-            scoring = self._score(model, batch, Ask(hidden=self._exact is not None))
+            scoring = self._score(model, batch, Ask(hidden=tokens is not None, tokens=tokens))
         batch["ref_per_token_logps"] = scoring.logps
-        if scoring.hidden is not None:
-            batch["ref_hidden_states"] = scoring.hidden
+        if tokens is not None and scoring.hidden is not None:
+            batch["ref_hidden_states"] = list(map(RefStates, scoring.hidden, tokens.scored))
+
+    def _drop_ref_states(self) -> None:
+        """Free the reference's hidden states of the last rollout, which TRL keeps until it has the next."""
+        if self.model.training:
+            for micro_batch in self._buffered_inputs or ():  # type: ignore[var-annotated]
+                micro_batch.pop("ref_hidden_states", None)
 
     @property
     def _group_size(self) -> int:
@@ -200,9 +220,9 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
             charges_exact = self.kl_term.estimator == "exact"
             policy = self._score(self.model, batch, self._ask(batch, grad=False) if charges_exact else Ask())
         exact = policy.exact
-        if policy.hidden is not None and self._exact is not None:
-            with self.accelerator.autocast():
-                exact = self._exact.of_hidden_states(policy.hidden, batch["ref_hidden_states"], mask)
+        if policy.hidden is not None and policy.tokens is not None and self._exact is not None:
+            kept = policy.hidden, policy.tokens, *ref_states_of(batch)
+            exact = self._exact.of_hidden_states(*kept, at_once=self._rows_at_once)
         credit = self.kl_term.credit(policy.logps, ref_logps, mask, exact=exact)
         # The answers to one prompt may lie on several processes.
         accelerator, (rows, length) = self.accelerator, credit.shape
@@ -216,7 +236,10 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
 
     def _ask(self, batch: dict, *, grad: bool) -> Ask:
         """For the exact KL of the policy, where one is wanted."""
-        return Ask(ref_hidden=batch.get("ref_hidden_states"), mask=loss_mask(batch), grad=grad)
+        if "ref_hidden_states" not in batch:
+            return Ask()
+        ref_hidden, tokens = ref_states_of(batch)
+        return Ask(tokens=tokens, ref_hidden=ref_hidden, grad=grad)
 
     def _calculate_rewards(self, inputs: Any, prompts: list, *given: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, *given)

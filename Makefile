@@ -30,11 +30,19 @@ lint: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx --quiet --nitpicky --fail-on-warning --builder html docs docs/_build/html
 
+# A build of torch for CPUs has no Triton, whose interpreter runs the kernels in the tests. Beside the packages, where
+# nothing else finds it.
+TRITON := triton==3.9.0
+
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(call install,$(VENV),cat)
+	@$(BIN)/python -c 'import triton' 2> /dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/triton $(TRITON)
+	touch $@
 
 $(VENV_TRL116)/installed: requirements.lock pyproject.toml
 	$(call install,$(VENV_TRL116),sed 's/^trl==.*/trl==1.16.0/')
+	touch $@
 
 # $(1) the environment, $(2) a filter of the pinned versions
 define install
@@ -43,7 +51,6 @@ define install
 	$(2) requirements.lock > $(1)/requirements.lock
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -r $(1)/requirements.lock
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
-	touch $(1)/installed
 endef
 
 clean:

@@ -1,6 +1,4 @@
-"""The switch: a Triton kernel computes what `rows` defines on a GPU, the same sums in torch do elsewhere."""
-
-from importlib.util import find_spec
+"""The switch: Triton kernels compute what `rows` defines on a GPU, the same sums in torch do elsewhere."""
 
 import torch
 from torch import Tensor
@@ -8,10 +6,11 @@ from torch import Tensor
 from . import torch_rows
 from .rows import Backend
 
-if find_spec("triton") is None:  # a build of torch for CPUs, or Windows
-    triton_rows: Backend | None = None
-else:
+triton_rows: Backend | None
+try:
     from . import triton_rows
+except ImportError:  # no Triton: a build of torch for CPUs, or Windows
+    triton_rows = None
 
 
 def backend_for(logits: Tensor) -> Backend:

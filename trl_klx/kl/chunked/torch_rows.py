@@ -89,11 +89,14 @@ def _entropy(logps: Tensor, probs: Tensor) -> Tensor:
 
 
 def _pair(rows: Rows, logps: Tensor, block: slice) -> _Pair:
+    """Uses `logps` up, (n, V) of the policy."""
     assert rows.ref_logits is not None
     ref_logps = rows.ref_transform.apply(at_least_float32(rows.ref_logits[block])).log_softmax(-1)
     left, right = (logps, ref_logps) if rows.is_reverse else (ref_logps, logps)
     if _is_finite(logps, ref_logps):
-        return _Pair(logps.exp(), ref_logps.exp(), left - right, None)
+        probs = logps.exp()
+        gap = logps.sub_(ref_logps) if rows.is_reverse else logps.neg_().add_(ref_logps)
+        return _Pair(probs, ref_logps.exp_(), gap, None)
     left_possible, right_possible = left != -torch.inf, right != -torch.inf
     common = left_possible & right_possible
     support = _Support(common, (left_possible & ~right_possible).any(-1), (left_possible == right_possible).all(-1))
@@ -116,7 +119,7 @@ def _averages(rows: Rows, pair: _Pair) -> tuple[Tensor, Tensor, Tensor]:
     terms = left * pair.gap
     mean = terms.sum(-1)
     if pair.support is None:
-        return mean, torch.ones_like(mean), terms.sub_(left).add_(right).sum(-1)
+        return mean, torch.ones_like(mean), mean + (right.sum(-1) - left.sum(-1))
     common, is_lost, is_equal = pair.support
     mass = (left * common).sum(-1)
     # Both sum to 1 over the common support where that is all of it.

@@ -224,7 +224,7 @@ def test_log_probs_and_entropy_of_bf16_tensors(kind: str, device: torch.device) 
 @pytest.mark.trl
 @pytest.mark.parametrize("half", [False, True], ids=["autocast", "weights in bf16"])
 @pytest.mark.parametrize("lora", [False, True], ids=["trained head", "LoRA"])
-@pytest.mark.parametrize("name", [name for name in STEPS if name == "PPO" and TRL_HAS_PPO])
+@pytest.mark.parametrize("name", [name for name in STEPS if TRL_HAS_PPO or name != "PPO"])
 def test_what_a_trainer_reports_and_trains_by(name: str, lora: bool, half: bool, tmp_path: Path) -> None:
     """Of the hidden states that its heads are given, whatever route TRL takes: every estimate, and the gradients."""
     step = STEPS[name](tmp_path, 2e-4, lora=lora, half=half)

@@ -119,10 +119,14 @@ class Step:
         return {**values, "exact": float(kl.detach())}, grads[0], grads[1]
 
     def errors_of_values(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-        """Relative errors of the estimates that are reported."""
+        """Errors of the estimates that are reported, relative to them or, where they are smaller, to the exact KL.
+
+        (k1 may be 0.)
+        """
         values, *_ = self.truth(dtype)
         reported = {name.removeprefix("kl/").removeprefix("data_"): value for name, value in self.reported.items()}
-        return {name: abs(reported[name] / value - 1) for name, value in values.items() if name in reported}
+        found = {name: abs(reported[name] - value) for name, value in values.items() if name in reported}
+        return {name: error / max(abs(values[name]), values["exact"]) for name, error in found.items()}
 
     def errors_of_gradients(self) -> dict[str, float]:
         """Relative errors, by norm."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)
-_HAS_FLOAT32_RESULTS = torch.__version__ >= "2.8"  # torch.mm(..., out_dtype=...), for CUDA only
+_HAS_FLOAT32_RESULTS = torch.__version__ >= "2.8" and torch.version.cuda is not None  # torch.mm(..., out_dtype=...)
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -6,6 +6,7 @@ A row is passed over twice, for normalisers and means, then for the KL and its g
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -206,7 +207,8 @@ def score(rows: Rows, out: Statistics, *, with_entropy: bool, grad: Tensor | Non
     wanted = {"HAS_TARGETS": rows.targets is not None, "HAS_ENTROPY": with_entropy, "HAS_REF": has_ref}
     pointers = z, r, targets, places, out.table
     sizes = out.table.stride(0), z.size(1), z.stride(0), r.stride(0)
-    _statistics[(rows.tokens,)](*pointers, *sizes, **_settings(rows), **wanted)
+    with torch.cuda.device_of(z):  # Triton launches on the current device
+        _statistics[(rows.tokens,)](*pointers, *sizes, **_settings(rows), **wanted)
     if has_ref:
         _launch_gradient(rows, out, Upstream(), grad, is_first=True)
 
@@ -228,7 +230,8 @@ def _launch_gradient(rows: Rows, known: Statistics, upstream: Upstream, out: Ten
     }
     pointers = z, r, target, targets, places, known.table, *arriving
     sizes = known.table.stride(0), z.size(1), z.stride(0), r.stride(0), target.stride(0)
-    _gradient[(rows.tokens,)](*pointers, *sizes, **_settings(rows), **wanted)
+    with torch.cuda.device_of(z):
+        _gradient[(rows.tokens,)](*pointers, *sizes, **_settings(rows), **wanted)
 
 
 def _tensors(rows: Rows, known: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support.bf16 import STEPS
+from support.bf16 import STEPS, dpo_probe, error_of_credit
 from support.loading import load
 from torch import Tensor
 
@@ -235,6 +235,22 @@ def test_what_a_trainer_reports_and_trains_by(name: str, lora: bool, half: bool,
     assert max(values.values()) < VALUE, values
     assert set(gradients) == ({"hidden"} if lora else {"hidden", "head"})
     assert max(gradients.values()) < GRADIENT, gradients
+
+
+@pytest.mark.trl
+@pytest.mark.parametrize("half", [False, True], ids=["autocast", "weights in bf16"])
+def test_what_a_probe_of_dpo_reports(half: bool, tmp_path: Path) -> None:
+    values = dpo_probe(tmp_path, 2e-4, half=half).errors_of_values()
+    assert set(values) == {"k1", "k2", "k3", "exact"}
+    assert max(values.values()) < VALUE, values
+
+
+@pytest.mark.trl
+@pytest.mark.parametrize("half", [False, True], ids=["autocast", "weights in bf16"])
+@pytest.mark.parametrize("iterations", [1, 2], ids=["scored for the credit", "scored by TRL for its loss"])
+def test_what_grpo_charges_in_the_reward(iterations: int, half: bool, tmp_path: Path) -> None:
+    """The exact KL in the reward, of a scoring of its own or of hidden states that TRL's scoring leaves."""
+    assert error_of_credit(tmp_path, 2e-4, half=half, num_iterations=iterations) < VALUE
 
 
 SAMPLED = ["k1", "k2", "k3"]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,7 +17,7 @@ from support import tiny_dpo
 from support.device import DEVICE, PLAIN
 from support.tiny import tiny_dataset, tiny_tokenizer
 from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
-from trl_klx.kl import exact_kl, kl_estimate
+from trl_klx.kl import exact_kl, kl_estimate, leave_one_out_baseline
 from trl_klx.kl.estimators import SAMPLED_ESTIMATORS
 from trl_klx.trainers.reference.build import causal_lm
 
@@ -141,11 +141,20 @@ def _relative(found: Tensor, true: Tensor) -> float:
     return float((found.double() - true).norm() / true.norm())
 
 
+class _Output(NamedTuple):
+    """Of one forward of a backbone."""
+
+    backbone: nn.Module
+    ids: Tensor  # (B, L)
+    hidden: Tensor  # (B, L, H)
+    with_grad: bool
+
+
 @dataclass
 class _Seen:
     """What passes by in the backbones of policy and reference while a trainer takes a step."""
 
-    outputs: list[tuple[bool, Tensor, Tensor]] = field(default_factory=list)  # with gradient, ids (B, L), (B, L, H)
+    outputs: list["_Output"] = field(default_factory=list)
     hidden_grad: Tensor | None = None
     weight_grad: Tensor | None = None
 
@@ -154,16 +163,16 @@ class _Seen:
         if hidden.requires_grad:
             hidden.register_hook(lambda grad: setattr(self, "hidden_grad", grad.detach().clone()))
         ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
-        self.outputs.append((hidden.requires_grad, ids, hidden.detach().clone()))
+        self.outputs.append(_Output(backbone, ids, hidden.detach().clone(), hidden.requires_grad))
 
-    def of_policy(self) -> tuple[Tensor, Tensor]:
-        """Ids (B, L) and hidden states (B, L, H) of its forward with gradient."""
-        return next((ids, hidden) for with_grad, ids, hidden in self.outputs if with_grad)
+    def of_policy(self) -> _Output:
+        """Its forward with gradient."""
+        return next(output for output in self.outputs if output.with_grad)
 
     def of_reference(self, ids: Tensor) -> Tensor:
         """(B, L, H), in the order of `ids`: trainers shuffle answers. The reference is the first that scores them."""
-        scored, hidden = next((i, h) for with_grad, i, h in self.outputs if not with_grad and i.shape == ids.shape)
-        return hidden[[int((scored == row).all(1).nonzero()[0]) for row in ids]]
+        found = next(output for output in self.outputs if not output.with_grad and output.ids.shape == ids.shape)
+        return found.hidden[[int((found.ids == row).all(1).nonzero()[0]) for row in ids]]
 
 
 @contextmanager
@@ -189,7 +198,7 @@ def step_of(trainer: Any, mask_of: Callable[[Tensor], Tensor], coef: float = 1.0
     reference = policy if trainer.ref_model is None else causal_lm(trainer.ref_model)
     with _watching(policy, reference) as seen:
         trainer.train()
-    ids, hidden = seen.of_policy()
+    _, ids, hidden, _ = seen.of_policy()
     ref_hidden = seen.of_reference(ids)
     mask = mask_of(ids)[:, 1:]
     assert seen.hidden_grad is not None
@@ -227,7 +236,7 @@ def _same_reward(completions: list, **kwargs: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
-def grpo_step(folder: Path, kl: float, *, lora: bool, half: bool, **changes: Any) -> Step:
+def _grpo_trainer(folder: Path, kl: float, *, lora: bool, half: bool, **changes: Any) -> KLXGRPOTrainer:
     policy = _policy(lora=lora, half=half)
     settings = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": LENGTH, "beta": 1.0}
     settings |= {**PLAIN, **ALONE, "bf16": True, "kl_monitor": MONITOR, "disable_dropout": True, **changes}
@@ -235,7 +244,42 @@ def grpo_step(folder: Path, kl: float, *, lora: bool, half: bool, **changes: Any
         policy, _same_reward, KLXGRPOConfig(str(folder), **settings), tiny_dataset(), processing_class=tiny_tokenizer()
     )
     _move(policy, kl, lora=lora)
-    return step_of(trainer, lambda ids: _last(ids, LENGTH))
+    return trainer
+
+
+def grpo_step(folder: Path, kl: float, *, lora: bool, half: bool, **changes: Any) -> Step:
+    return step_of(_grpo_trainer(folder, kl, lora=lora, half=half, **changes), lambda ids: _last(ids, LENGTH))
+
+
+def error_of_credit(folder: Path, kl: float, *, half: bool, **changes: Any) -> float:
+    """Of the credit that GRPO's advantages are charged with for an exact KL, relative to its norm."""
+    trainer = _grpo_trainer(folder, kl, lora=False, half=half, kl_placement="both", **changes)
+    policy, reference = causal_lm(trainer.model), causal_lm(trainer.ref_model)
+    batches: list[dict] = []
+    generate = trainer._generate_and_score_completions
+
+    def kept(inputs: Any) -> dict:
+        batches.append(generate(inputs))
+        return batches[-1]
+
+    trainer._generate_and_score_completions = kept  # type: ignore[method-assign]
+    with _watching(policy, reference) as seen:
+        trainer.train()
+    batch = batches[0]
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+
+    def logits(model: Any) -> Tensor:
+        outputs = (o for o in seen.outputs if o.backbone is model.base_model and o.ids.shape == ids.shape)
+        hidden = next(o.hidden for o in outputs if not o.with_grad)[:, -LENGTH - 1 : -1]
+        return hidden.bfloat16().double() @ model.lm_head.weight.detach().bfloat16().double().t()
+
+    policy_logits, ref_logits = logits(policy), logits(reference)
+    logps, ref_logps = (
+        x.log_softmax(-1).gather(-1, ids[:, -LENGTH:].unsqueeze(-1)).squeeze(-1) for x in (policy_logits, ref_logits)
+    )
+    mask = _last(ids, LENGTH)[:, -LENGTH:]
+    credit = trainer.kl_term.credit(logps, ref_logps, mask, exact=exact_kl(policy_logits, ref_logits))
+    return _relative(batch["kl_credit"], credit - leave_one_out_baseline(credit, mask, trainer.num_generations))
 
 
 def _last(ids: Tensor, length: int) -> Tensor:
@@ -244,6 +288,31 @@ def _last(ids: Tensor, length: int) -> Tensor:
     ended = (ids[:, -length:] == 1).cumsum(1) - (ids[:, -length:] == 1).int()
     mask[:, -length:] = ended == 0
     return mask
+
+
+def dpo_probe(folder: Path, kl: float, *, half: bool) -> Step:
+    """What DPO's probe reports; nothing trains by it."""
+    policy = _policy(lora=False, half=half)
+    settings = {**ALONE, "bf16": True, "kl_coef": 0.0, "kl_probe_steps": 1, "kl_monitor": MONITOR}
+    settings |= {"kl_probe_prompts": 6, "kl_probe_max_new_tokens": LENGTH, "per_device_eval_batch_size": 6}
+    trainer = tiny_dpo.make_trainer(policy, folder, **settings)
+    _move(policy, kl, lora=False)
+    probe: Any = trainer._probe
+    values, found = probe.values, []
+
+    def kept(policy: Any, reference: Any, as_reference: Any, batch: Any) -> Any:
+        with _watching(causal_lm(policy), causal_lm(reference)) as seen:
+            out = values(policy, reference, as_reference, batch)
+        found.append((batch, *(output.hidden for output in seen.outputs)))
+        return out
+
+    probe.values = kept
+    trainer.train()
+    batch, ref_hidden, hidden = found[0]
+    mask, head = batch.target_mask, causal_lm(trainer.model).lm_head.weight.detach()
+    ref_head, entry = causal_lm(trainer.ref_model).lm_head.weight.detach(), trainer.state.log_history[0]
+    targets, nothing = batch.input_ids[:, 1:][mask], torch.empty(0)
+    return Step(hidden[:, :-1][mask], ref_hidden[:, :-1][mask], targets, head, ref_head, entry, nothing, None, coef=0.0)
 
 
 def dpo_step(folder: Path, kl: float, *, lora: bool, half: bool, **changes: Any) -> Step:

@@ -168,11 +168,11 @@ def floor(name: str, inputs: dict[str, Any], args: Arguments) -> Callable[[], No
     """The matrix products of `products` or `stock`, into memory that is there already."""
     import torch
 
-    from trl_klx.kl.chunked.exact import default_chunk_size
+    from trl_klx.kl.chunked.checks import default_chunk_size
 
     trained = inputs["weight"].requires_grad
     hidden, weight, ref_hidden, ref_weight = (tensor.detach() for tensor in inputs.values())
-    size = args.chunk_size or default_chunk_size(weight.size(0), hidden.device.type)
+    size = args.chunk_size or default_chunk_size(weight.size(0), hidden.device.type, is_trained=trained)
     space = hidden.new_empty(min(size, hidden.size(0)), weight.size(0))
     grad, grad_weight = torch.empty_like(hidden), torch.empty_like(weight) if trained else None
 

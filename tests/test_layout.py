@@ -76,7 +76,7 @@ ALLOWED = {
     "run/explain": ({"cli", "kl", "run/recipe"}, {"rich"}),
     "run/check": (
         {
-            *("cli", "config", "recipe_files", "run/explain", "run/recipe", "run/sources"),
+            *("cli", "config", "kl", "recipe_files", "run/explain", "run/recipe", "run/sources"),
             *("trainers/checkpoints", "trainers/checks", "trainers/errors", "trainers/reference", "trainers/seams"),
         },
         {"torch", "transformers", "datasets", "huggingface_hub", "rich", "yaml"},

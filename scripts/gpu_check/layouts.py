@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ LAYOUTS = (ALONE, "zero1", "zero2", "zero3", "fsdp2")
 FIELDS = ("loss", "grad_norm", "kl/exact", "kl/coef")
 TOLERANCE, SMALL = 1e-3, 1e-5  # of the larger number; and what is no difference at all
 STEPS = 4
+SECONDS = 80  # that a launch may take
 
 
 def check(settings: Settings, report: Report) -> None:
@@ -60,10 +60,12 @@ def launch(name: str, folder: Path, settings: Settings) -> int:
         "report_to": "none",
     }
     if settings.is_try:
-        changes |= {"per_device_train_batch_size": 16, "ddp_backend": "gloo"}
+        changes |= {"per_device_train_batch_size": 16, **({} if on_cpu else {"ddp_backend": "gloo"})}
     command += ["--config", "recipes/starter/grpo_exact_both_pid.yaml"]
     command += [str(part) for option, value in changes.items() for part in (f"--{option}", value)]
-    return run(command, folder / f"{name}.log", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
+    # DeepSpeed compiles a kernel for CPUs: in a folder of its own, it waits for nobody's lock.
+    variables = {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    return run(command, folder / f"{name}.log", seconds=SECONDS * (3 if settings.is_try else 1), **variables)
 
 
 def history(folder: Path) -> list[dict[str, float]]:

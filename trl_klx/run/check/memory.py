@@ -2,22 +2,22 @@
 
 Counted exactly for one process and DDP: weights, gradients and the optimizer's state. DeepSpeed and FSDP share these
 out by the formulas of the ZeRO paper (Rajbhandari et al., 2020, section 3). Activations, logits and caches are
-estimates: they depend on kernels and on how long prompts and answers really are.
+estimates: they depend on kernels and on how long prompts and answers really are. None was compared with a real run.
 """
 
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
+from ...kl.chunked.checks import default_chunk_size
 from ..recipe.algorithm import Algorithm, Shape
 from ..recipe.arguments import Recipe
 from ..sources.named_models import NamedModels, Weights, classifier_on_meta
 from .layout import Layout
 
-EXACT, FORMULA, ESTIMATE = "exact", "formula", "estimate"
+EXACT, FORMULA, ESTIMATE = "exact", "formula", "estimate, not compared"
 ALWAYS, TRAINING, GENERATION = "always", "training", "generation"
 _GIB = 2**30
-_CHUNKS = 512 * 2**20  # of the exact KL, both models' logits
 CONTEXT = "context, kernels, fragmentation"
 _OVERHEAD = 2 * _GIB  # of the device, its kernels and communication
 _VLLM_CACHE = 2 * _GIB  # the least that vLLM needs beside its weights
@@ -173,13 +173,15 @@ def _training_buffers(args: Any, models: Models, shape: Shape) -> list[Part]:
     config = models.config
     width = 2 if args.bf16 or args.fp16 else 4
     logits = shape.rows * shape.scored * config.vocab_size
-    # The forward's output, its float32 copy under autocast, and its gradient; or a chunk of float32 logits.
-    size = logits * (10 if width == 2 else 8)
-    if shape.fuses_head:
-        size = min(size, _CHUNKS)
-    parts = [Part("logits", size, ESTIMATE, TRAINING)]
+    parts = []
+    if not shape.fuses_head:
+        # Float32 and its gradient; under autocast a half-precision copy of one of them.
+        parts.append(Part("logits", logits * (10 if width == 2 else 8), ESTIMATE, TRAINING))
+    if args.kl_needs_exact or shape.scores_in_chunks:
+        gradient = 0 if shape.fuses_head else 4 * logits  # of the exact KL, held from forward to backward
+        size = _chunks(models, shape, width, exact=args.kl_needs_exact) + gradient
+        parts.append(Part("scores, in chunks" if shape.scores_in_chunks else "exact KL", size, ESTIMATE, TRAINING))
     if args.kl_needs_exact:
-        parts.append(Part("exact KL", _CHUNKS + (0 if shape.fuses_head else 4 * logits), ESTIMATE, TRAINING))
         hidden = shape.kept * shape.scored * config.hidden_size * width
         parts.append(Part("reference's hidden states", hidden, ESTIMATE, TRAINING))
     positions = shape.rows * shape.tokens
@@ -194,6 +196,15 @@ def _training_buffers(args: Any, models: Models, shape: Shape) -> list[Part]:
     activations = max(activations, shape.scored_at_once * shape.tokens * of_token)
     parts.append(Part("activations", activations, ESTIMATE, TRAINING))
     return parts
+
+
+def _chunks(models: Models, shape: Shape, width: int, *, exact: bool) -> int:
+    """Bytes of the logits that `trl_klx.kl.chunked` holds at once on a GPU, and of the gradient of a trained head."""
+    config = models.config
+    is_trained = shape.fuses_head and models.policy.trainable == models.policy.parameters
+    tokens = min(default_chunk_size(config.vocab_size, "cuda", is_trained=is_trained), shape.rows * shape.scored)
+    gradient = 4 * config.vocab_size * config.hidden_size if is_trained else 0
+    return tokens * config.vocab_size * (4 * (1 + exact) + width) + gradient
 
 
 def _generation(args: Any, models: Models, shape: Shape, layout: Layout) -> list[Part]:

@@ -76,7 +76,10 @@ def memory_sentence(memory: Memory) -> str:
 
 def assumptions(algorithm: Algorithm) -> str:
     """What the estimate rests on."""
-    text = "exact: counted; formula: as ZeRO shares it out; estimate: depends on kernels and lengths."
+    text = (
+        "exact: counted; formula: as ZeRO shares it out; estimate: depends on kernels and lengths, and was not "
+        "compared with a real run."
+    )
     if algorithm.rows.is_pairs:
         return text
     return f"{text} Prompts are taken to have {PROMPT_TOKENS} tokens, answers the longest."

@@ -38,6 +38,7 @@ class Shape(NamedTuple):
     kept: int = 0  # rows whose hidden states of the reference are kept for an exact KL
     scored_at_once: int = 0  # rows that are scored without a gradient
     fuses_head: bool = False  # whether the loss is computed in chunks of the output head, without whole logits
+    scores_in_chunks: bool = False  # whether these are ours, exact KL or not
 
 
 class Batches(NamedTuple):

@@ -36,8 +36,9 @@ class _PPO(Algorithm):
     def shape(self, args: Any) -> Shape:
         rows, answer = args.per_device_train_batch_size, args.response_length
         at_once = min(args.rollout_size, args.local_rollout_forward_batch_size)
-        memory = {"generated": at_once, "kept": args.rollout_size, "scored_at_once": at_once, "fuses_head": True}
-        return Shape(rows, PROMPT_TOKENS + answer, answer, **memory)
+        memory = {"generated": at_once, "kept": args.rollout_size, "scored_at_once": at_once}
+        lengths = {"tokens": PROMPT_TOKENS + answer, "scored": answer}
+        return Shape(rows, **lengths, **memory, fuses_head=True, scores_in_chunks=True)
 
     def batches(self, args: Any, processes: int) -> Batches:
         rollout, updates = args.rollout_size * processes, args.num_ppo_epochs * args.num_mini_batches

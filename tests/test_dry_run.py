@@ -471,7 +471,7 @@ def test_scores_are_estimated_by_the_chunks_that_they_are_taken_in(
     }
     length: dict[str, object] = {"max_completion_length": 512, "num_generations": 4, "beta": 0.1}
     if algorithm == "ppo":
-        length = {"response_length": 512}
+        length = {"response_length": 512, "kl_placement": "both"}
     changes = {**model, **length, "per_device_train_batch_size": 8}
     plan = make_plan(algorithm, words(inputs, tmp_path, algorithm, **changes))
     assert plan.memory is not None

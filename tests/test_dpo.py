@@ -18,6 +18,7 @@ from trl_klx.config import KLArguments
 from trl_klx.kl import exact_kl, kl_estimate
 from trl_klx.trainers.dpo import config as dpo_config
 from trl_klx.trainers.dpo.config import KLXDPOConfig
+from trl_klx.trainers.dpo.pairs import pair_prompts
 from trl_klx.trainers.dpo.probe import GumbelSampling, distinct_prompts
 from trl_klx.trainers.dpo.trainer import KLXDPOTrainer
 from trl_klx.trainers.session.session import STATE_FILE
@@ -622,3 +623,29 @@ def test_train_again_begins_with_a_probe(model_path: str, tmp_path: Path) -> Non
     for _ in range(2):
         trainer.train()
         assert "kl/sequence" in trainer.state.log_history[0]
+
+
+def test_rows_of_one_prompt_have_one_number() -> None:
+    """Whatever the padding and the answers; a prompt's tokens count by their places."""
+    prompts = [[5], [5, 5], [5, 6], [6, 5], [5, 6], [0], [0, 0], [22] * 9, [5, 6, 0], list(range(9)), []]
+    length = 14
+    rows = [[*prompt, *range(7, 7 + 1 + place % 3)] for place, prompt in enumerate(prompts)]
+    inputs = {
+        "input_ids": torch.tensor([row + [3] * (length - len(row)) for row in rows] * 2),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows] * 2),
+        "completion_mask": torch.tensor(
+            [
+                [int(len(prompt) <= i < len(row)) for i in range(length)]
+                for prompt, row in zip(prompts, rows, strict=True)
+            ]
+            * 2
+        ),
+    }
+    numbers = pair_prompts(inputs)
+    assert torch.equal(*numbers.chunk(2))
+    assert numbers.double().long().equal(numbers)  # as statistics keep them
+    same = [[prompt == other for other in prompts] for prompt in prompts]
+    chosen = numbers[: len(prompts)]
+    assert (chosen[:, None] == chosen).tolist() == same
+    wider = {name: torch.nn.functional.pad(values, (0, 4)) for name, values in inputs.items()}
+    assert torch.equal(pair_prompts(wider), numbers)

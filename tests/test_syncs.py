@@ -1,8 +1,7 @@
 """How often the host waits for the device in an optimizer step: at most four times more than in stock TRL's.
 
-Each wait leaves a GPU without work for as long as the host takes to come back. Counted from the end of the first step
-to that of the third, with a log at each, in our code, TRL's and transformers'. What a model's forward waits for, its
-attention masks, is left out: an exact KL needs more forwards than stock has.
+Each wait leaves a GPU without work for as long as the host takes to come back. Counted in our code, TRL's and
+transformers', with a log at every step. (PPO: test_syncs_ppo.py.)
 """
 
 from collections import Counter
@@ -11,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.device import DEVICE, PLAIN
-from support.syncs import Syncs, counting
+from support.device import PLAIN
+from support.syncs import Syncs, syncs_of
 from support.tiny import digit_reward, save_tiny, tiny_dataset, tiny_model, tiny_tokenizer
 from support.tiny_dpo import preferences
 from torch import Tensor
-from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict
 
@@ -41,35 +39,8 @@ KNOWN = {
     "take",
 }
 SETTINGS = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-12, **PLAIN}
-OF_FORWARDS = ("transformers/masking_utils", "transformers/models/")
 PID = {"kl_controller": "pid", "kl_target": 0.05}
 GROUPS = {"kl_group_column": "answer", "kl_group_targets": {"0": 0.001, "1": 10.0}, **PID}
-
-
-class Steps(TrainerCallback):
-    """Keeps what was counted between the ends of the first and the third step."""
-
-    def __init__(self, found: Syncs) -> None:
-        self._found, self._before = found, Counter[str]()
-        self.counted: Syncs = Counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 1:
-            self._before = Counter(self._found)
-        if state.global_step == 3:
-            found = Counter(self._found) - self._before
-            self.counted = Counter({place: n for place, n in found.items() if not place.startswith(OF_FORWARDS)})
-
-
-def syncs_of(trainer: Any) -> Syncs:
-    """Of two optimizer steps."""
-    torch.manual_seed(0)
-    with counting(DEVICE) as found:
-        steps = Steps(found)
-        trainer.add_callback(steps)
-        trainer.train()
-    assert steps.counted
-    return steps.counted
 
 
 def assert_few(ours: Syncs, stock: Syncs, steps: int = 2) -> None:

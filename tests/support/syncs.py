@@ -3,7 +3,7 @@
 On CUDA `torch.cuda.set_sync_debug_mode` reports each. A CPU has one device only, so tensors are followed instead: one
 that was made without a device, or brought to the host, is the host's, and so is what is computed from such alone; all
 others are the device's. A wait is a number, a size or a decision of the device's that the host reads, and a copy from
-one side to the other.
+one side to the other (to the device, `non_blocking` copies are none).
 """
 
 import sys
@@ -19,9 +19,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers import TrainerCallback
+
+from support.device import DEVICE
 
 Syncs = Counter[str]  # by the line that waited
 
+# What a model's forward waits for, its attention masks: an exact KL needs more forwards than stock TRL has.
+_OF_FORWARDS = ("transformers/masking_utils", "transformers/models/")
+# The torch twin of the Triton kernels, which no GPU runs.
+_OF_CPUS = ("trl_klx/kl/chunked/torch_rows.py",)
 # Operators whose result, or its size, the host has to know.
 _READS = {
     "_local_scalar_dense",  # item, bool, float, int, a comparison in `if`
@@ -147,8 +154,10 @@ class _Calls(TorchFunctionMode):
         """The result of a call that may bring a tensor to the other side."""
         was_host = self._sides.is_host(tensor)
         is_host = was_host if target is None else target == "cpu" and isinstance(target, str)
-        if was_host != is_host:
-            self._wait("to the host" if is_host else "to the device")
+        if was_host and not is_host and not kwargs.get("non_blocking"):
+            self._wait("to the device")
+        if is_host and not was_host:
+            self._wait("to the host")
         result = func(*args, **kwargs)
         if result is tensor and was_host != is_host and not tensor.requires_grad:
             result = tensor.detach()  # the original stays where it is
@@ -187,3 +196,29 @@ def counting(device: torch.device) -> Iterator[Syncs]:
     sides = _Sides()
     with _Calls(sides, found), _Operators(sides, found):
         yield found
+
+
+class _Steps(TrainerCallback):
+    """Keeps what was counted between the ends of the first and the third step of transformers' loop."""
+
+    def __init__(self, found: Syncs) -> None:
+        self._found, self._before = found, Counter[str]()
+        self.counted: Syncs = Counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self._before = Counter(self._found)
+        if state.global_step == 3:
+            found, left_out = Counter(self._found) - self._before, (*_OF_FORWARDS, *_OF_CPUS)
+            self.counted = Counter({place: n for place, n in found.items() if not place.startswith(left_out)})
+
+
+def syncs_of(trainer: Any) -> Syncs:
+    """Trains for three steps or more: the synchronisations of the second and the third, but for a model's forward."""
+    torch.manual_seed(0)
+    with counting(DEVICE) as found:
+        steps = _Steps(found)
+        trainer.add_callback(steps)
+        trainer.train()
+    assert steps.counted
+    return steps.counted

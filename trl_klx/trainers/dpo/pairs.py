@@ -1,7 +1,7 @@
 """What DPO's pairs show about length: does the log-ratio margin follow the difference of the answers' lengths?"""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,38 +10,33 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ...kl import fill_masked
 from ...monitor.metrics import finite
 from ..parts import Part
 from ..seams import swapped
 from ..session.metrics import PooledSums
-from ..session.prompts import prompt_numbers
 
 _FEWEST_PAIRS = 16  # a correlation of fewer is meaningless
+_BASE = 6364136223846793005  # odd, its bits without a pattern (Knuth's, of linear congruential generators)
 
 
-class WithPromptNumbers:
-    """A collator of DPO's pairs that adds `kl_prompts`, (2B,): a number per row, equal for rows of one prompt.
+def pair_prompts(inputs: Mapping[str, Tensor]) -> Tensor:
+    """(2B,) a number for each row of a batch of pairs, equal for rows of one prompt on whatever process.
 
-    Args:
-        collate: TRL's collator, or the user's.
+        sum_i (token_i + 1) _BASE^i modulo 2^64
+
+    over the tokens of the prompt, or of all of the chosen row where text is not the whole prompt; the upper 53 bits,
+    which a float64 holds. Computed where the rows are: the host would wait for tokens that it reads, and for numbers
+    that it gives.
     """
-
-    def __init__(self, collate: Callable[[list], dict[str, Any]]) -> None:
-        self._collate = collate
-
-    def __call__(self, rows: list) -> dict[str, Any]:
-        batch = self._collate(rows)
-        return {**batch, "kl_prompts": prompt_numbers(_pair_prompts(batch), batch["input_ids"].device).repeat(2)}
-
-
-def _pair_prompts(inputs: Mapping[str, Tensor]) -> list[list[int]]:
-    """Token ids of each pair's prompt in a DPO batch, or all of the chosen row where text is not the whole prompt."""
     pairs = len(inputs["input_ids"]) // 2
     ids, real = inputs["input_ids"][:pairs], inputs["attention_mask"][:pairs].bool()
     of_prompt = real & (inputs["completion_mask"][:pairs] == 0)
     whole = ~of_prompt.any(1, keepdim=True) if "pixel_values" not in inputs else torch.ones_like(real[:, :1])
     known = of_prompt | (real & whole)
-    return [row[kept].tolist() for row, kept in zip(ids, known, strict=True)]
+    powers = ids.new_full(ids.shape[1:], _BASE, dtype=torch.int64).cumprod(0)
+    factors = powers[(known.cumsum(1) - 1).clamp(min=0)]
+    return (fill_masked((ids + 1) * factors, known).sum(1) >> 11).repeat(2)
 
 
 class PairStatistics(Part):

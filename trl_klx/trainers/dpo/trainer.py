@@ -31,7 +31,7 @@ from ..session.coefficient import KLCoefficient
 from ..shared.lifecycle import Lifecycle
 from ..shared.step_guard import KL, POLICY, REFERENCE
 from .config import KLXDPOConfig
-from .pairs import PairStatistics, WithPromptNumbers
+from .pairs import PairStatistics, pair_prompts
 from .probe import KLProbe, ProbeSteps, distinct_prompts
 
 check_trl_version()
@@ -117,8 +117,6 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
         self._probe = self._make_probe() if args.kl_probe_steps is not None else None
         if args.kl_probe_steps is not None:
             self.add_callback(ProbeSteps(lambda: self._run_probe("train"), args.kl_probe_steps))
-        if args.kl_on_data:
-            self.data_collator = WithPromptNumbers(self.data_collator)
         self._watch_health(self.model, gain="log_ratio/margin", entropy="probe/entropy", tokenizer=self._tokenizer)
 
     def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
@@ -193,14 +191,13 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
             # of None.
             with swapped(self, precompute_ref_logps=True):
                 return super()._compute_loss(model, self._with_reference_logps(inputs), return_outputs)
-        inputs = dict(inputs)
-        prompts, tokens = inputs.pop("kl_prompts"), AnswerTokens.of(inputs["completion_mask"][:, 1:])
+        tokens = AnswerTokens.of(inputs["completion_mask"][:, 1:])
         with self._exact.hidden_states(tokens) as ref_hidden:
             inputs = self._with_reference_logps(inputs)
         exact = self._exact.exact_kl(model, tokens, ref_hidden, with_grad=self.args.kl_in_loss)
         with exact as exact_kl, swapped(self, precompute_ref_logps=True):
             result = super()._compute_loss(model, inputs, return_outputs)
-        kl_loss = self._kl_loss(the_only(exact_kl, self), tokens.mask, prompts)
+        kl_loss = self._kl_loss(the_only(exact_kl, self), tokens.mask, pair_prompts(inputs))
         if not self.args.kl_in_loss:
             return result
         return (result[0] + kl_loss, result[1]) if return_outputs else result + kl_loss

@@ -44,7 +44,7 @@ def shuffled(rollout: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(values, Tensor):
             return [values[place] for place in permutation]
         if values.device not in there:
-            there[values.device] = permutation.to(values.device)
+            there[values.device] = permutation.to(values.device, non_blocking=True)
         return values[there[values.device]]
 
     return {name: permuted(values) for name, values in rollout.items()}

@@ -63,11 +63,9 @@ def generalized_advantages(
 def mean_and_std(values: Tensor, mask: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (n - 1) of the unmasked values of all processes; (0, 1) of fewer than two."""
     count, total = reduce(torch.stack([mask.bool().sum().to(values.dtype), masked_sum(values, mask)]))
-    if count < 2:
-        return values.new_zeros(()), values.new_ones(())
-    mean = total / count
+    mean = torch.where(count < 2, 0.0, total / count)
     squares = reduce(masked_sum((values - mean).square(), mask))
-    return mean, (squares / (count - 1) + 1e-8).sqrt()
+    return mean, torch.where(count < 2, 1.0, (squares / (count - 1) + 1e-8).sqrt())
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,8 @@ class Experience:
     scale: Tensor
 
     def batch(self, index: Tensor) -> Batch:
+        """Of some answers only; an `index` on the CPU waits for no device."""
+        index = index.to(self.advantages.device, non_blocking=True)
         return Batch(
             mask=self.rollout.mask[index],
             sampler_logps=self.rollout.sampler_logps[index],
@@ -134,5 +136,6 @@ def padded(ids: list[list[int]], fill: int, side: str, device: Any) -> tuple[Ten
         gap = [value] * (longest - len(row))
         return gap + row if side == "left" else row + gap
 
-    tokens = torch.tensor([pad(row, fill) for row in ids], device=device)
-    return tokens, torch.tensor([pad([1] * len(row), 0) for row in ids], device=device)
+    both = torch.tensor([[pad(row, fill) for row in ids], [pad([1] * len(row), 0) for row in ids]])
+    tokens, mask = both.to(device, non_blocking=True)
+    return tokens, mask

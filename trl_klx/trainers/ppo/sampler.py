@@ -61,7 +61,9 @@ class PPOSampler:
         if trainer.gold is not None and trainer.mode == "eval":
             gold = RewardFunctions([trainer.gold.reward], None, None, trainer.processing_class)
             gold_rewards, _ = self.rewards_of(answers, gold)
-            trainer.gold.measure(answers.prompts, *trainer.accelerator.gather((rewarded.scores, gold_rewards[:, 0])))
+            trainer.gold.measure(
+                answers.prompts, *trainer.accelerator.gather((rewarded.scores, gold_rewards[:, 0].to(rewarded.scores)))
+            )
         parts = [rewarded.rows(slice(start, start + size)) for start in range(0, len(rows), size)]
         rollout = Rollout.joined([self._scored(part) for part in parts])
         self._record_kl(rollout)
@@ -96,16 +98,16 @@ class PPOSampler:
         prompt_ids, prompt_mask = padded(answers.prompt_ids, fill, "left", device)
         completion_ids, completion_mask = padded(answers.completion_ids, fill, "right", device)
         policy_made, _ = padded(answers.policy_made, 0, "right", device)
-        rewards, extra = self.rewards_of(answers, self.rewards)
-        rewards = self._finite(rewards)
+        given, extra = self.rewards_of(answers, self.rewards)
+        rewards = self._finite(given).to(device, non_blocking=True)
         scores = self.rewards.total(rewards).masked_fill(rewards.isnan().all(1), torch.nan)
-        finished = torch.tensor(answers.finished(self._trainer.stop_tokens), device=device)
+        finished = torch.tensor(answers.finished(self._trainer.stop_tokens)).to(device, non_blocking=True)
         if args.missing_eos_penalty is not None:
             scores = scores - args.missing_eos_penalty * (~finished).float()
         self._record_rewards(rewards, scores, finished, completion_mask)
         times = args.num_sample_generations
         if times and self._trainer.mode == "train" and state.global_step % max(1, state.max_steps // times) == 0:
-            self.print(answers, rewards, extra)
+            self.print(answers, given, extra)
         return Rewarded(
             input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
             attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),
@@ -117,7 +119,7 @@ class PPOSampler:
         )
 
     def rewards_of(self, answers: Answers, functions: RewardFunctions) -> tuple[Tensor, dict[str, list]]:
-        """(B, F) rewards of some functions, and the columns that they log beside them (`log_extra`)."""
+        """(B, F) rewards of some functions, on the CPU, and the columns that they log beside them (`log_extra`)."""
         logged: dict[str, list[float]] = defaultdict(list)
         extra: dict[str, list] = {}
         columns = {
@@ -129,8 +131,9 @@ class PPOSampler:
         device = self._trainer.accelerator.device
         rewards = functions(answers.prompts, answers.completions, answers.completion_ids, columns, device)
         if logged:  # the same names on every process, as TRL's GRPO requires too
-            pairs = {name: torch.tensor([sum(v), len(v)], device=device) for name, v in sorted(logged.items())}
-            self._pool({name: (pair[0], pair[1]) for name, pair in pairs.items()})
+            pairs = torch.tensor([[sum(v), len(v)] for _, v in sorted(logged.items())])
+            totals = pairs.to(device, non_blocking=True)
+            self._pool({name: (total, count) for name, (total, count) in zip(sorted(logged), totals, strict=True)})
         return rewards, extra
 
     def _finite(self, rewards: Tensor) -> Tensor:
@@ -138,6 +141,7 @@ class PPOSampler:
         infinite = rewards.isinf().sum(0)
         rewards, _ = finite_rewards(rewards, self.rewards.names)
         counted = torch.cat([(~rewards.isnan()).any(1).sum(0, keepdim=True), infinite])
+        counted = counted.to(self._trainer.accelerator.device, non_blocking=True)
         scored, *infinite = self._trainer.accelerator.reduce(counted, reduction="sum").tolist()
         for name, count in zip(self.rewards.names, infinite, strict=True):
             if count:
@@ -230,8 +234,8 @@ class PPOSampler:
             if trainer.args.kl_is_penalised:  # what every placement maximises
                 charged = masked_sum(trainer.kl.coef_of(rollout.groups) * kl, mask, dim=1)
                 scored = ~rollout.scores.isnan()
-                sums["objective/non_score_reward"] = (-charged[scored].sum(), scored.sum())
-                sums["objective/rlhf_reward"] = ((rollout.scores - charged)[scored].sum(), scored.sum())
+                sums["objective/non_score_reward"] = (-masked_sum(charged, scored), scored.sum())
+                sums["objective/rlhf_reward"] = (masked_sum(rollout.scores - charged, scored), scored.sum())
         self._pool(sums)
 
     def _pool(self, sums: dict[str, tuple[Tensor, Tensor]]) -> None:

@@ -20,7 +20,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from ...kl import importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
+from ...kl import fill_masked, importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
 from ..exact.scored_head import Entropy, scored_heads
 from ..reference.resumed import ReferenceKeeper
 from ..session.applied import KL_IN_LOSS, KL_IN_REWARD
@@ -174,10 +174,10 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         "sequence" are not sums of later rewards: they go to the advantages directly, minus a leave-one-out baseline.
         """
         mask, term = rollout.mask, self.kl_term
-        last = last_token_index(mask)
-        answered = (last >= 0).nonzero().squeeze(1)
+        last = last_token_index(mask).unsqueeze(1)
+        paid = fill_masked(rollout.scores.unsqueeze(1), last >= 0)
         rewards = torch.zeros_like(rollout.sampler_logps)
-        rewards[answered, last[answered]] = rollout.scores[answered].to(rewards)
+        rewards = rewards.scatter(1, last.clamp(min=0), paid.to(rewards.dtype))
         charged, direct = torch.zeros_like(rewards), torch.zeros_like(rewards)
         if rollout.ref_logps is not None and self.kl_in_reward:
             self.kl.reached.add(KL_IN_REWARD)
@@ -196,15 +196,25 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
     def _update(self, model: Any, experience: Experience) -> tuple[Tensor, list[LossOutputs]]:
         """All optimizer steps of a rollout but the last; their mean loss, and the outputs of all micro-batches."""
         minibatches = list(self._minibatches(len(experience.rollout.scores)))
+        tokens = self._tokens(experience.rollout, minibatches)
         total = torch.zeros((), device=self.accelerator.device)
         outputs: list[LossOutputs] = []
-        for number, rows in enumerate(minibatches):
+        for number, (rows, count) in enumerate(zip(minibatches, tokens, strict=True)):
             if number > 0:
                 self._optimizer_step(model)
-            loss, parts = self._accumulate(model, experience, rows, is_first_use=number < self.args.num_mini_batches)
+            is_first_use = number < self.args.num_mini_batches
+            loss, parts = self._accumulate(model, experience, rows, count, is_first_use=is_first_use)
+            if not count:  # nothing was scored, and without a gradient nothing moves, not by momentum either
+                model.zero_grad()
             total += loss
             outputs += parts
         return total / len(minibatches), outputs
+
+    def _tokens(self, rollout: Rollout, minibatches: list[Tensor]) -> list[int]:
+        """The tokens of each minibatch that count, on all processes."""
+        counts = torch.tensor(rollout.counts)
+        here = torch.stack([counts[rows].sum() for rows in minibatches])
+        return self._sum(here.to(self.accelerator.device, non_blocking=True)).tolist()
 
     def _minibatches(self, answers: int) -> Iterator[Tensor]:
         """Rows of each optimizer step: every epoch a new permutation of the rollout, cut into num_mini_batches."""
@@ -212,14 +222,13 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
             yield from torch.randperm(answers).chunk(self.args.num_mini_batches)
 
     def _accumulate(
-        self, model: Any, experience: Experience, rows: Tensor, *, is_first_use: bool
+        self, model: Any, experience: Experience, rows: Tensor, count: int, *, is_first_use: bool
     ) -> tuple[Tensor, list[LossOutputs]]:
-        """Add up the gradients of a minibatch, by micro-batches: of the mean over its tokens on all processes."""
-        count = self._sum(experience.rollout.mask[rows].sum())
-        tokens = count.clamp(min=1) / self.accelerator.num_processes
+        """Add up the gradients of a minibatch, by micro-batches: of the mean over its `count` tokens."""
+        tokens = max(count, 1) / self.accelerator.num_processes
         micro_batches = rows.split(self.args.per_device_train_batch_size)
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        total, outputs = torch.zeros((), device=tokens.device), []
+        total, outputs = torch.zeros((), device=self.accelerator.device), []
         for number, part in enumerate(micro_batches):
             is_last = number == len(micro_batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(is_last)
@@ -230,8 +239,6 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
             total += loss.detach()
             outputs.append(replace(output, loss=loss.detach()))
-        if not count:  # nothing was scored, and without a gradient nothing moves, not by momentum either
-            model.zero_grad()
         self.guard.watch(LOSS, total)
         return total, outputs
 

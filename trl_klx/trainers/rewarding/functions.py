@@ -60,7 +60,9 @@ class RewardFunctions:
     def __call__(
         self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, Any], device: Any
     ) -> Tensor:
-        """(B, F) rewards; NaN where a function returned None: it does not apply to that answer."""
+        """(B, F) rewards, on the CPU; NaN where a function returned None: it does not apply to that answer. Reward
+        models run on `device`.
+        """
         given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         found: list[Any] = []
         for name, reward, tokenizer in zip(self.names, self.rewards, self._tokenizers, strict=True):
@@ -72,7 +74,7 @@ class RewardFunctions:
         pending = [index for index, values in enumerate(found) if inspect.isawaitable(values)]
         for index, values in zip(pending, run_together([found[index] for index in pending]), strict=True):
             found[index] = values
-        columns_of = [torch.as_tensor(values, dtype=torch.float32, device=device) for values in found]
+        columns_of = [torch.as_tensor(values, dtype=torch.float32).cpu() for values in found]
         out = torch.stack(columns_of, dim=1)
         unscored = out.isnan().all(1)
         if unscored.any():
@@ -85,7 +87,8 @@ class RewardFunctions:
 
     def total(self, rewards: Tensor) -> Tensor:
         """(B, F) -> (B,) weighted sum of those that apply; 0 where none does."""
-        return (rewards * rewards.new_tensor(self.weights)).nansum(1)
+        weighted = [weight * column for weight, column in zip(self.weights, rewards.unbind(1), strict=True)]
+        return torch.stack(weighted, dim=1).nansum(1)
 
 
 def finite_rewards(rewards: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, int]]:

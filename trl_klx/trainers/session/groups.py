@@ -89,4 +89,4 @@ def group_numbers(
                 "kl_group_targets, or leave the row out."
             )
         numbers.append(places[name])
-    return torch.tensor(numbers, device=device)
+    return torch.tensor(numbers).to(device, non_blocking=True)

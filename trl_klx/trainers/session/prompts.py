@@ -22,7 +22,7 @@ def prompt_number(prompt: Any) -> int:
 
 def prompt_numbers(prompts: Sequence[Any], device: torch.device) -> Tensor:
     """(B,) numbers of prompts."""
-    return torch.tensor([prompt_number(prompt) for prompt in prompts], device=device)
+    return torch.tensor([prompt_number(prompt) for prompt in prompts]).to(device, non_blocking=True)
 
 
 class RolloutPrompts:

@@ -6,6 +6,7 @@ others are the device's. A wait is a number, a size or a decision of the device'
 one side to the other (to the device, `non_blocking` copies are none).
 """
 
+import re
 import sys
 import warnings
 from collections import Counter
@@ -27,8 +28,8 @@ Syncs = Counter[str]  # by the line that waited
 
 # What a model's forward waits for, its attention masks: an exact KL needs more forwards than stock TRL has.
 _OF_FORWARDS = ("transformers/masking_utils", "transformers/models/")
-# The torch twin of the Triton kernels, which no GPU runs.
-_OF_CPUS = ("trl_klx/kl/chunked/torch_rows.py",)
+# What no GPU runs: the torch twin of the Triton kernels, and a check of sizes.
+_OF_CPUS = re.compile(r"trl_klx/kl/chunked/(torch_rows|from_logits\.py:\d+ _check_tokens)")
 # Operators whose result, or its size, the host has to know.
 _READS = {
     "_local_scalar_dense",  # item, bool, float, int, a comparison in `if`
@@ -198,6 +199,10 @@ def counting(device: torch.device) -> Iterator[Syncs]:
         yield found
 
 
+def _counts(place: str) -> bool:
+    return not (place.startswith(_OF_FORWARDS) or _OF_CPUS.match(place))
+
+
 class _Steps(TrainerCallback):
     """Keeps what was counted between the ends of the first and the third step of transformers' loop."""
 
@@ -209,8 +214,8 @@ class _Steps(TrainerCallback):
         if state.global_step == 1:
             self._before = Counter(self._found)
         if state.global_step == 3:
-            found, left_out = Counter(self._found) - self._before, (*_OF_FORWARDS, *_OF_CPUS)
-            self.counted = Counter({place: n for place, n in found.items() if not place.startswith(left_out)})
+            found = Counter(self._found) - self._before
+            self.counted = Counter({place: number for place, number in found.items() if _counts(place)})
 
 
 def syncs_of(trainer: Any) -> Syncs:

@@ -290,6 +290,7 @@ def test_a_scoring_by_bf16_logits_has_a_floor_and_one_by_float32_results_has_non
         assert all(abs(of_scoring[scoring, name].floor) < 0.01 * 2e-4 for name in ("k1", "k2", "k3"))
 
 
+@pytest.mark.situation("hold a KL in bf16 that is smaller than the rounding of TRL's log-probs", "warned")
 def test_a_target_below_the_rounding_of_trls_scores_is_told_of(tmp_path: Path) -> None:
     """Of sampled estimators alone TRL scores: a target near its floor is told of, with what to set."""
     given = {"use_cpu": True, "bf16": True, "beta": 0.1, "kl_controller": "pid", "kl_target": 0.002, "report_to": []}

@@ -86,7 +86,7 @@ class KLArguments:
     kl_monitor: list[str] | None = _option(
         None,
         "Estimators to log with standard errors, also at beta 0: k1, k2, k3, exact. Default: kl_estimator and k1, k3 "
-        "where the reference is there anyway.",
+        "where the reference is there anyway. In bf16 exact makes the others true too (docs/choosing.md, section 4).",
     )
     max_skipped_steps: int = _option(
         10, "Steps in a row that may be skipped because they are not finite (loss, KL, gradient); one more is an error."

@@ -4,17 +4,19 @@ import copy
 import gc
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
 from support.ppo_tools import ANSWERS, first_rollout, moved, trainer, weights
 from support.tiny import tiny_model
 from support.tiny_dpo import drift
 from test_ppo import assert_step_is_minus_gradient, chosen, dense, with_tool_output
 from test_ppo_parity import stock_step
-from test_situations_models import ARCHITECTURES, HiddenHead, OddHead, architecture
+from test_situations_models import ARCHITECTURES, HiddenHead, OddHead, adapted, architecture
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +24,7 @@ from trl_klx.kl import masked_mean, token_scores
 from trl_klx.kl.exact import exact_kl
 from trl_klx.trainers.exact import scored_head
 from trl_klx.trainers.exact.scored_head import Asked, ScoredHead
+from trl_klx.trainers.seams import keep_float32_outputs
 
 VOCAB, TEMPERATURE = 23, 0.7
 IDS = torch.tensor([[3, 5, 6, 7, 8, 9], [0, 4, 10, 11, 12, 1]])
@@ -117,6 +120,32 @@ def test_an_adapter_on_the_head(tmp_path: Path, changes: dict) -> None:
     step = {name: delta for name, delta in moved(before, weights(model)).items() if gradient.get(name) is not None}
     assert any("lm_head" in name for name in step)
     assert_step_is_minus_gradient(step, {name: g for name, g in gradient.items() if g is not None})
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "LoRA on embeddings", "prompt tuning", "p-tuning", "prefix tuning"])
+def test_scores_of_a_policy_with_an_adapter(tmp_path: Path, kind: str) -> None:
+    """Virtual tokens before the text are not scored; the reference is the policy as it came."""
+    model = adapted(kind)
+    made = trainer(tmp_path, model=model, kl_estimator="exact", kl_placement="both", max_steps=2)
+    rollout = first_rollout(made)
+    with torch.no_grad():
+        logps = chosen(dense(model, rollout), rollout) * rollout.mask
+    for scored in (rollout.sampler_logps, rollout.ref_logps):
+        torch.testing.assert_close(scored, logps, rtol=1e-4, atol=1e-5)
+    made.train()
+    kl = [row["kl/exact"] for row in made.state.log_history if "kl/exact" in row]
+    assert kl[0] == pytest.approx(0.0, abs=1e-6)
+    assert kl[1] > 5e-7
+
+
+def test_fsdp2_leaves_float32_as_it_is() -> None:
+    """accelerate has it round what a model gives, log-probs included, to the precision of the layers."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16
+    keep_float32_outputs(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    assert plugin.mixed_precision_policy.output_dtype is None
+    assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
 
 
 def test_scores_are_true_in_bfloat16() -> None:

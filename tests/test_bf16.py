@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support.bf16 import STEPS, dpo_probe, error_of_credit
+from support.bf16 import STEPS, dpo_probe, error_of_credit, grpo_trainer
 from support.loading import load
 from torch import Tensor
 
@@ -251,6 +251,23 @@ def test_what_a_probe_of_dpo_reports(half: bool, tmp_path: Path) -> None:
 def test_what_grpo_charges_in_the_reward(iterations: int, half: bool, tmp_path: Path) -> None:
     """The exact KL in the reward, of a scoring of its own or of hidden states that TRL's scoring leaves."""
     assert error_of_credit(tmp_path, 2e-4, half=half, num_iterations=iterations) < VALUE
+
+
+@pytest.mark.trl
+@pytest.mark.parametrize("half", [False, True], ids=["autocast", "weights in bf16"])
+def test_a_policy_that_has_not_moved_has_importance_ratios_of_one(half: bool, tmp_path: Path) -> None:
+    """Rollout and loss score alike: one of them in bfloat16 would put a noise of 0.05 on TRL's log-ratios."""
+    trainer = grpo_trainer(tmp_path, 2e-4, lora=False, half=half, num_iterations=2)
+    measure, log_ratios = trainer._measure, []
+
+    def kept(policy: Any, inputs: dict, mask: Tensor, *args: Any) -> None:
+        log_ratios.append((policy.logps.detach() - inputs["old_per_token_logps"])[mask])
+        measure(policy, inputs, mask, *args)
+
+    trainer._measure = kept  # type: ignore[method-assign]
+    trainer.train()
+    assert len(log_ratios) == 1
+    assert float(log_ratios[0].abs().max()) < 1e-4
 
 
 SAMPLED = ["k1", "k2", "k3"]

@@ -236,7 +236,7 @@ def _same_reward(completions: list, **kwargs: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
-def _grpo_trainer(folder: Path, kl: float, *, lora: bool, half: bool, **changes: Any) -> KLXGRPOTrainer:
+def grpo_trainer(folder: Path, kl: float, *, lora: bool, half: bool, **changes: Any) -> KLXGRPOTrainer:
     policy = _policy(lora=lora, half=half)
     settings = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": LENGTH, "beta": 1.0}
     settings |= {**PLAIN, **ALONE, "bf16": True, "kl_monitor": MONITOR, "disable_dropout": True, **changes}
@@ -248,12 +248,12 @@ def _grpo_trainer(folder: Path, kl: float, *, lora: bool, half: bool, **changes:
 
 
 def grpo_step(folder: Path, kl: float, *, lora: bool, half: bool, **changes: Any) -> Step:
-    return step_of(_grpo_trainer(folder, kl, lora=lora, half=half, **changes), lambda ids: _last(ids, LENGTH))
+    return step_of(grpo_trainer(folder, kl, lora=lora, half=half, **changes), lambda ids: _last(ids, LENGTH))
 
 
 def error_of_credit(folder: Path, kl: float, *, half: bool, **changes: Any) -> float:
     """Of the credit that GRPO's advantages are charged with for an exact KL, relative to its norm."""
-    trainer = _grpo_trainer(folder, kl, lora=False, half=half, kl_placement="both", **changes)
+    trainer = grpo_trainer(folder, kl, lora=False, half=half, kl_placement="both", **changes)
     policy, reference = causal_lm(trainer.model), causal_lm(trainer.ref_model)
     batches: list[dict] = []
     generate = trainer._generate_and_score_completions

@@ -56,7 +56,6 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 }
 if not FUSED_LM_HEAD:  # where the policy's forward returns logits
     VARIANTS |= {
-        "exact loss, from hidden states": {"kl_estimator": "exact"},  # the route of TRL 1.16, forced
         "exact loss, dense": {"kl_estimator": "exact"},  # for comparison: `exact_kl` on all logits at once
     }
 
@@ -117,26 +116,24 @@ def make_trainer(name: str, model: Any, args: Arguments) -> GRPOTrainer:
         trainer = GRPOTrainer(model, reward, GRPOConfig(**settings), **data)
     else:
         trainer = KLXGRPOTrainer(model, reward, KLXGRPOConfig(**settings, **options), **data)
-        force_route(trainer, name)
+        if name.endswith("dense"):
+            take_dense(trainer)
     trainer.accelerator.prepare_model(trainer.model)  # autocast goes around its forward, as in `train`
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return trainer
 
 
-def force_route(trainer: KLXGRPOTrainer, name: str) -> None:
+def take_dense(trainer: KLXGRPOTrainer) -> None:
     exact = trainer._exact
 
-    def dense(logits, ref_hidden, mask):
+    def dense(part, logits):
         with torch.no_grad():
-            ref_logits = exact._reference.get_output_embeddings()(ref_hidden)
-        logits = logits[:, -mask.size(1) - 1 : -1] / trainer.temperature
-        return torch.where(mask, exact_kl(logits, ref_logits / trainer.temperature), 0.0)
+            ref_logits = exact._reference.get_output_embeddings()(part.ref_hidden)
+        logits = part.tokens.select(logits) / trainer.temperature
+        return part.tokens.spread(exact_kl(logits, ref_logits / trainer.temperature))
 
-    if name.endswith("from hidden states"):
-        exact._logits_of = lambda output: None
-    elif name.endswith("dense"):
-        exact._from_logits = dense
+    exact._from_logits = dense
 
 
 def make_step(trainer: GRPOTrainer, optimizer: torch.optim.Optimizer, batch: Any, *, whole: bool) -> Callable[[], None]:

@@ -1,5 +1,6 @@
 """How GRPO and DPO get log-probs, entropy and the exact KL: values, products of matrices, and what is kept."""
 
+import types
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -7,13 +8,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from support.tiny import tiny_dataset, tiny_model
 from test_grpo import make_trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from trl.trainer import utils as trl_utils
 
+from trl_klx import KLXGRPOTrainer
 from trl_klx.kl import exact_kl
 from trl_klx.trainers.exact.forward import ExactKLForward
 from trl_klx.trainers.exact.tokens import AnswerTokens
@@ -300,3 +303,20 @@ def test_one_copy_of_the_references_hidden_states(settings: dict, copies: float,
         trainer._prepare_inputs(rows)
     assert at_the_start == [0, 0]
     assert tokens < 8 * 6  # some answers are shorter: there is padding
+
+
+@pytest.mark.parametrize("needs_exact", [True, False])
+def test_fsdp2_does_not_round_scores_next_to_an_exact_kl(needs_exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate has it round all that a model gives; where no exact KL is wanted that stays."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16", reshard_after_forward=True)
+    trainer = object.__new__(KLXGRPOTrainer)
+    trainer.args = types.SimpleNamespace(kl_needs_exact=needs_exact)
+
+    def create(self: Trainer) -> None:
+        self.is_fsdp_enabled = True
+        self.accelerator = types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin))
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create)
+    trainer.create_accelerator_and_postprocess()
+    assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+    assert plugin.mixed_precision_policy.output_dtype == (None if needs_exact else torch.bfloat16)

@@ -2,9 +2,9 @@
 
 What differs between TRL's versions is in the constants and checks below. Methods that our classes override are in
 `OVERRIDDEN`, attributes put in for a while in `SWAPPED`, private ones that are read in `READ`. Three bends are of
-another kind: the exact KL wraps the policy's `forward` for good (`exact.forward`), FSDP2 does not round what PPO's
-models give (`keep_float32_outputs`), and while TRL sets up, a reference that is an adapter stands in `peft_config`
-under TRL's name for it (`reference.adapters`).
+another kind: the exact KL wraps the models' `forward` for good (`exact.forward`), FSDP2 does not round what models
+give, in PPO and with an exact KL (`keep_float32_outputs`), and while TRL sets up, a reference that is an adapter stands
+in `peft_config` under TRL's name for it (`reference.adapters`).
 """
 
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ from ..hub.versions import UNKNOWN, version_of
 # transformers from 5.5 on.
 OVERRIDDEN = {
     # Every trainer, of transformers.Trainer
+    "create_accelerator_and_postprocess": "with an exact KL FSDP2 does not round what models give",
     "train": "the run begins: what is watched starts from zero, and checkpoints are found and locked before a step",
     "training_step": "beta moves after the last micro-batch of a step; PPO: a step is a rollout with all its updates",
     "compute_loss": "the loss is watched; DeepSpeed gets one that it skips, because it steps within backward",

@@ -31,6 +31,7 @@ from ..errors import CheckpointError
 from ..parts import Part
 from ..reference.resumed import ReferenceKeeper
 from ..rewarding.gold import GoldWatch
+from ..seams import keep_float32_outputs
 from ..session.applied import AppliedKLCheck, wanted_kl
 from ..session.metrics import Metrics
 from ..session.session import KLSession
@@ -68,6 +69,11 @@ class Lifecycle(Trainer):
     reward_func_names: list[str] = []
     hub_model_id: Any
     _metrics: Any = None  # TRL's own, where its trainer has some
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled and self.args.kl_needs_exact:
+            keep_float32_outputs(self.accelerator)
 
     def _hold_parts(
         self,

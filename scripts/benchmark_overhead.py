@@ -169,10 +169,8 @@ def make_optimizer(trainer: GRPOTrainer) -> torch.optim.Optimizer:
 
 
 def with_the_weights_of(model: Any) -> Any:
-    """A model of its own, which an adapter can be put on, with the same tensors."""
-    twin = copy.deepcopy(model)
-    share_weights(twin, model)
-    return twin
+    """A model of its own, whose forward a trainer can wrap, with the same parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def take_turns(steps: dict[str, Callable[[], None]], rounds: int, clock: str) -> dict[str, list[float]]:
@@ -199,7 +197,7 @@ def make_trainers(args: Arguments) -> tuple[dict[str, GRPOTrainer], dict[str, to
     """All variants on one set of weights, of the policy and of the reference, so that those of a large model fit."""
     model, trainers = load_model(args), {}
     for name in args.variants:
-        trainers[name] = make_trainer(name, with_the_weights_of(model) if args.frozen else model, args)
+        trainers[name] = make_trainer(name, with_the_weights_of(model), args)
         reference = trainers[name].ref_model
         if reference is not None:  # with an adapter, the policy without it
             share_weights(reference, next(iter(trainers.values())).ref_model)

@@ -344,6 +344,19 @@ def test_exact_kl_of_architectures(name: str) -> None:
     assert wanted.mean() > 0.1
 
 
+@pytest.mark.situation("takes the exact KL to a reference that scales or caps its logits otherwise", "refused")
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("Gemma 2, capped logits", {"final_logit_softcapping": 30.0}), ("Cohere, scaled logits", {"logit_scale": 1.0})],
+)
+def test_exact_kl_refuses_another_transform_of_logits(name: str, changes: dict) -> None:
+    policy, reference = architecture(name), architecture(name)
+    for field, value in changes.items():
+        setattr(reference.config, field, value)
+    with pytest.raises(ValueError, match=r"scales its logits by .* the reference by .*use the checkpoint"):
+        ExactKLForward(policy, reference, temperature=1.0, direction="reverse")
+
+
 @pytest.mark.situation("takes the exact KL of a decoder of another architecture", "right")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_exact_kl_of_opt_in_training(algorithm: str, tmp_path: Path) -> None:

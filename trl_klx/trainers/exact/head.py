@@ -13,6 +13,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ...kl import float32_linear
+from ...kl.logits import LogitTransform
 from ..seams import swapped
 
 # What to do where the exact KL is not available.
@@ -120,6 +121,13 @@ def check_heads(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
         raise ValueError(
             f"the policy has a vocabulary of {head.out_features} and the reference of {ref_head.out_features}: "
             "exact KL needs one vocabulary; use the checkpoint that the policy started from as reference."
+        )
+    transform, ref_transform = LogitTransform.of(policy.config), LogitTransform.of(reference.config)
+    if transform != ref_transform:
+        raise ValueError(
+            f"the policy scales its logits by {transform.scale:g} and caps them at {transform.softcap}, the reference "
+            f"by {ref_transform.scale:g} and at {ref_transform.softcap}: the exact KL treats both alike; use the "
+            f"checkpoint that the policy started from as reference, or {WITHOUT_EXACT}."
         )
 
 

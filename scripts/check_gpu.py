@@ -3,9 +3,9 @@
 python scripts/check_gpu.py --prepare runs/wheels
 python scripts/check_gpu.py --wheels runs/wheels --output_dir runs/gpu
 
-The first command, on a machine with a network, gathers what a machine with Python 3.12, torch, transformers and
-accelerate lacks. The second, on the GPU machine, installs that in a folder of its own and runs the stages; without
---wheels it uses what is installed.
+The first command, on a machine with a network, gathers what a machine with Python 3.12, torch and transformers lacks.
+The second, on the GPU machine, installs that in a folder of its own and runs the stages; without --wheels it uses what
+is installed.
 
 - exact_kl: time of the exact KL over that of its matrix products, peak memory, errors, at 8192 tokens;
 - steps: one optimizer step over stock TRL's, in bf16;

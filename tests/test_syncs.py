@@ -32,29 +32,24 @@ MOST = 4  # per optimizer step
 KNOWN = {
     "bad_weight",  # before a rollout: are all weights finite
     "finite_rewards",  # of a rollout
-    "of",  # tokens of an exact KL, of a rollout (DPO: of a micro-batch)
+    "of",  # tokens of an exact KL, of a rollout
     "_gather",  # the KL of a step, which moves beta
     "_verdict",  # is the step finite
     "settle",  # a log's metrics
     "take",
 }
-PER_MICRO_BATCH = "exact/tokens.py"
 SETTINGS = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-12, **PLAIN}
 PID = {"kl_controller": "pid", "kl_target": 0.05}
 GROUPS = {"kl_group_column": "answer", "kl_group_targets": {"0": 0.001, "1": 10.0}, **PID}
 
 
-def assert_few(ours: Syncs, stock: Syncs, *, micro_batches: int = 0) -> None:
-    """At most `MOST` more per step than stock has, in places that are known, once a step each; or else says where.
-
-    `micro_batches` of a step may each have one more, that of `PER_MICRO_BATCH`.
-    """
+def assert_few(ours: Syncs, stock: Syncs) -> None:
+    """At most `MOST` more per step than stock has, in places that are known, once a step each; or else says where."""
     steps = 2
     of_us = Counter({place: number for place, number in ours.items() if place.startswith("trl_klx/")})
     of_others = ours - of_us
     unknown = [place for place in of_us if not KNOWN & {*place.replace(":", " ").split()}]
-    allowed = {place: micro_batches if PER_MICRO_BATCH in place and micro_batches else 1 for place in of_us}
-    often = [place for place, number in of_us.items() if number > steps * allowed[place]]
+    often = [place for place, number in of_us.items() if number > steps]
     more = (ours.total() - stock.total()) / steps
     lines = [f"{number / steps:+} {place}" for place, number in (ours - stock).items()]
     lines += [f"{-number / steps:+} {place}" for place, number in (stock - ours).items()]
@@ -62,7 +57,7 @@ def assert_few(ours: Syncs, stock: Syncs, *, micro_batches: int = 0) -> None:
     assert not unknown, f"not known before: {', '.join(unknown)}\n{text}"
     assert not often, f"more than once a step: {', '.join(often)}\n{text}"
     assert of_others.total() <= stock.total(), f"more than stock has, outside of our code\n{text}"
-    assert more <= MOST + micro_batches, text
+    assert more <= MOST, text
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +127,7 @@ def test_dpo(tmp_path: Path, options: dict, accumulation: int) -> None:
     common = {"gradient_accumulation_steps": accumulation}
     stock = dpo(tmp_path / "stock", DPOTrainer, DPOConfig, **common)
     ours = dpo(tmp_path / "ours", KLXDPOTrainer, KLXDPOConfig, **common, **options)
-    # Which tokens count is known with each batch alone: the host asks for their number once.
-    assert_few(syncs_of(ours), syncs_of(stock), micro_batches=accumulation if options else 0)
+    assert_few(syncs_of(ours), syncs_of(stock))
 
 
 @pytest.mark.parametrize("place", ["loss", "measure"])

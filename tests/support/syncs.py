@@ -28,8 +28,10 @@ Syncs = Counter[str]  # by the line that waited
 
 # What a model's forward waits for, its attention masks: an exact KL needs more forwards than stock TRL has.
 _OF_FORWARDS = ("transformers/masking_utils", "transformers/models/")
-# What no GPU runs: the torch twin of the Triton kernels, and a check of sizes.
-_OF_CPUS = re.compile(r"trl_klx/kl/chunked/(torch_rows|from_logits\.py:\d+ _check_tokens)")
+# What no GPU runs: the torch twin of the Triton kernels, a check of sizes, and collators.
+_OF_CPUS = re.compile(
+    r"trl_klx/(kl/chunked/torch_rows|kl/chunked/from_logits\.py:\d+ _check_tokens|trainers/dpo/pairs\.py:\d+ __call__)"
+)
 # Operators whose result, or its size, the host has to know.
 _READS = {
     "_local_scalar_dense",  # item, bool, float, int, a comparison in `if`

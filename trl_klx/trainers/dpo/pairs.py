@@ -1,7 +1,7 @@
 """What DPO's pairs show about length: does the log-ratio margin follow the difference of the answers' lengths?"""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,19 @@ def pair_prompts(inputs: Mapping[str, Tensor]) -> Tensor:
     powers = ids.new_full(ids.shape[1:], _BASE, dtype=torch.int64).cumprod(0)
     factors = powers[(known.cumsum(1) - 1).clamp(min=0)]
     return (fill_masked((ids + 1) * factors, known).sum(1) >> 11).repeat(2)
+
+
+class CountingCollator:
+    """A collator that also counts, on the host, the tokens of each answer that a model predicts: (2B,) integers."""
+
+    FIELD = "completion_tokens"
+
+    def __init__(self, collator: Callable[[list], dict]) -> None:
+        self._collator = collator
+
+    def __call__(self, rows: list) -> dict:
+        batch = self._collator(rows)
+        return {**batch, self.FIELD: batch["completion_mask"][:, 1:].sum(1).tolist()}
 
 
 class PairStatistics(Part):

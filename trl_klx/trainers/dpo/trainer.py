@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -31,7 +32,7 @@ from ..session.coefficient import KLCoefficient
 from ..shared.lifecycle import Lifecycle
 from ..shared.step_guard import KL, POLICY, REFERENCE
 from .config import KLXDPOConfig
-from .pairs import PairStatistics, pair_prompts
+from .pairs import CountingCollator, PairStatistics, pair_prompts
 from .probe import KLProbe, ProbeSteps, distinct_prompts
 
 check_trl_version()
@@ -114,6 +115,8 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
         self._exact: ExactKLForward | None = None
         if args.kl_needs_exact:
             self._exact = exact_kl_between(self, self.model, temperature=1.0, direction=self.kl_term.direction)
+            if not self._dispatches_batches:
+                self.data_collator = CountingCollator(self.data_collator)
         self._probe = self._make_probe() if args.kl_probe_steps is not None else None
         if args.kl_probe_steps is not None:
             self.add_callback(ProbeSteps(lambda: self._run_probe("train"), args.kl_probe_steps))
@@ -121,6 +124,14 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
 
     def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
         return check_pairs(super()._prepare_dataset(*args, **kwargs), self._vocabulary)
+
+    @property
+    def _dispatches_batches(self) -> bool:
+        """Whether one process collates for all: accelerate cuts and joins tensors alone."""
+        evals = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        streams = any(isinstance(dataset, IterableDataset) for dataset in (self.train_dataset, *evals))
+        dispatches = self.accelerator.dataloader_config.dispatch_batches
+        return streams if dispatches is None else bool(dispatches)
 
     def _make_probe(self) -> KLProbe:
         if is_fsdp1(self):
@@ -191,7 +202,9 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
             # of None.
             with swapped(self, precompute_ref_logps=True):
                 return super()._compute_loss(model, self._with_reference_logps(inputs), return_outputs)
-        tokens = AnswerTokens.of(inputs["completion_mask"][:, 1:])
+        inputs, mask = dict(inputs), inputs["completion_mask"][:, 1:]
+        counts = inputs.pop(CountingCollator.FIELD, None)
+        tokens = AnswerTokens.of(mask) if counts is None else AnswerTokens(mask.bool(), counts, counts)
         with self._exact.hidden_states(tokens) as ref_hidden:
             inputs = self._with_reference_logps(inputs)
         exact = self._exact.exact_kl(model, tokens, ref_hidden, with_grad=self.args.kl_in_loss)

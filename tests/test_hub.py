@@ -364,7 +364,7 @@ def test_two_processes_push_once_and_a_refusal_lets_both_end(inputs: Path, hub: 
     hub.read_only = True
     run = tmp_path / "run"
     argv = recipe(inputs, run, "grpo", max_steps=1, per_device_train_batch_size=2)
-    statuses, errors = end_ranks(tmp_path, 2, push_to, hub.url, argv, ACCELERATE_USE_CPU="true")
+    statuses, errors = end_ranks(tmp_path, 2, push_to, hub.url, argv, ACCELERATE_USE_CPU="true", HF_TOKEN=TOKEN)
     assert statuses == [1, 0], errors  # the first pushes; the other ends too
     (said,) = set(re.findall(r"error: .*", errors))
     assert "me/run was not pushed (the token may not write to me/run (403: This token may only read)" in said

@@ -63,7 +63,8 @@ def drift(model: nn.Module, seed: int = 1) -> None:
 
 def batch(trainer, rows: int = 4) -> dict[str, Tensor]:
     """Rows as TRL's collator gives them: chosen first, padded on the right."""
-    return trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
+    collated = trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
+    return {name: value for name, value in collated.items() if isinstance(value, Tensor)}  # no counts: rows are cut
 
 
 def loss_and_gradients(trainer, inputs: dict) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -161,7 +160,6 @@ def as_main_does(is_main: bool, act: Callable[[], T], refusal: type[Exception]) 
             found[1] = str(error)
     broadcast_object_list(found)
     if found[1] is not None:
-        PartialState().wait_for_everyone()  # a process that ends at once may end before its sentence has arrived
         raise refusal(found[1])
     return found[0]
 

@@ -8,15 +8,12 @@ from types import ModuleType
 
 import pytest
 import yaml
-from packaging.version import Version
 from support.tiny import save_tiny
 
 from trl_klx.cli import commands as cli
 from trl_klx.run import dpo, grpo, ppo, train
 from trl_klx.run.recipe.algorithm import Algorithm, Inputs
 from trl_klx.run.recipe.arguments import Recipe
-from trl_klx.trainers import seams
-from trl_klx.trainers.seams import TRL_VERSION
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +131,8 @@ BAD_DPO_RECIPES = [
         "dataset_test_split='test' is not in",
     ),
 ]
-needs_ppo = pytest.mark.skipif(Version("1.13") <= TRL_VERSION, reason="TRL has PPO up to 1.12")
-MARKS: dict[ModuleType, tuple] = {grpo: (), ppo: (needs_ppo,), dpo: ()}
 BAD = [
-    pytest.param(algorithm, *row, marks=MARKS[algorithm], id=f"{algorithm.__name__.split('.')[-1]}-{str(row[0])[:60]}")
+    pytest.param(algorithm, *row, id=f"{algorithm.__name__.split('.')[-1]}-{str(row[0])[:60]}")
     for algorithm, rows in ((grpo, BAD_RECIPES), (ppo, BAD_PPO_RECIPES), (dpo, BAD_DPO_RECIPES))
     for row in rows
 ]
@@ -168,13 +163,9 @@ def test_recipe_is_refused(
     ("algorithm", "changes"),
     [
         (grpo, {}),
-        pytest.param(ppo, {}, marks=needs_ppo),
-        pytest.param(
-            ppo,
-            {"reward_funcs": None, "reward_model_path": "INPUTS/model", "dataset_name": "INPUTS/tokens"},
-            marks=needs_ppo,
-        ),
-        pytest.param(ppo, {"value_model_path": "INPUTS/model", "total_episodes": 8}, marks=needs_ppo),
+        (ppo, {}),
+        (ppo, {"reward_funcs": None, "reward_model_path": "INPUTS/model", "dataset_name": "INPUTS/tokens"}),
+        (ppo, {"value_model_path": "INPUTS/model", "total_episodes": 8}),
         (dpo, {}),
         (dpo, {"dataset_name": "INPUTS/whole_pairs"}),
         (dpo, {"dataset_name": "INPUTS/pairs_no_test", "eval_strategy": "no"}),
@@ -198,19 +189,6 @@ def test_a_good_recipe_is_not_refused(
     monkeypatch.setattr(train, "build_trainer", reached)
     with pytest.raises(ReachedError):
         algorithm.main(["--config", str(recipe(inputs, tmp_path, algorithm, **changes))])
-
-
-def test_without_ppo_in_trl_one_sentence_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """TRL from 1.13 on: what the import of the config raises there reaches the user as one sentence."""
-    monkeypatch.delitem(sys.modules, "trl_klx.trainers.ppo.config", raising=False)
-    monkeypatch.setattr(seams, "TRL_VERSION", Version("1.13.0"))
-    assert cli.main(["ppo", "--config", "any.yaml"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: trl 1.13.0 is installed and has no PPO")
-    assert "pip install 'trl==1.12.0'" in error
-    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

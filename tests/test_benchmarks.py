@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from packaging.version import Version
 from rich.console import Console
 from support.loading import load
 from support.tiny import save_tiny
@@ -15,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trl_klx.control.plants import PHASES
 from trl_klx.tasks.starter import make_problems
-from trl_klx.trainers.seams import TRL_VERSION
 
 
 def printed(table) -> str:
@@ -197,8 +195,6 @@ def test_benchmark_of_control_in_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every controller trains; a finished run is not repeated, one that an interruption cut short is."""
-    if algorithm == "ppo" and Version("1.13") <= TRL_VERSION:
-        pytest.skip("TRL has PPO up to 1.12")
     benchmark = load("scripts/benchmark_control_training.py")
     arguments = ["--starter", str(tiny_starter), "--output_dir", str(tmp_path), "--algorithms", algorithm]
     arguments += ["--seeds", "3", "--grpo_steps", "3", "--ppo_steps", "3", "--picture", str(tmp_path / "p.png")]

@@ -19,7 +19,7 @@ from trl_klx import KLXGRPOConfig
 from trl_klx.kl import chunked_exact_kl, chunked_exact_kl_from_logits, exact_kl
 from trl_klx.kl.chunked import float32_linear, token_scores
 from trl_klx.trainers.grpo.precision import FLOOR
-from trl_klx.trainers.seams import FUSED_LM_HEAD, TRL_HAS_PPO
+from trl_klx.trainers.seams import FUSED_LM_HEAD
 
 VALUE, GRADIENT = 0.01, 0.02  # relative errors that are allowed, down to 2e-4 nats per token
 TOKENS, HIDDEN, VOCABULARY = 48, 96, 600
@@ -224,7 +224,7 @@ def test_log_probs_and_entropy_of_bf16_tensors(kind: str, device: torch.device) 
 @pytest.mark.trl
 @pytest.mark.parametrize("half", [False, True], ids=["autocast", "weights in bf16"])
 @pytest.mark.parametrize("lora", [False, True], ids=["trained head", "LoRA"])
-@pytest.mark.parametrize("name", [name for name in STEPS if TRL_HAS_PPO or name != "PPO"])
+@pytest.mark.parametrize("name", STEPS)
 def test_what_a_trainer_reports_and_trains_by(name: str, lora: bool, half: bool, tmp_path: Path) -> None:
     """Of the hidden states that its heads are given, whatever route TRL takes: every estimate, and the gradients."""
     step = STEPS[name](tmp_path, 2e-4, lora=lora, half=half)
@@ -285,7 +285,6 @@ def test_a_head_cast_to_float32_scores_sampled_estimators_truly(half: bool, tmp_
 
 
 @pytest.mark.trl
-@pytest.mark.skipif(not TRL_HAS_PPO, reason="TRL has PPO up to 1.12")
 @pytest.mark.parametrize("half", [False, True], ids=["autocast", "weights in bf16"])
 def test_ppo_scores_sampled_estimators_truly(half: bool, tmp_path: Path) -> None:
     options = {"kl_estimator": "k3", "kl_monitor": SAMPLED}

@@ -20,6 +20,8 @@ from trl_klx.trainers.dpo.config import KLXDPOConfig
 from trl_klx.trainers.dpo.trainer import KLXDPOTrainer
 from trl_klx.trainers.grpo.config import KLXGRPOConfig
 from trl_klx.trainers.grpo.trainer import KLXGRPOTrainer
+from trl_klx.trainers.ppo.config import KLXPPOConfig
+from trl_klx.trainers.ppo.trainer import KLXPPOTrainer
 from trl_klx.trainers.seams import TRL_HAS_PPO
 
 QUICK = {
@@ -296,7 +298,7 @@ def test_settings_hold_no_secret_and_no_path_of_this_machine(tmp_path: Path) -> 
     assert "/mnt" not in yaml.safe_dump(public)
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dpo", *(["ppo"] if TRL_HAS_PPO else [])])
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo", "ppo"])
 def test_a_trainer_in_python_writes_the_same_card(algorithm: str, tmp_path: Path) -> None:
     """No recipe: the card and the settings come from the trainer; and `trl-klx card` writes the same from files."""
     path, folder = save_tiny(tmp_path / "base"), tmp_path / "run"
@@ -307,9 +309,6 @@ def test_a_trainer_in_python_writes_the_same_card(algorithm: str, tmp_path: Path
         args = KLXDPOConfig(str(folder), **QUICK, kl_coef=0.1)
         trainer = KLXDPOTrainer(path, args=args, train_dataset=preferences())
     else:
-        from trl_klx.trainers.ppo.config import KLXPPOConfig
-        from trl_klx.trainers.ppo.trainer import KLXPPOTrainer
-
         settings = {**QUICK, "gradient_accumulation_steps": 2, "response_length": 4}
         args = KLXPPOConfig(str(folder), **settings, kl_coef=0.1)
         trainer = KLXPPOTrainer(args, model=path, reward_funcs=digit_reward, train_dataset=tiny_dataset())

@@ -7,19 +7,15 @@ from pathlib import Path
 
 import pytest
 import shtab
-from packaging.version import Version
 
 from trl_klx.cli import commands as cli
 from trl_klx.cli.commands import COMMANDS
 from trl_klx.config import KLArguments
 from trl_klx.run.recipe.help import help_parser
 from trl_klx.trainers.grpo.config import KLXGRPOConfig
-from trl_klx.trainers.seams import TRL_VERSION
-
-HAVE = [name for name in COMMANDS if name != "ppo" or Version("1.13") > TRL_VERSION]
 
 
-@pytest.mark.parametrize("name", HAVE)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = import_module(COMMANDS[name].module).command_parser(f"trl-klx {name}")
     try:

@@ -12,8 +12,6 @@ import pytest
 from support.launching import Launched, alone, launch, model
 from transformers import AutoModelForCausalLM
 
-from trl_klx.trainers.seams import TRL_HAS_PPO
-
 PID = {"kl_controller": "pid", "kl_target": 0.05}
 GROUPS = {"kl_group_column": "answer", "kl_group_targets": {"0": 0.01, "1": 0.5}}  # the others: the target of all
 EXACT_BOTH = {"kl_estimator": "exact", "kl_placement": "both", **PID}
@@ -30,24 +28,18 @@ CASES: dict[str, dict] = {
     },
     "dpo-exact": {"algorithm": "dpo", "kl_controller": "pid", "kl_target": 0.01, "learning_rate": 0.05},
     "dpo-exact-lora": {"algorithm": "dpo", "kl_controller": "pid", "kl_target": 0.01, "lora": True},
-}
-if TRL_HAS_PPO:
-    CASES["ppo-k1-reward-groups"] = {
+    "ppo-k1-reward-groups": {
         "algorithm": "ppo",
         **PID,
         **GROUPS,
         "gradient_accumulation_steps": 2,
         "whiten_rewards": True,
-    }
-    CASES["ppo-exact-both"] = {
-        "algorithm": "ppo",
-        **EXACT_BOTH,
-        "num_mini_batches": 1,
-        "gradient_accumulation_steps": 2,
-    }
-    CASES["ppo-exact-both-lora"] = {"algorithm": "ppo", **EXACT_BOTH, "lora": True, "gradient_checkpointing": True}
+    },
+    "ppo-exact-both": {"algorithm": "ppo", **EXACT_BOTH, "num_mini_batches": 1, "gradient_accumulation_steps": 2},
+    "ppo-exact-both-lora": {"algorithm": "ppo", **EXACT_BOTH, "lora": True, "gradient_checkpointing": True},
+}
 FEW = [name for name in CASES if name.endswith(("exact-both", "dpo-exact"))]
-BY_VERSION = ("grpo-exact-both", "dpo-exact")  # of each strategy, what is run on TRL's other version
+BY_VERSION = ("grpo-exact-both", "dpo-exact", "ppo-exact-both")  # of each strategy, what is run on TRL's other version
 SAVED = {"save_strategy": "steps", "save_steps": 2}
 
 ALWAYS = ("loss", "grad_norm", "kl/coef")

@@ -10,7 +10,6 @@ import torch
 import yaml
 from datasets import Dataset, IterableDataset
 from huggingface_hub import constants
-from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from support.real_models import SHAPES, save_dataset, save_shape
 from support.real_models import save_tiny as save_tiny_chat
@@ -29,12 +28,10 @@ from trl_klx.run.check.page import memory_sentence
 from trl_klx.run.check.problems import count_rows
 from trl_klx.run.recipe.arguments import BadInput
 from trl_klx.run.sources.named_models import Weights
-from trl_klx.trainers.seams import FUSED_LM_HEAD, TRL_HAS_PPO, TRL_VERSION
+from trl_klx.trainers.seams import FUSED_LM_HEAD
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ZERO3 = str(RECIPES / "accelerate" / "zero3.yaml")
-HAS_PPO = Version("1.13") > TRL_VERSION
-needs_ppo = pytest.mark.skipif(not HAS_PPO, reason="TRL has PPO up to 1.12")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +96,6 @@ def test_counts_are_those_of_the_real_models(name: str, lora: bool, inputs: Path
         assert plan.models.base.parameters == auto.from_pretrained(path).num_parameters()
 
 
-@needs_ppo
 def test_counts_of_ppos_models(tmp_path: Path, inputs: Path) -> None:
     value = save_tiny_chat("meta-llama/Llama-3.2-1B-Instruct", tmp_path / "value")
     reward = save_tiny_chat("Skywork/Skywork-Reward-V2-Qwen3-0.6B", tmp_path / "reward")
@@ -277,7 +273,7 @@ def test_eight_processes_are_planned_for_without_being_started(
     assert "generation_batch_size (1) must be divisible by num_generations (8)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("algorithm", ["dpo", pytest.param("ppo", marks=needs_ppo)])
+@pytest.mark.parametrize("algorithm", ["dpo", "ppo"])
 def test_the_other_algorithms(algorithm: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"dpo": {"kl_coef": 0.1}, "ppo": {"total_episodes": 16, "num_mini_batches": 2}}[algorithm]
     assert cli.main([algorithm, *words(inputs, tmp_path, algorithm, **changes), "--dry_run"]) == 0
@@ -368,9 +364,9 @@ def test_all_problems_are_named_and_not_only_the_first(
         ("dpo", {"reward_funcs": ["trl_klx.rewards.exact_match"]}, "has no effect in DPO"),
         ("dpo", {"kl_estimator": "k1", "kl_probe_steps": 0}, "kl_estimator='k1' is refused for DPO"),
         ("dpo", {"kl_estimator": "k1", "kl_probe_steps": 0}, "kl_probe_steps=0 must be a whole number"),
-        pytest.param("ppo", {"gradient_accumulation_steps": 16}, "24 prompts and a rollout takes 128", marks=needs_ppo),
-        pytest.param("ppo", {"reward_model_path": "./none"}, "reward_model_path='./none'", marks=needs_ppo),
-        pytest.param("ppo", {"gamma": 2, "lam": 3}, "lam=3 must be", marks=needs_ppo),
+        ("ppo", {"gradient_accumulation_steps": 16}, "24 prompts and a rollout takes 128"),
+        ("ppo", {"reward_model_path": "./none"}, "reward_model_path='./none'"),
+        ("ppo", {"gamma": 2, "lam": 3}, "lam=3 must be"),
     ],
 )
 def test_each_problem(algorithm: str, changes: dict, said: str, inputs: Path, tmp_path: Path) -> None:
@@ -460,8 +456,6 @@ def test_scores_are_estimated_by_the_chunks_that_they_are_taken_in(
 
     Where whole logits exist, the exact KL holds a gradient of their size too.
     """
-    if algorithm == "ppo" and not TRL_HAS_PPO:
-        pytest.skip("TRL has PPO up to 1.12")
     path = save_shape("Qwen/Qwen2.5-7B-Instruct", tmp_path / "shape")
     model = {
         "model_name_or_path": path,

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from packaging.version import Version
 from support.enumeration import targets
 from test_oracle import FIXTURE_VARIANCES, all_terms, exact_values, label, term_gradient
 
@@ -15,9 +14,6 @@ from trl_klx.kl.gradients import SOUND
 from trl_klx.kl.variance import DISTANCES, SAMPLER_DISTANCE, expected, figures, relative_variance, sequence_kl, world
 from trl_klx.run.explain import alternatives as table
 from trl_klx.run.explain.alternatives import advice, alternatives, best_of, gradient_name
-from trl_klx.trainers.seams import TRL_VERSION
-
-HAS_PPO = Version("1.13") > TRL_VERSION
 
 
 def test_the_policies_are_as_far_apart_as_stated() -> None:
@@ -171,7 +167,6 @@ def test_what_it_says(
         assert text in out, text
 
 
-@pytest.mark.skipif(not HAS_PPO, reason="TRL has PPO up to 1.12")
 def test_ppo_is_explained_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = explain("ppo_k1_reward", tmp_path, capsys)
     assert status == 0

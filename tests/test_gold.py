@@ -18,19 +18,18 @@ from support.tiny import digit_reward, save_tiny, tiny_dataset, tiny_tokenizer
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
+from trl_klx import KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig, KLXPPOTrainer
 from trl_klx.monitor.history import read_history
 from trl_klx.monitor.overoptimisation.monitor import PICTURE, TABLE, OveroptimisationMonitor
 from trl_klx.run import grpo
 from trl_klx.trainers.checkpoints.whole import STATE_FILE
 from trl_klx.trainers.errors import CheckpointError, RunError
 from trl_klx.trainers.rewarding.gold import check_gold_reward
-from trl_klx.trainers.seams import TRL_HAS_PPO
 from trl_klx.trainers.session.prompts import prompt_number
 
 PROMPTS = Dataset.from_dict({"prompt": [f"{a}+{b}=" for a in range(5) for b in range(5)]})
 PEAK = 2  # the step after which the gold reward falls
-ALGORITHMS = ["grpo", pytest.param("ppo", marks=pytest.mark.skipif(not TRL_HAS_PPO, reason="TRL has PPO up to 1.12"))]
+ALGORITHMS = ["grpo", "ppo"]
 
 
 def turning(prompts: list, completions: list, trainer_state: TrainerState, **kwargs: Any) -> list[float]:
@@ -58,9 +57,6 @@ def make_trainer(algorithm: str, folder: Path, model: str, gold: Any = turning, 
         own = {"num_generations": 4, "num_generations_eval": 1, "max_completion_length": 4, "beta": 0.1}
         args = KLXGRPOConfig(str(folder), **{**own, **settings})
         return KLXGRPOTrainer(model, digit_reward, args, gold_reward_func=gold, **data)
-    from trl_klx.trainers.ppo.config import KLXPPOConfig
-    from trl_klx.trainers.ppo.trainer import KLXPPOTrainer
-
     args = KLXPPOConfig(str(folder), **{"response_length": 4, "num_ppo_epochs": 1, **settings})
     return KLXPPOTrainer(args, model=model, reward_funcs=digit_reward, gold_reward_func=gold, **data)
 
@@ -308,9 +304,10 @@ def test_a_recipe_names_its_gold_reward(
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 4}
 STOPPED = {"gold": True, "gold_action": "stop", **EVALUATED}
-TWO: dict[str, dict] = {"gold-grpo": {"algorithm": "grpo", "num_generations_eval": 1, **STOPPED}}
-if TRL_HAS_PPO:
-    TWO["gold-ppo"] = {"algorithm": "ppo", **STOPPED}
+TWO: dict[str, dict] = {
+    "gold-grpo": {"algorithm": "grpo", "num_generations_eval": 1, **STOPPED},
+    "gold-ppo": {"algorithm": "ppo", **STOPPED},
+}
 
 
 @pytest.mark.parametrize("launched", [launch("ddp", name, options) for name, options in TWO.items()], indirect=True)

@@ -29,16 +29,12 @@ from trl_klx.trainers.checkpoints import pushes as hub_hooks
 from trl_klx.trainers.dpo.config import KLXDPOConfig
 from trl_klx.trainers.grpo.config import KLXGRPOConfig
 from trl_klx.trainers.grpo.trainer import KLXGRPOTrainer
-from trl_klx.trainers.seams import TRL_HAS_PPO
+from trl_klx.trainers.ppo.config import KLXPPOConfig
 
 pytestmark = pytest.mark.hub
 
-MAINS = {"grpo": grpo.main, "dpo": dpo.main}
-CONFIGS: dict[str, type] = {"grpo": KLXGRPOConfig, "dpo": KLXDPOConfig}
-if TRL_HAS_PPO:
-    from trl_klx.trainers.ppo.config import KLXPPOConfig
-
-    MAINS["ppo"], CONFIGS["ppo"] = ppo.main, KLXPPOConfig
+MAINS = {"grpo": grpo.main, "dpo": dpo.main, "ppo": ppo.main}
+CONFIGS: dict[str, type] = {"grpo": KLXGRPOConfig, "dpo": KLXDPOConfig, "ppo": KLXPPOConfig}
 REWARD = {
     "reward_funcs": ["support.tiny.digit_reward"],
     "eval_strategy": "steps",

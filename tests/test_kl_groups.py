@@ -11,7 +11,6 @@ from support.tiny import Arguments, tiny_dataset
 from test_grpo import drift, make_trainer, rollout, save_tiny
 from torch import Tensor
 
-from trl_klx.trainers.seams import TRL_HAS_PPO
 from trl_klx.trainers.session.groups import group_names
 from trl_klx.trainers.session.session import KLSession
 
@@ -162,7 +161,6 @@ def test_training_holds_each_group_by_its_own_beta_and_resumes(model_path: str, 
     assert whole.evaluate()["eval_kl_groups/0/sequence"] > 0
 
 
-@pytest.mark.skipif(not TRL_HAS_PPO, reason="TRL 1.12 is the last that has PPO")
 @pytest.mark.parametrize("options", [{}, {"kl_estimator": "exact", "kl_placement": "both"}], ids=["reward", "both"])
 def test_ppo_charges_each_group_by_its_own_beta(tmp_path: Path, options: dict) -> None:
     from support.ppo_tools import first_rollout, tiny_model, trainer

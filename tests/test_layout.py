@@ -49,7 +49,7 @@ ALLOWED = {
         ("trainers/grpo", "trainers/ppo", "trainers/dpo"),
         (
             {
-                *("config", "kl", "monitor", "trainers/checkpoints", "trainers/checks", "trainers/exact"),
+                *("config", "hub", "kl", "monitor", "trainers/checkpoints", "trainers/checks", "trainers/exact"),
                 *("trainers/reference", "trainers/rewarding", "trainers/session", "trainers/shared", *_BELOW),
             },
             _TRAINING,

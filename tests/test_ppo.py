@@ -838,16 +838,6 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
         KLXPPOTrainer(KLXGRPOConfig(str(tmp_path), use_cpu=True, bf16=False), model=model)  # type: ignore[arg-type]
 
 
-def test_trl_without_ppo_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from packaging.version import Version
-
-    from trl_klx.trainers import seams
-
-    monkeypatch.setattr(seams, "TRL_VERSION", Version("1.13.0"))
-    with pytest.raises(ImportError, match=r"removed it in 1.13.*pip install 'trl==1.12.0'"):
-        seams.check_trl_has_ppo()
-
-
 def test_total_episodes_give_the_length(tmp_path: Path) -> None:
     made = trainer(tmp_path, max_steps=-1, total_episodes=20)
     made.train()

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
-from packaging.version import Version
 from support import real_models
 from support.real_models import PUBLISHED, SHAPES, save_dataset, save_shape, save_tiny
 
@@ -22,14 +21,13 @@ from trl_klx.run import dpo, grpo, ppo
 from trl_klx.run.check.dry_run import make_plan
 from trl_klx.run.check.page import memory_sentence
 from trl_klx.run.recipe.parse import parse
-from trl_klx.trainers.seams import TRL_VERSION
+from trl_klx.trainers.seams import FUSED_LM_HEAD
 from trl_klx.trainers.shared.lifecycle import Lifecycle
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LAYOUTS = {"qwen2.5-1.5b-lora": ["one_gpu"], "qwen2.5-7b-qlora": ["one_gpu"], "qwen2.5-7b-full": ["zero3", "zero2"]}
 GPU_MEMORY = {"qwen2.5-1.5b-lora": 24, "qwen2.5-7b-qlora": 24, "qwen2.5-7b-full": 80}  # GiB
 PATHS = [path for folder in LAYOUTS for path in sorted((RECIPES / folder).glob("*.yaml"))]
-HAS_PPO = Version("1.13") > TRL_VERSION
 MODULES = {"grpo": grpo, "dpo": dpo, "ppo": ppo}
 # What a machine with two cores does not have.
 REPLACED = {
@@ -59,14 +57,7 @@ def algorithm_of(path: Path) -> str:
 
 
 def recipes(paths: list[Path] = PATHS) -> list:
-    return [
-        pytest.param(
-            path,
-            id="-".join(path.relative_to(RECIPES).with_suffix("").parts),
-            marks=pytest.mark.skipif(algorithm_of(path) == "ppo" and not HAS_PPO, reason="TRL has PPO up to 1.12"),
-        )
-        for path in paths
-    ]
+    return [pytest.param(path, id="-".join(path.relative_to(RECIPES).with_suffix("").parts)) for path in paths]
 
 
 @pytest.fixture(scope="module")
@@ -220,13 +211,13 @@ def test_dry_run_finds_no_problem_of_the_recipe(path: Path, places: dict) -> Non
         assert own == [] or all("prompts and a rollout takes" in problem for problem in own)
         shape = make_plan(algorithm_of(path), argv(path, places["shape"], accelerate))
         assert shape.memory is not None
-        if HAS_PPO:  # as the headers were made; newer TRLs keep no logits
+        if FUSED_LM_HEAD:  # as the headers were made; older TRLs keep logits
             words = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
             assert memory_sentence(shape.memory) in words, layout
             assert shape.memory.device < GPU_MEMORY[path.parent.name] * 2**30, layout
 
 
-@pytest.mark.skipif(not HAS_PPO, reason="the figures are TRL 1.12's")
+@pytest.mark.skipif(not FUSED_LM_HEAD, reason="the figures are those of TRL 1.16")
 @pytest.mark.parametrize("other", OTHERS, ids=named)
 def test_memory_of_a_recipe_for_another_model_is_what_the_table_says(other: Other, places: dict) -> None:
     accelerate = {"accelerate_config": RECIPES / "accelerate" / f"{other.layout}.yaml"}

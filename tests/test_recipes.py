@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from packaging.version import Version
 
 from trl_klx.run import dpo, grpo, ppo
 from trl_klx.run.recipe.arguments import Recipe
@@ -16,17 +15,13 @@ from trl_klx.tasks import starter as starter_module
 from trl_klx.tasks.starter import make_starter
 from trl_klx.trainers.dpo.config import KLXDPOConfig
 from trl_klx.trainers.grpo.config import KLXGRPOConfig
-from trl_klx.trainers.seams import TRL_VERSION
+from trl_klx.trainers.ppo.config import KLXPPOConfig
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ACCELERATE = sorted((RECIPES / "accelerate").rglob("*.yaml"))
 TRAINING = sorted(path for path in RECIPES.rglob("*.yaml") if path not in ACCELERATE)
 MAINS = {"grpo": grpo.main, "ppo": ppo.main, "dpo": dpo.main}
-CONFIGS: dict[str, type] = {"grpo": KLXGRPOConfig, "dpo": KLXDPOConfig}
-if Version("1.13") > TRL_VERSION:
-    from trl_klx.trainers.ppo.config import KLXPPOConfig
-
-    CONFIGS["ppo"] = KLXPPOConfig
+CONFIGS: dict[str, type] = {"grpo": KLXGRPOConfig, "dpo": KLXDPOConfig, "ppo": KLXPPOConfig}
 # A recipe on a less trained starter and four steps: the data that it reads, and what makes it short.
 SHORT = {
     "grpo": {"dataset_name": "data", "per_device_train_batch_size": 32},
@@ -46,15 +41,8 @@ def algorithm_of(path: Path) -> str:
 
 
 def recipes(paths: list[Path]) -> list:
-    """Test parameters; those of PPO are skipped where TRL has none."""
-    return [
-        pytest.param(
-            path,
-            id=path.stem,
-            marks=pytest.mark.skipif(algorithm_of(path) not in CONFIGS, reason="TRL has PPO up to 1.12"),
-        )
-        for path in paths
-    ]
+    """Test parameters."""
+    return [pytest.param(path, id=path.stem) for path in paths]
 
 
 def parsed(path: Path, algorithm: str) -> Recipe:

@@ -84,7 +84,7 @@ def overridden(trainer: type) -> set[str]:
     return {name for name in names if not name.startswith("__") and any(name in vars(cls) for cls in foreign)}
 
 
-TRAINERS = ["KLXGRPOTrainer", "KLXDPOTrainer", *["KLXPPOTrainer"] * TRL_HAS_PPO]
+TRAINERS = ["KLXGRPOTrainer", "KLXDPOTrainer", "KLXPPOTrainer"]
 
 
 def test_what_is_read_is_there() -> None:

@@ -35,9 +35,8 @@ from trl_klx.run.sources.weights import weight_problems
 from trl_klx.trainers import seams
 from trl_klx.trainers.checks import packages
 from trl_klx.trainers.seams import LIGER_COMPUTES_THE_LOSS as NO_LIGER
-from trl_klx.trainers.seams import TRL_VERSION
 
-ALGORITHMS = {"grpo": grpo, "dpo": dpo} | ({"ppo": ppo} if Version("1.13") > TRL_VERSION else {})
+ALGORITHMS = {"grpo": grpo, "dpo": dpo, "ppo": ppo}
 
 
 @pytest.fixture(scope="module")
@@ -669,7 +668,6 @@ def test_spoilt_weights(tmp_path: Path, inputs: Path, how: str, capsys: pytest.C
 
 
 @pytest.mark.situation("gives PPO a reward or value model whose weights are not whole", "refused")
-@pytest.mark.skipif("ppo" not in ALGORITHMS, reason="TRL has PPO up to 1.12")
 @pytest.mark.parametrize("option", ["reward_model_path", "value_model_path"])
 def test_spoilt_classifiers(tmp_path: Path, inputs: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "other"

@@ -18,9 +18,8 @@ from trl_klx.run.check.dry_run import make_plan
 from trl_klx.run.recipe.algorithms import ALGORITHMS
 from trl_klx.run.recipe.arguments import RunArguments
 from trl_klx.run.recipe.parse import parse
-from trl_klx.trainers.seams import TRL_HAS_PPO
 
-MODULES = {"grpo": grpo, "dpo": dpo, **({"ppo": ppo} if TRL_HAS_PPO else {})}
+MODULES = {"grpo": grpo, "dpo": dpo, "ppo": ppo}
 NAN, INF = math.nan, math.inf
 NUMBER, WHOLE = "must be a finite number", "must be a whole number"
 POSITIVE, NOT_NEGATIVE, ONE = "must be a number, more than 0", "must be a number, at least 0", "a number, at least 1"
@@ -174,10 +173,7 @@ def recipe(inputs: Path, tmp_path: Path, algorithm: str, **changes: Any) -> Path
 
 
 def params(rows: list[tuple[str, str, Any, str]], *marks: pytest.MarkDecorator) -> list:
-    own = {"ppo": [pytest.mark.skipif(not TRL_HAS_PPO, reason="TRL has PPO up to 1.12")]}
-    return [
-        pytest.param(*row, marks=[*marks, *own.get(row[0], ())], id=f"{row[0]}-{row[1]}={row[2]!r}") for row in rows
-    ]
+    return [pytest.param(*row, marks=marks, id=f"{row[0]}-{row[1]}={row[2]!r}") for row in rows]
 
 
 def refusal(algorithm: str, argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
@@ -407,4 +403,4 @@ def test_every_range_is_of_a_field() -> None:
         assert convert(made, made.choices() if hasattr(made, "choices") else None) == {}
         known |= {field.name for field in dataclasses.fields(make)}
     named = {name for names in RANGES.values() for name in names.split()}
-    assert not named - known or not TRL_HAS_PPO
+    assert not named - known

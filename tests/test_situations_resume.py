@@ -482,7 +482,6 @@ class Moves(TrainerCallback):
 
 
 @pytest.mark.situation("resumes a run whose reference a callback of the user's moves", "right")
-@pytest.mark.skipif("ppo" not in ALGORITHMS, reason="TRL has PPO up to 1.12")
 def test_a_reference_that_the_user_moves(tmp_path: Path) -> None:
     runs = []
     for folder, checkpoint in (("whole", None), ("more", str(tmp_path / "whole" / "checkpoint-2"))):

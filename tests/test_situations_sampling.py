@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
-from support.fault_tools import ALGORITHMS, make
+from support.fault_tools import make
 from support.tiny import tiny_dataset, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
@@ -606,7 +606,6 @@ def test_right_weights_raise_no_alarm(tmp_path: Path, iterations: int) -> None:
     assert max(abs(mean - 1) for mean in means) > 0.01
 
 
-@pytest.mark.skipif("ppo" not in ALGORITHMS, reason="TRL has no PPO since 1.13")
 @pytest.mark.situation("PPO: several epochs on one rollout, with the KL in the loss", "right")
 def test_ppo_logs_the_mean_of_its_weights(tmp_path: Path) -> None:
     options = {"kl_estimator": "k3", "kl_placement": "loss", "kl_controller": "fixed", "kl_target": None}

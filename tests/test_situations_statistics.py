@@ -19,11 +19,9 @@ from transformers import TrainerCallback
 
 from trl_klx.monitor.history import HistoryCallback, read_history
 from trl_klx.trainers.errors import RunError
-from trl_klx.trainers.seams import TRL_HAS_PPO
 from trl_klx.trainers.session.session import KLSession
 
-needs_ppo = pytest.mark.skipif(not TRL_HAS_PPO, reason="TRL removed PPO in 1.13")
-ALL = ["grpo", "dpo", pytest.param("ppo", marks=needs_ppo)]
+ALL = ["grpo", "dpo", "ppo"]
 
 
 # Standard errors
@@ -89,7 +87,7 @@ def errors_of(folder: Path, algorithm: str, steps: int, **changes: Any) -> dict[
     [
         ("grpo", {"steps": 1}, {"steps": 4, "num_iterations": 4}),
         ("dpo", {"steps": 4, "kl_probe_steps": 9}, {"steps": 8, "kl_probe_steps": 9}),
-        pytest.param("ppo", {"steps": 2}, {"steps": 6}, marks=needs_ppo),
+        ("ppo", {"steps": 2}, {"steps": 6}),
     ],
 )
 def test_what_is_read_again_makes_no_error_smaller(algorithm: str, once: dict, again: dict, tmp_path: Path) -> None:
@@ -309,7 +307,6 @@ def test_a_patch_beneath_the_kl_leaves_it(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.situation("subclasses the PPO trainer with a loss, rewards or a step of its own", "refused")
-@needs_ppo
 @pytest.mark.parametrize("method", ["_loss", "_shape_rewards", "training_step"])
 def test_a_ppo_subclass_without_the_kl(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trl_klx import KLXPPOTrainer
@@ -369,7 +366,7 @@ SAME_NAMES = {
 
 
 @pytest.mark.situation("trains on two rewards of one name: lambdas, partials, objects of one class", "right")
-@pytest.mark.parametrize("algorithm", ["grpo", pytest.param("ppo", marks=needs_ppo)])
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 @pytest.mark.parametrize("kind", SAME_NAMES)
 def test_every_reward_is_logged(kind: str, algorithm: str, tmp_path: Path) -> None:
     rewards = list(SAME_NAMES[kind])

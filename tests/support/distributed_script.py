@@ -26,7 +26,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from support.quick import make_quick
 from support.tiny import digit_reward, tiny_dataset, tiny_tokenizer
 from support.tiny_dpo import preferences
-from trl_klx import KLXDPOConfig, KLXDPOTrainer, KLXGRPOConfig, KLXGRPOTrainer
+from trl_klx import KLXDPOConfig, KLXDPOTrainer, KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig, KLXPPOTrainer
 
 GLOBAL_BATCH, GROUP = 12, 4  # three prompts; on two processes, the answers to the second lie on both
 
@@ -88,8 +88,6 @@ def digits_in_part(completions: list[str], **kwargs: object) -> list[float | Non
 
 
 def ppo(model: str, output: str, settings: dict, shared: dict) -> Any:
-    from trl_klx import KLXPPOConfig, KLXPPOTrainer  # not everywhere: TRL 1.12 is the last that has PPO
-
     class FixedPPO(KLXPPOTrainer):
         def generate(self, prompt_ids: list) -> list:
             return completions(self, prompt_ids, [])

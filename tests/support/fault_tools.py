@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
 from transformers import TrainerCallback
 
 from support.device import PLAIN
 from support.tiny import digit_reward, tiny_dataset, tiny_model, tiny_tokenizer
 from support.tiny_dpo import preferences
-from trl_klx import KLXDPOConfig, KLXDPOTrainer, KLXGRPOConfig, KLXGRPOTrainer
-from trl_klx.trainers.seams import TRL_VERSION
+from trl_klx import KLXDPOConfig, KLXDPOTrainer, KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig, KLXPPOTrainer
 
-ALGORITHMS = ("grpo", "ppo", "dpo") if Version("1.13") > TRL_VERSION else ("grpo", "dpo")
+ALGORITHMS = ("grpo", "ppo", "dpo")
 COMMON = {
     "max_steps": 6,
     "logging_steps": 1,
@@ -75,8 +73,6 @@ def make(algorithm: str, folder: Path | str, **changes: Any) -> Any:
     if algorithm == "dpo":
         config = KLXDPOConfig(str(folder), **fields)
         return KLXDPOTrainer(args=config, ref_model=ref_model, **shared)
-    from trl_klx import KLXPPOConfig, KLXPPOTrainer
-
     config = KLXPPOConfig(str(folder), **fields)
     return KLXPPOTrainer(config, reward_funcs=reward, ref_model=ref_model, **shared)
 

@@ -543,16 +543,11 @@ def warm_up(folder: Path) -> tuple[str, ...]:
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
     import datasets as _  # noqa: F401
 
-    from trl_klx.run import dpo, grpo  # noqa: F401
-    from trl_klx.trainers.seams import TRL_HAS_PPO
+    from trl_klx.run import dpo, grpo, ppo  # noqa: F401
 
     sys.path.insert(0, str(folder))
     prepare(folder)
-    algorithms = ("grpo", "dpo")
-    if TRL_HAS_PPO:
-        from trl_klx.run import ppo  # noqa: F401
-
-        algorithms = ("grpo", "ppo", "dpo")
+    algorithms = ("grpo", "ppo", "dpo")
     _look_once(algorithms, folder / "warm")
     return algorithms
 

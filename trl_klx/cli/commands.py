@@ -23,7 +23,7 @@ COMMANDS = {
     ),
     "grpo": Command("trl_klx.run.grpo", "train with GRPO, on prompts and reward functions", launched=True),
     "ppo": Command(
-        "trl_klx.run.ppo", "train with PPO, on prompts and reward functions or a reward model (TRL 1.12)", launched=True
+        "trl_klx.run.ppo", "train with PPO, on prompts and reward functions or a reward model", launched=True
     ),
     "dpo": Command("trl_klx.run.dpo", "train with DPO, on pairs of chosen and rejected answers", launched=True),
     "explain": Command(

@@ -36,14 +36,11 @@ def main(argv: list[str] | None = None, program: str = "trl-klx completion") -> 
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """One parser for all commands; PPO has no options where TRL has no PPO."""
+    """One parser for all commands."""
     whole = argparse.ArgumentParser(prog="trl-klx")
     commands = whole.add_subparsers()
     for name, command in COMMANDS.items():
-        try:
-            own = [import_module(command.module).command_parser(f"trl-klx {name}")]
-        except ImportError:
-            own = []
+        own = [import_module(command.module).command_parser(f"trl-klx {name}")]
         added = commands.add_parser(name, help=command.help, parents=own, add_help=False)
         for action in added._actions:
             action.help = None if action.help is None else action.help.split(". ")[0].replace("\n", " ")

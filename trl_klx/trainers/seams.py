@@ -7,6 +7,7 @@ give, in PPO and with an exact KL (`keep_float32_outputs`), and while TRL sets u
 in `peft_config` under TRL's name for it (`reference.adapters`).
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,7 +43,7 @@ OVERRIDDEN = {
     "init_hf_repo": "a Hub that cannot be reached does not end the run",
     "push_to_hub": "pushes with our card",
     "create_model_card": "our card in place of TRL's",
-    # PPO, whose loop replaces TRL's (TRL below 1.13)
+    # PPO, which runs on transformers' loop (`ppo.loop`); where no method is transformers', it is TRL 1.12's
     "_save": "the policy where `from_pretrained` finds it, the value model beside it",
     "_load_from_checkpoint": "policy and value model, each from its folder",
     "_load_best_model": "the same",
@@ -161,7 +162,11 @@ def _trl_version() -> Version:
 
 TRL_VERSION = _trl_version()
 
-# TRL removed PPO in 1.13.
+# The versions that CI runs, oldest and newest. Newer ones are tried, with a warning.
+TESTED_TRL = (Version("1.12.0"), Version("1.16.0"))
+
+# TRL removed its PPO trainer in 1.13. Ours does not need it: it is a subclass of it where it is there (`ppo.loop`), and
+# the tests compare the two.
 TRL_HAS_PPO = TRL_VERSION < Version("1.13")
 
 # Up to 1.14, use_liger_kernel computes the GRPO loss in a fused kernel with its own hard-coded k3, past
@@ -177,20 +182,21 @@ ONE_END_TOKEN = TRL_VERSION < Version("1.16")
 
 
 def check_trl_version() -> None:
-    """Raise ImportError where the trainers would fail later, and less clearly."""
-    if not Version("1.12") <= TRL_VERSION < Version("1.17") or (TRL_VERSION.major, TRL_VERSION.minor) == (1, 15):
+    """Raise ImportError where the trainers would fail later, and less clearly; warn of a TRL that nobody has tested.
+
+    TRL 1.15 imports Triton, which only machines with a GPU have.
+    """
+    oldest, newest = TESTED_TRL
+    if oldest > TRL_VERSION or (TRL_VERSION.major, TRL_VERSION.minor) == (1, 15):
         raise ImportError(
-            f"trl {TRL_VERSION} is installed and trl_klx runs on trl>=1.12,<1.17,!=1.15.*: "
-            "pip install 'trl==1.12.0' (the last with PPO) or 'trl==1.16.0'."
+            f"trl {TRL_VERSION} is installed and trl_klx runs on trl>={oldest.major}.{oldest.minor},!=1.15.*: "
+            f"pip install 'trl=={newest}'."
         )
-
-
-def check_trl_has_ppo() -> None:
-    """Raise ImportError where TRL has no PPO, with the reason and the command that helps."""
-    if TRL_VERSION >= Version("1.13"):
-        raise ImportError(
-            f"trl {TRL_VERSION} is installed and has no PPO: TRL removed it in 1.13, and KLXPPOTrainer builds on it. "
-            "Install the last version that has it: pip install 'trl==1.12.0'. GRPO and DPO run on this version."
+    if (TRL_VERSION.major, TRL_VERSION.minor) > (newest.major, newest.minor):
+        warnings.warn(
+            f"trl {TRL_VERSION} is newer than trl_klx was tested with ({oldest} and {newest}). If a trainer fails in "
+            f"TRL's code or a result surprises you: pip install 'trl=={newest}'.",
+            stacklevel=1,  # one place, so that Python shows it once
         )
 
 

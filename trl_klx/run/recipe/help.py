@@ -45,12 +45,13 @@ def help_parser(program: str, config: type) -> argparse.ArgumentParser:
 
 def _group_of(name: str, config: type) -> str | None:
     """The heading of a field; None for what is not a field."""
-    stock = next(base for base in config.__mro__ if base.__module__.startswith("trl."))
     for title, owner in (("data, rewards and run", RunArguments), ("model", ModelConfig), (_LAST, TrainingArguments)):
         if name in {field.name for field in dataclasses.fields(owner)}:
             return title
-    if name in {field.name for field in dataclasses.fields(stock)}:
-        return f"{stock.__name__.removesuffix('Config')} (TRL)"
+    algorithm = config.__bases__[-1]  # the algorithm's own options: TRL's config, and in PPO `PPOArguments`
+    if name in {field.name for field in dataclasses.fields(algorithm)}:
+        title = algorithm.__name__.removesuffix("Config").removesuffix("Arguments")
+        return f"{title} (TRL)" if algorithm.__module__.startswith("trl.") else title
     if name in {field.name for field in dataclasses.fields(config)}:
         return "KL (trl_klx)"
     return None

@@ -1,27 +1,22 @@
-"""`KLXPPOConfig`: TRL's `PPOConfig` with the KL arguments, and what a user of TRL's GRPO expects to find."""
+"""`KLXPPOConfig`: PPO's options with the KL arguments, and what a user of TRL's GRPO expects to find."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..seams import check_trl_has_ppo
-
-check_trl_has_ppo()
-
-from trl.experimental.ppo import PPOConfig  # noqa: E402  (the check reports why it cannot be imported)
-
-from ...config.check import check  # noqa: E402
-from ...config.options import KLArguments  # noqa: E402
-from ...config.rules import kl_rules  # noqa: E402
-from ..checks.noise import check_neftune  # noqa: E402
-from ..checks.rewards import check_weights  # noqa: E402
-from ..rewarding.gold import GoldArguments  # noqa: E402
+from ...config.check import check
+from ...config.options import KLArguments
+from ...config.rules import kl_rules
+from ..checks.noise import check_neftune
+from ..checks.rewards import check_weights
+from ..rewarding.gold import GoldArguments
+from .fields import PPOArguments
 
 
 @dataclass
-class KLXPPOConfig(KLArguments, GoldArguments, PPOConfig):
-    """`PPOConfig` plus the KL arguments. `kl_coef` keeps TRL's name and is where a controller starts.
+class KLXPPOConfig(KLArguments, GoldArguments, PPOArguments):
+    """PPO's options plus the KL arguments. `kl_coef` keeps TRL's name and is where a controller starts.
 
     With its defaults (k1 in the reward, return-to-go through GAE) the KL is TRL's. `kl_coef` means the same in every
     placement: the objective is E[reward] - kl_coef * KL, in the reward's units per nat.
@@ -31,65 +26,17 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOConfig):
     `max_steps` and the learning rate's schedule count rollouts. `total_episodes` and `max_steps` both give the length
     of the run.
 
-    Other defaults than TRL's: `stop_token` is "eos" (TRL's None runs past the end of the answer), `bf16` and
-    `gradient_checkpointing` are honoured, `num_sample_generations` is 0.
+    Names and defaults are those of TRL 1.12's `PPOConfig`, with these exceptions: `stop_token` is "eos" (TRL's None
+    runs past the end of the answer), `bf16` and `gradient_checkpointing` are honoured, `num_sample_generations` is 0,
+    no model has a default path.
     """
 
-    kl_estimator: str = field(  # type: ignore[assignment]
+    kl_estimator: str = field(
         default="k1", metadata={"help": "KL estimator: k1, k2, k3 or exact. Aliases: kl, mse, low_var_kl, full."}
     )
     kl_placement: str = field(
         default="reward", metadata={"help": "Where the KL enters: reward, loss, both, or none (measured only)."}
     )
-    stop_token: str | None = field(  # type: ignore[assignment]
-        default="eos",
-        metadata={
-            "help": "Where an answer ends: 'eos' (the tokenizer's end token or one of the model's generation config), "
-            "or null with stop_token_id, which then is the only end, or for answers of full length."
-        },
-    )
-    local_rollout_forward_batch_size: int = field(
-        default=64,
-        metadata={
-            "help": "Answers that a process samples, and scores without gradient, at a time. No logits are kept for "
-            "it: what it costs is the activations of a layer, and keys and values while sampling."
-        },
-    )
-    num_sample_generations: int = field(
-        default=0, metadata={"help": "How often in the run to print a few sampled answers with their rewards."}
-    )
-    reward_model_path: str | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Reward model with one output, beside or instead of reward_funcs."}
-    )
-    value_model_path: str | None = field(
-        default=None,
-        metadata={"help": "Model that the value model starts from. Default: the policy, with a head of zeros."},
-    )
-    sft_model_path: str | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Not read, as in TRL's trainer: the policy is model_name_or_path."}
-    )
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each reward function. Default: 1 each."}
-    )
-    whiten_advantages: bool = field(
-        default=True,
-        metadata={
-            "help": "Centre the advantages and divide the objective (advantages and KL loss) by their standard "
-            "deviation over all processes, as TRL does with the advantages."
-        },
-    )
-    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus in the loss."})
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for loading models that are given by their path."}
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for the chat template of conversational prompts."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Keep false: reward functions read the dataset's columns."}
-    )
-
-    _VALID_DICT_FIELDS = [*PPOConfig._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]
 
     @property
     def kl_coef_start(self) -> float:

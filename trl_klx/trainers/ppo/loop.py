@@ -1,8 +1,8 @@
-"""TRL's PPOTrainer put back on transformers' training loop.
+"""PPO on transformers' training loop: one step of the loop is one rollout with its updates.
 
-TRL's `PPOTrainer` replaces that loop by one of its own, without clipping, mixed precision, checkpointing, resuming or
-evaluation, and never calls `Trainer.__init__`. Here one step of transformers' loop is one rollout: its dataloader
-yields the prompts of a rollout, and all that the loop does around a step works as in every other trainer.
+The dataloader yields the prompts of a rollout, and all that the loop does around a step works as in every other
+trainer. TRL's own `PPOTrainer`, which ended with 1.12, replaces that loop by one without clipping, mixed precision,
+checkpointing, resuming or evaluation, and never calls `Trainer.__init__`.
 """
 
 import copy
@@ -11,34 +11,40 @@ from collections.abc import Sized
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, Trainer
 from trl.distributed import DistributedBackend
-from trl.experimental.ppo import PPOTrainer
 from trl.models.utils import (
     disable_gradient_checkpointing,
     prepare_deepspeed,
     prepare_fsdp,
     unwrap_model_for_generation,
 )
+from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..checks.noise import without_noise
 from ..errors import CheckpointError
-from ..seams import keep_float32_outputs, swapped
+from ..seams import TRL_HAS_PPO, keep_float32_outputs, swapped
 from ..shared.generation import end_tokens, generating_with
 from .config import KLXPPOConfig, as_dict
 from .model import VALUE_FOLDER, PolicyAndValue
 from .rollout import padded
 
+# Where TRL has a PPO trainer, ours is one, for those who ask with isinstance. All that it does is overridden below, so
+# that PPO is the same code on every version of TRL.
+if TYPE_CHECKING or not TRL_HAS_PPO:
+    _TRLTrainer = _BaseTrainer
+else:
+    from trl.experimental.ppo import PPOTrainer as _TRLTrainer
 
-class PPOLoop(PPOTrainer):
+
+class PPOLoop(_TRLTrainer):
     """Sets up policy, value model and reference, samples from the policy, saves and loads; a step is the subclass's.
 
     Args:
@@ -47,6 +53,7 @@ class PPOLoop(PPOTrainer):
         ref_model: the frozen reference; None: the policy without its adapter, or none needed.
 
     Attributes:
+        rollout_prompts: how many prompts a rollout has, on all processes.
         stop_tokens: ids that end an answer; none where answers have full length.
     """
 
@@ -56,7 +63,7 @@ class PPOLoop(PPOTrainer):
     processing_class: Any
     optimizer: Any
 
-    # TRL's own versions of these are part of the loop that is replaced.
+    # Where TRL has versions of these, they are part of the loop that is replaced.
     train = Trainer.train
     save_model = Trainer.save_model
     get_eval_dataloader = Trainer.get_eval_dataloader
@@ -64,17 +71,19 @@ class PPOLoop(PPOTrainer):
     def __init__(
         self, args: KLXPPOConfig, model: PolicyAndValue, ref_model: PreTrainedModel | None, tokenizer: Any, **given: Any
     ) -> None:
-        args = _as_the_loop_sees_it(args)
+        own_prompts = args.rollout_size  # of a rollout, on this process
+        self.rollout_prompts = own_prompts * args.world_size
+        args = _as_the_loop_sees_it(args, self.rollout_prompts)
         without_noise(model)
         if isinstance(model.policy, PeftModel) and args.gradient_checkpointing:
             model.policy.enable_input_require_grads()
-        _check_size(args, given["train_dataset"])
-        # Trainer's own __init__, past the PPOTrainer's that leaves it out.
+        _check_size(self.rollout_prompts, given["train_dataset"])
+        # Past the PPOTrainer's own, which leaves Trainer's out.
         own = {"model": model, "args": args, "processing_class": tokenizer, "data_collator": identity}
-        super(PPOTrainer, self).__init__(**own, **given)
+        _BaseTrainer.__init__(self, **own, **given)
         if self.is_fsdp_enabled:
             keep_float32_outputs(self.accelerator)
-        self._train_batch_size = args.local_batch_size or 0  # the dataloader's: prompts of a rollout on this process
+        self._train_batch_size = own_prompts  # the dataloader's
         self.ref_model = None if ref_model is None else self.frozen(ref_model)
         self.stop_tokens = end_tokens(model.policy, tokenizer) if args.stop_token == "eos" else []
         if args.stop_token_id is not None:
@@ -136,8 +145,9 @@ class PPOLoop(PPOTrainer):
             return Trainer.get_train_dataloader(self)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.create_model_card()  # as TRL's trainers do with every checkpoint
         with swapped(self, _save=partial(self._save, with_value_model=True)):
-            super()._save_checkpoint(model, trial)
+            Trainer._save_checkpoint(self, model, trial)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict | None = None, with_value_model: bool = False
@@ -172,14 +182,11 @@ class PPOLoop(PPOTrainer):
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
-def _as_the_loop_sees_it(args: KLXPPOConfig) -> KLXPPOConfig:
+def _as_the_loop_sees_it(args: KLXPPOConfig, rollout_prompts: int) -> KLXPPOConfig:
     """A copy in which one batch is one rollout, and a step's micro-batches are the trainer's own business."""
     seen = copy.copy(args)
-    seen.world_size = PartialState().num_processes  # TRL's field hides TrainingArguments' property
-    seen.local_batch_size = args.rollout_size
-    seen.batch_size = args.rollout_size * seen.world_size
     if seen.total_episodes is not None:
-        seen.max_steps = math.ceil(seen.total_episodes / seen.batch_size)
+        seen.max_steps = math.ceil(seen.total_episodes / rollout_prompts)
     seen.gradient_accumulation_steps = 1
     seen.remove_unused_columns = False
     accelerator: Any = copy.copy(args.accelerator_config)
@@ -192,10 +199,10 @@ def _as_the_loop_sees_it(args: KLXPPOConfig) -> KLXPPOConfig:
     return seen
 
 
-def _check_size(args: KLXPPOConfig, dataset: Any) -> None:
+def _check_size(rollout_prompts: int, dataset: Any) -> None:
     rows = len(dataset) if isinstance(dataset, Sized) else math.inf  # a stream
-    if rows < (args.batch_size or 0):
+    if rows < rollout_prompts:
         raise ValueError(
-            f"the dataset has {rows} prompts and a rollout takes {args.batch_size} (per_device_train_batch_size * "
+            f"the dataset has {rows} prompts and a rollout takes {rollout_prompts} (per_device_train_batch_size * "
             "gradient_accumulation_steps * processes): lower one of these, or give more prompts."
         )

@@ -20,9 +20,11 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from ...hub.papers import PAPERS
 from ...kl import fill_masked, importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
 from ..exact.scored_head import Entropy, scored_heads
 from ..reference.resumed import ReferenceKeeper
+from ..seams import check_trl_version
 from ..session.applied import KL_IN_LOSS, KL_IN_REWARD
 from ..session.coefficient import KLCoefficient
 from ..shared.lifecycle import Lifecycle
@@ -35,9 +37,13 @@ from .prompts import RolloutFunction, Rows
 from .rollout import Experience, LossOutputs, Rollout
 from .sampler import PPOSampler
 
+check_trl_version()
+
 
 class KLXPPOTrainer(Lifecycle, PPOLoop):
-    r"""`PPOTrainer` whose KL to the reference you choose: see `KLXPPOConfig` and the table in the README.
+    r"""PPO whose KL to the reference you choose: see `KLXPPOConfig` and the table in the README.
+
+    The same on every version of TRL. Where TRL has a `PPOTrainer` (1.12), this is a subclass of it.
 
     Maximises E[reward] - kl_coef * KL(policy || reference). With the KL in the reward each token is charged, through
     the value model and generalized advantages, for the KL from it to the end of the answer; with
@@ -54,7 +60,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         train_dataset: a column `prompt`, of strings or messages, or `input_ids`; others go to the reward functions.
         value_model: sequence classifier with one output and a head named `score`, or the path of a model to make it
             from. None: a copy of the policy's backbone under a head of zeros.
-        data_collator: TRL's argument; must be None.
+        data_collator: an argument of TRL's; must be None.
         eval_dataset: the same, for `evaluate`, which samples an answer to each prompt.
         optimizers, callbacks, peft_config, quantization_config: as in TRL's trainers; the adapter is the policy's.
         reward_funcs: as GRPO's: functions (sync or async), reward models or their paths, one or several.
@@ -71,6 +77,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
 
     _tag_names = ["trl", "ppo", "trl_klx"]
     _name = "KLX-PPO"
+    _paper = PAPERS["ppo"]._asdict()  # what TRL's own PPO trainer cites
     kl_coef = KLCoefficient()
 
     def __init__(
@@ -133,7 +140,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         else:
             loss, outputs = self._update(model, self._shape(rollout))
             self._record_update(outputs)
-        self.metrics.set("train", "episode", (self.state.global_step + 1) * (self.args.batch_size or 0))
+        self.metrics.set("train", "episode", (self.state.global_step + 1) * self.rollout_prompts)
         self._end_step()
         return loss
 

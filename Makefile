@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-VENV_TRL116 := .venv-trl116
+# The oldest TRL that is supported, and the only one with a PPO trainer to compare with.
+VENV_TRL112 := .venv-trl112
 # In as many processes as that; `WORKERS=0` for one that a debugger can stop.
 WORKERS ?= 2
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-trl116 lint docs clean
+.PHONY: demo test test-trl112 lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/trl-klx starter --output_dir runs/starter
@@ -18,8 +19,8 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python $(PYTEST)
 
-test-trl116: $(VENV_TRL116)/installed
-	$(VENV_TRL116)/bin/python $(PYTEST) -m trl
+test-trl112: $(VENV_TRL112)/installed
+	$(VENV_TRL112)/bin/python $(PYTEST) -m trl
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -40,8 +41,8 @@ $(VENV)/installed: requirements.lock pyproject.toml
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/triton $(TRITON)
 	touch $@
 
-$(VENV_TRL116)/installed: requirements.lock pyproject.toml
-	$(call install,$(VENV_TRL116),sed 's/^trl==.*/trl==1.16.0/')
+$(VENV_TRL112)/installed: requirements.lock pyproject.toml
+	$(call install,$(VENV_TRL112),sed 's/^trl==.*/trl==1.12.0/')
 	touch $@
 
 # $(1) the environment, $(2) a filter of the pinned versions
@@ -54,4 +55,4 @@ define install
 endef
 
 clean:
-	rm -rf $(VENV) $(VENV_TRL116) runs docs/_build
+	rm -rf $(VENV) $(VENV_TRL112) runs docs/_build

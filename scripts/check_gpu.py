@@ -45,14 +45,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/gpu"), help="for logs, figures and check.json")
     parser.add_argument("--wheels", type=Path, help="a folder that --prepare filled: install it, below the output")
-    parser.add_argument("--trl116", type=Path, help="folder with another TRL, for `steps` (default: that of --wheels)")
+    parser.add_argument("--other_trl_at", type=Path, help="another TRL, for `steps` (default: that of --wheels)")
     parser.add_argument("--patience", type=float, default=1.0, help="factor on the stages' time limits")
     gather = parser.add_argument_group("gathering wheels, and nothing else")
     gather.add_argument("--prepare", type=Path, metavar="FOLDER")
     gather.add_argument("--python", default="3.12", help="Python version of the GPU machine")
     gather.add_argument("--platforms", nargs="+", help="its platforms, as pip names them (default: Linux on x86-64)")
     gather.add_argument("--packages", nargs="+", default=[], help="further ones that it lacks")
-    gather.add_argument("--other_trl", default="1.16.0", help="another TRL for `steps`; '' for none")
+    gather.add_argument("--other_trl", default="1.12.0", help="another TRL for `steps`; '' for none")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)  # a stage and its settings, run in this process
     return parser.parse_args(arguments)
 
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     start, output = time.perf_counter(), args.output_dir.absolute()
     output.mkdir(parents=True, exist_ok=True)
-    site, other = None, args.trl116
+    site, other = None, args.other_trl_at
     if args.wheels is not None:
         from gpu_check.wheels import install
 

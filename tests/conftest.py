@@ -13,11 +13,7 @@ from support.device import DEVICE, made_here
 from support.launching import Launched, Launches, Wanted
 from support.quick import make_quick
 
-from trl_klx.trainers.seams import TRL_HAS_PPO
-
 collect_ignore_glob = ["kernels/*"]  # test_triton.py runs them
-if not TRL_HAS_PPO:  # against the stock trainer
-    collect_ignore_glob += ["test_ppo_parity.py"]
 ANSWERS = ("right", "refused", "warned")
 
 

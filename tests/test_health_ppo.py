@@ -9,6 +9,8 @@ from support.ppo_tools import trainer
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from test_health import alarms, always_half, events, logged, perturb, quiet, share_of_h
 
+pytestmark = pytest.mark.trl
+
 RUN: dict[str, Any] = {"given": False, "max_steps": 8, "optim": "adamw_torch", "learning_rate": 1e-3, "kl_coef": 0.2}
 
 

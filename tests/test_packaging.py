@@ -161,7 +161,7 @@ def test_the_workflow_runs_what_ci_runs() -> None:
         "make test",
         "make lint",
         "make docs",
-        "make test-trl116",
+        "make test-trl112",
     ]
 
 

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl_klx.kl import KLTerm, kl_credit, kl_estimate, masked_mean
 from trl_klx.kl.exact import exact_kl
 
+pytestmark = pytest.mark.trl
+
 
 def dense(model: Any, rollout: Any, temperature: float = 1.0) -> Tensor:
     """(B, T, V) log-probs of a causal language model on the answers, by plain transformers."""

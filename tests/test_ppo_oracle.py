@@ -15,6 +15,8 @@ from support.tiny import tiny_model
 from test_ppo import chosen, dense, with_tool_output
 from torch import Tensor
 
+pytestmark = pytest.mark.trl
+
 BASE: dict[str, Any] = {
     "temperature": 0.7,
     "gamma": 0.95,

@@ -14,8 +14,11 @@ from support.device import PLAIN
 from support.ppo_tools import classifier, moved, trainer, weights
 from support.tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from torch import Tensor
+
+pytest.importorskip("trl.experimental.ppo", reason="TRL has a PPO trainer up to 1.12")
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
+pytestmark = pytest.mark.trl
 ROWS, LENGTH = 8, 5
 PROMPTS = tiny_dataset(ROWS)
 

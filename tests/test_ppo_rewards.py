@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_klx.trainers.rewarding.functions import RewardFunctions
 
+pytestmark = pytest.mark.trl
+
 TEXTS = tiny_tokenizer().batch_decode(ANSWERS, skip_special_tokens=True)
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
 

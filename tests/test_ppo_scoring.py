@@ -26,6 +26,8 @@ from trl_klx.trainers.exact import scored_head
 from trl_klx.trainers.exact.scored_head import Asked, ScoredHead
 from trl_klx.trainers.seams import keep_float32_outputs
 
+pytestmark = pytest.mark.trl
+
 VOCAB, TEMPERATURE = 23, 0.7
 IDS = torch.tensor([[3, 5, 6, 7, 8, 9], [0, 4, 10, 11, 12, 1]])
 MASK = torch.tensor([[True, False, True, True], [True, True, True, False]])

@@ -21,6 +21,8 @@ from trl_klx.trainers.ppo.prompts import PromptReader
 from trl_klx.trainers.rewarding.models import model_rewards
 from trl_klx.trainers.shared.generation import end_tokens
 
+pytestmark = pytest.mark.trl
+
 END, TURN = 1, 7  # the tokenizer's end token, and one more of the model's
 
 

@@ -45,12 +45,9 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def check(settings: Settings, report: Report) -> None:
-    from trl_klx.trainers.seams import TRL_HAS_PPO
-
     here = make_inputs(settings)
-    names = [name for name in RECIPES if name != "ppo" or TRL_HAS_PPO]
     with ThreadPoolExecutor(1 if settings.is_try else 2) as pool:  # PPO beside the two others
-        for name, status in zip(names, pool.map(lambda name: train(name, here, settings), names), strict=True):
+        for name, status in zip(RECIPES, pool.map(lambda name: train(name, here, settings), RECIPES), strict=True):
             _report(name, status, here, settings, report)
 
 

@@ -15,7 +15,6 @@ from support.ppo_tools import ANSWERS, first_rollout, moved, trainer, weights
 from support.tiny import tiny_model
 from support.tiny_dpo import drift
 from test_ppo import assert_step_is_minus_gradient, chosen, dense, with_tool_output
-from test_ppo_parity import stock_step
 from test_situations_models import ARCHITECTURES, HiddenHead, OddHead, adapted, architecture
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -241,6 +240,8 @@ def test_products_over_the_vocabulary(
 
 def test_products_of_stock_ppo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Policy and reference once each, on the whole batch; an update projects once and has two gradients."""
+    from test_ppo_parity import stock_step  # skips the test where TRL has no PPO
+
     assert products(lambda: stock_step(tmp_path, monkeypatch, num_ppo_epochs=1)) == 2 + 3
 
 

@@ -15,10 +15,7 @@ from .versions import version_of
 RECIPE_FILE, VERSIONS_FILE = "resolved_recipe.yaml", "versions.json"
 Settings = dict[str, Any]
 # Computed by TRL from other fields and the number of processes: refused beside them, or wrong, when run again.
-_DERIVED = {
-    *("generation_batch_size", "world_size", "num_total_batches", "micro_batch_size"),
-    *("local_batch_size", "batch_size", "local_mini_batch_size", "mini_batch_size"),
-}
+_DERIVED = {"generation_batch_size"}
 _VOCABULARY_TOKENS = {"pad_token", "eos_token", "stop_token"}
 _SECRETS = ("token", "api_key", "password", "secret")  # as a name, or its last part
 _VERSIONED = ("trl_klx", "trl", "torch", "transformers", "accelerate", "datasets", "peft", "tokenizers")

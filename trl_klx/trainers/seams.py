@@ -50,7 +50,7 @@ OVERRIDDEN = {
     "save_model": "transformers' again, in place of TRL's, which swaps the model for its policy",
     "get_train_dataloader": "transformers' again: TRL builds its own when it is set up",
     "get_eval_dataloader": "the same",
-    "generate_completions": "prints answers of our sampler",
+    "generate_completions": "of TRL 1.12: prints answers of our sampler",
     # GRPO
     "_get_per_token_logps_and_entropies": "the scoring of answers, which also gives hidden states and the exact KL",
     "_prepare_inputs": "a rollout is shuffled on the device",

@@ -160,7 +160,7 @@ def shell_parsed(command: str) -> None:
 
 
 def requirement_known(command: str) -> None:
-    """A package or an extra that pyproject.toml has."""
+    """A package or an extra that pyproject.toml has; a version is the lock's."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     locked = (ROOT / "requirements.lock").read_text().lower().split()
@@ -168,7 +168,7 @@ def requirement_known(command: str) -> None:
         own = re.fullmatch(r"(?:trl_klx|\.)\[(\w+)\]", requirement)
         if requirement == ".":
             continue
-        assert own[1] in extras if own else any(pin.startswith(f"{requirement}==") for pin in locked)
+        assert own[1] in extras if own else any(f"{pin}==".startswith(f"{requirement}==") for pin in locked)
 
 
 def named_tests_exist(command: str) -> None:

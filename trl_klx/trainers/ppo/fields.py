@@ -19,7 +19,7 @@ class PPOArguments(_BaseConfig):
     (`batch_size`, `world_size` and the like) do not exist here.
     """
 
-    learning_rate: float = _option(3e-6, "Learning rate of AdamW, for policy and value model, at the schedule's peak.")
+    learning_rate: float = _option(3e-6, "Learning rate of policy and value model, at the peak of its schedule.")
     # The length of a run, and what a step is
     total_episodes: int | None = _option(
         None, "Length of the run in sampled answers, in place of max_steps or num_train_epochs."

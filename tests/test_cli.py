@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import shtab
 
+from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXPPOConfig
 from trl_klx.cli import commands as cli
 from trl_klx.cli.commands import COMMANDS
 from trl_klx.config import KLArguments
 from trl_klx.run.recipe.help import help_parser
-from trl_klx.trainers.grpo.config import KLXGRPOConfig
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -43,13 +43,18 @@ def test_help_of_training_begins_with_the_kl(capsys: pytest.CaptureFixture[str])
     assert "--num_generations" in shown.split("GRPO (TRL):")[1].split("training (")[0]
 
 
-def test_help_shows_every_field_once() -> None:
-    parser = help_parser("trl-klx grpo", KLXGRPOConfig)
+@pytest.mark.parametrize(
+    ("config", "heading"), [(KLXGRPOConfig, "GRPO (TRL)"), (KLXDPOConfig, "DPO (TRL)"), (KLXPPOConfig, "PPO")]
+)
+def test_help_shows_every_field_once(config: type, heading: str) -> None:
+    parser = help_parser("trl-klx", config)
     shown = [action for group in parser._action_groups for action in group._group_actions]
     assert sorted(map(id, shown)) == sorted(map(id, parser._actions))
-    assert set(KLXGRPOConfig.__dataclass_fields__) - {action.dest for action in shown} == {
-        name for name, field in KLXGRPOConfig.__dataclass_fields__.items() if not field.init
-    }
+    known = config.__dataclass_fields__  # type: ignore[attr-defined]
+    assert set(known) - {action.dest for action in shown} == {name for name, f in known.items() if not f.init}
+    [own] = [group for group in parser._action_groups if group.title == heading]
+    beta = "kl_coef" if heading == "PPO" else "beta"
+    assert beta in {action.dest for action in own._group_actions}
 
 
 @pytest.mark.parametrize("name", ["--help", "starter", "controllers"])

@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 
 # The oldest TRL that is supported, and the only one with a PPO trainer to compare with.
 VENV_TRL112 := .venv-trl112
+VENV_VLLM := .venv-vllm
 # In as many processes as that; `WORKERS=0` for one that a debugger can stop.
 WORKERS ?= 2
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-trl112 lint docs clean
+.PHONY: demo test test-trl112 test-vllm lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/trl-klx starter --output_dir runs/starter
@@ -21,6 +22,10 @@ test: $(VENV)/installed
 
 test-trl112: $(VENV_TRL112)/installed
 	$(VENV_TRL112)/bin/python $(PYTEST) -m trl
+
+# A real vLLM engine on CPU. One process: it takes 2 GB.
+test-vllm: $(VENV_VLLM)/installed
+	$(VENV_VLLM)/bin/python -m pytest --confcutdir tests/engine tests/engine
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -45,6 +50,14 @@ $(VENV_TRL112)/installed: requirements.lock pyproject.toml
 	$(call install,$(VENV_TRL112),sed 's/^trl==.*/trl==1.12.0/')
 	touch $@
 
+# vLLM's pins are others than ours, and some of what it requires (torchvision, torchaudio) has no build that fits torch's
+# for CPUs and is not imported: so without dependencies.
+$(VENV_VLLM)/installed: requirements-vllm.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.lock
+	$(VENV_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
 # $(1) the environment, $(2) a filter of the pinned versions
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -55,4 +68,4 @@ define install
 endef
 
 clean:
-	rm -rf $(VENV) $(VENV_TRL112) runs docs/_build
+	rm -rf $(VENV) $(VENV_TRL112) $(VENV_VLLM) runs docs/_build

@@ -266,7 +266,9 @@ def test_sampler_kl_is_of_the_sampler_against_the_trainer(tmp_path: Path) -> Non
         inputs[name] for name in ("ref_per_token_logps", "sampling_per_token_logps", "completion_mask")
     )
     expected = kl_estimate(engine, trained, "k3")[mask.bool() & ~engine.isnan()].mean()
-    assert trainer._health_metrics()["kl/sampler"] == pytest.approx(float(expected), rel=1e-4)
+    found = trainer.kl.metrics("train")
+    assert found["kl/sampler"] == pytest.approx(float(expected), rel=1e-4)
+    assert 0 < found["kl/sampler_se"] < 10 * found["kl/sampler"]
 
 
 def one_rollout(trainer: Any) -> dict[str, Tensor]:

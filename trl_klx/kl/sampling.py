@@ -1,12 +1,23 @@
-"""What a sampled KL reads on answers of a cut or sharpened distribution: enumerated exactly on small policies."""
+"""What becomes of a KL whose answers another distribution gives: enumerated exactly on small policies.
+
+`reading` is the value of an estimate on answers of a cut or sharpened distribution, `engine_error` the gradient on
+those of an inference engine with other weights or another precision.
+"""
+
+import functools
 
 import torch
 from torch import Tensor
 
 from .estimators import Estimator, kl_estimate
-from .variance import DISTANCES, World, world
+from .exact import exact_kl
+from .reward import kl_credit
+from .term import KLTerm
+from .variance import DISTANCES, World, answers_mean, expected, moved, world
 
 KL = 0.10  # nats per answer of the policy to its reference, in the family of `variance`
+# Distance of the engine, by KL(policy || engine) in nats per answer: as close as one in bfloat16, and far behind.
+ENGINES = {0.01: 0.13292997, 0.39: 0.84453647}
 
 
 def sampler_logits(logits: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
@@ -45,3 +56,50 @@ def reading(estimator: Estimator, sampler: Tensor, *, is_weighted: bool) -> floa
 def enumerated_policy() -> World:
     """The policy, `KL` nats from its reference, whose answers are enumerated."""
     return world(DISTANCES[KL])
+
+
+def bounded_ratios(log_ratios: Tensor, mode: str, *, low: float | None, high: float | None) -> Tensor:
+    """(N, T) ratios of policy to engine as TRL's `vllm_importance_sampling_mode` bounds them, all tokens counting.
+
+    Args:
+        log_ratios: (N, T) of the tokens.
+        mode: "token_truncate", "token_mask", "sequence_truncate" or "sequence_mask"; "off" for none, 1.
+        low, high: `vllm_importance_sampling_clip_min` and `_max`.
+    """
+    if mode == "off":
+        return torch.ones_like(log_ratios)
+    whole = mode.startswith("sequence")
+    ratios = (log_ratios.sum(-1, keepdim=True).expand_as(log_ratios) if whole else log_ratios).exp()
+    bounded = ratios if low is None and high is None else ratios.clamp(low, high)
+    return bounded if mode.endswith("truncate") else torch.where(bounded == ratios, ratios, 0.0)
+
+
+@functools.cache
+def engine_error(term: KLTerm, behind: float, mode: str, low: float | None, high: float | None) -> float:
+    """How far the expected gradient is from that on the policy's own answers, as a part of it.
+
+    The engine samples, the trainer scores: the values of a KL in the reward are the policy's, and TRL's ratio stands
+    before them; a KL in the loss has its own weight of policy to engine.
+
+    Args:
+        term: what the KL is.
+        behind: KL(policy || engine) in nats per answer, one of `ENGINES`.
+        mode, low, high: as in `bounded_ratios`.
+    """
+    here = enumerated_policy()
+    engine = moved(here, ENGINES[behind])
+    logits = here.policy[here.states].clone().requires_grad_()
+    logps = logits.log_softmax(-1).gather(-1, here.actions[..., None]).squeeze(-1)
+    ref_logps, engine_logps, probs = here.logps(here.ref), here.logps(engine), here.probs(engine)
+    mask, exact = torch.ones_like(here.actions, dtype=torch.bool), exact_kl(logits, here.ref[here.states], term.direction)
+    objective = torch.zeros((), dtype=torch.float64)
+    if term.in_loss:
+        objective = objective + term.loss(logps, ref_logps, mask, sampler_logps=engine_logps, exact=exact).sum()
+    if term.in_reward:
+        credit = kl_credit(term.penalty(logps, ref_logps, mask, exact=exact), mask, credit=term.credit_kind)
+        credit = credit - (probs[:, None] * credit).sum(0)
+        ratios = bounded_ratios((logps - engine_logps).detach(), mode, low=low, high=high)
+        objective = objective + (ratios * credit * logps).sum()
+    (gradient,) = torch.autograd.grad(objective, logits)
+    found, wanted = answers_mean(here, gradient, probs), expected(here, term, on_policy=True)
+    return float((found - wanted).norm() / wanted.norm())

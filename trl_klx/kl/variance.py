@@ -66,7 +66,18 @@ def world(distance: float) -> World:
     a = torch.arange(VOCAB, dtype=torch.float64)[None, :]
     policy = torch.sin(0.7 * s + 1.3 * a)
     ref = policy + distance * torch.cos(1.1 * s + 0.6 * a + 0.2)
-    return World(states, actions, policy, ref, policy + SAMPLER_DISTANCE * torch.sin(0.5 * s - 0.9 * a + 0.4))
+    return World(states, actions, policy, ref, _moved(policy, SAMPLER_DISTANCE))
+
+
+def moved(here: World, distance: float) -> Tensor:
+    """(S, V) logits of another policy at `distance` from that of `here`, in the direction of its sampler."""
+    return _moved(here.policy, distance)
+
+
+def _moved(policy: Tensor, distance: float) -> Tensor:
+    s = torch.arange(len(policy), dtype=torch.float64)[:, None]
+    a = torch.arange(VOCAB, dtype=torch.float64)[None, :]
+    return policy + distance * torch.sin(0.5 * s - 0.9 * a + 0.4)
 
 
 def sequence_kl(distance: float) -> float:
@@ -91,7 +102,7 @@ def relative_variance(term: KLTerm, distance: float, *, baseline: bool = True) -
     """Trace of the covariance of one answer's gradient over the squared norm of P, which is never zero here."""
     here = world(distance)
     samples, probs = _samples(here, term, on_policy=True, baseline=baseline), here.probs(here.policy)
-    mean = _mean(here, samples, probs)
+    mean = answers_mean(here, samples, probs)
     # An answer visits three different states: its gradient's norm is that of its three rows.
     second_moment = (probs * samples.square().sum((1, 2))).sum()
     partial = expected(here, KLTerm("exact", "loss"), on_policy=True)
@@ -101,10 +112,10 @@ def relative_variance(term: KLTerm, distance: float, *, baseline: bool = True) -
 def expected(here: World, term: KLTerm, *, on_policy: bool) -> Tensor:
     """(S, V) expected gradient with respect to the policy's logits."""
     probs = here.probs(here.policy if on_policy else here.sampler)
-    return _mean(here, _samples(here, term, on_policy=on_policy), probs)
+    return answers_mean(here, _samples(here, term, on_policy=on_policy), probs)
 
 
-def _mean(here: World, samples: Tensor, probs: Tensor) -> Tensor:
+def answers_mean(here: World, samples: Tensor, probs: Tensor) -> Tensor:
     """Add up (N, T, V) gradients of answers at their states, by their probabilities."""
     total = torch.zeros_like(here.policy)
     return total.index_put((here.states,), probs[:, None, None] * samples, accumulate=True)

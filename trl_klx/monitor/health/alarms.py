@@ -106,10 +106,7 @@ class HealthMonitor:
             "collapse": self._collapse(),
             "mode_collapse": self._mode_collapse(),
             "wrong_reference": self._wrong_reference(),
-            "stale_sampler": detect_setup.stale_sampler(read("kl/ess"), read("kl/sampler")),
-            "wrong_weights": detect_setup.wrong_weights(
-                read("kl/weight_mean"), read("kl/weight_mean_se"), read("kl/ess")
-            ),
+            **self._of_sampler(),
             "length_bias": self._length_bias(),
             "hidden_kl": detect_setup.hidden_kl(read("kl/masked_share"), read("kl/masked")),
         }
@@ -201,6 +198,16 @@ class HealthMonitor:
         return detect_setup.wrong_reference(
             first, noise=noise, precision=self._sources.precision, mismatches=self._sources.mismatches
         )
+
+    def _of_sampler(self) -> dict[str, Finding | None]:
+        read, first, own = self._readings, self._first.get("kl/sampler"), self._sources
+        apart, ess, mean = read("kl/sampler"), read("kl/ess"), (read("kl/weight_mean"), read("kl/weight_mean_se"))
+        return {
+            "stale_sampler": detect_setup.stale_sampler(ess, apart, first, *mean),
+            "coarse_sampler": detect_setup.coarse_sampler(apart, first, noise=own.noise, precision=own.precision),
+            "wrong_weights": detect_setup.wrong_weights(*mean, ess),
+            "cut_ratios": detect_setup.cut_ratios(read("kl/ratio_cut")),
+        }
 
     def _length_bias(self) -> Finding | None:
         read = self._readings

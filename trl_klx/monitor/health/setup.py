@@ -14,10 +14,20 @@ FEW_EFFECTIVE = 0.5
 # An engine in bf16 with the trainer's weights differs by 0.05 nats per token (standard deviation; huggingface/trl issue
 # 6789), a KL of 0.05^2 / 2 = 0.00125. This is four times that deviation, 0.2.
 SAMPLER_KL = 0.02
+SAME_DISTANCE = 3.0  # an engine of another precision stays as far away as it was; old weights fall behind
+# Ratios of policy to engine above TRL's bound, 3 by default: 5 % of the answers are then 15 % of what the policy does.
+CUT = 0.05
 # Weights of mean 1 but for log-probs that two forwards of one model give otherwise: a noise of 0.2 nats (the deviation
 # of SAMPLER_KL) makes it e^(0.2^2 / 2) = 1.02. Few prompts have a wide error, and answers that are used again deviate
 # together: so many readings, and so many standard errors of their mean.
 WEIGHTS_OFF, WEIGHTS_READINGS, WEIGHTS_ERRORS = 0.03, 10, 5.0
+PROBABLE_ERRORS = 3.0  # to choose between causes of what is certain
+
+_RAW_LOGPS = (
+    "the sampler's log-probs are not those it sampled by (raw ones, without temperature and filters; another model's)",
+    "have the engine report processed log-probs (a server: vllm serve --logprobs-mode processed_logprobs), at the "
+    "policy's temperature",
+)
 
 # Lengths differ by a tenth; the length difference explains half of the margin's variance (a correlation of 0.7), and,
 # by the slope, 0.5 nats of it on average. By chance 16 pairs correlate so in 0.2 % of readings.
@@ -54,29 +64,98 @@ def wrong_reference(
     )
 
 
-def stale_sampler(ess: Readings, sampler_kl: Readings) -> Finding | None:
+def stale_sampler(
+    ess: Readings, sampler_kl: Readings, first: Reading | None = None, mean: Readings = (), error: Readings = ()
+) -> Finding | None:
     """Answers come from a policy that is no longer the one that is trained.
 
     Args:
         ess: effective sample size of the importance weights, as a fraction.
-        sampler_kl: KL(sampler || trainer) at the same weights, nats per token.
+        sampler_kl: KL(sampler || trainer) when the answers were sampled, nats per token.
+        first: the first of these readings in the run.
+        mean, error: of the weights, as in `wrong_weights`.
     """
-    if lasts(values_of(ess), lambda fraction: fraction < FEW_EFFECTIVE):
-        return Finding(
+    few = lasts(values_of(ess), lambda fraction: fraction < FEW_EFFECTIVE)
+    apart = lasts(values_of(sampler_kl), lambda kl: kl > SAMPLER_KL)
+    if not few and not apart:
+        return None
+    seen = []
+    if few:
+        seen.append(
             f"the importance weights leave at most {max(values_of(ess)[-SEVERAL:]):.0%} of the samples effective "
-            f"(threshold {FEW_EFFECTIVE:.0%}) {over(ess)}",
-            "the policy moves far between sampling and its last update",
-            "take fewer updates per rollout (num_iterations, steps_per_generation, num_ppo_epochs), lower "
-            "learning_rate, set kl_is_cap",
+            f"(threshold {FEW_EFFECTIVE:.0%}) {over(ess)}"
         )
-    if lasts(values_of(sampler_kl), lambda kl: kl > SAMPLER_KL):
-        return Finding(
+    if apart:
+        seen.append(
             f"sampler and trainer differ by at least {min(values_of(sampler_kl)[-SEVERAL:]):.2g} nats per token "
-            f"(threshold {SAMPLER_KL:g}) {over(sampler_kl)}",
-            "the inference engine has old weights, another precision, temperature or truncation (top_p, top_k)",
-            "check that weights are synchronised before each rollout, and that both score at one temperature",
+            f"(threshold {SAMPLER_KL:g}) {over(sampler_kl)}"
         )
-    return None
+        return Finding("; ".join(seen), *_why_apart(first, values_of(mean)[-SEVERAL:], values_of(error)[-SEVERAL:]))
+    return Finding(
+        *seen,
+        "the policy moves far between sampling and its last update",
+        "take fewer updates per rollout (num_iterations, steps_per_generation, num_ppo_epochs), lower "
+        "learning_rate, set kl_is_cap",
+    )
+
+
+def _why_apart(first: Reading | None, mean: Sequence[float], error: Sequence[float]) -> tuple[str, str]:
+    """Likely cause and remedy where an engine is far from the trainer.
+
+    Weights over what it really samples by average 1, however old it is; old weights were right at first.
+    """
+    if mean and error and sum(mean) / len(mean) - 1 > max(WEIGHTS_OFF, PROBABLE_ERRORS * _error_of_mean(error)):
+        return _RAW_LOGPS
+    if first is not None and first.value < SAMPLER_KL / SAME_DISTANCE:
+        return (
+            "the inference engine keeps old weights: it was close to the trainer at first",
+            "check that weights reach the engine before each rollout (one server per run; in a rollout of your own, "
+            "trainer.vllm_generation.sync_weights())",
+        )
+    return (
+        "the inference engine has another model, a much coarser precision (quantised weights), another temperature or "
+        "truncation (top_p, top_k)",
+        "give the engine the trainer's model, precision and temperature, and sample from the whole distribution",
+    )
+
+
+def coarse_sampler(sampler_kl: Readings, first: Reading | None, *, noise: float, precision: str) -> Finding | None:
+    """The engine has the trainer's weights and scores more coarsely.
+
+    Args:
+        sampler_kl, first: as in `stale_sampler`, which is raised beyond `SAMPLER_KL`.
+        noise: the most that scoring in the trainer's `precision` explains, nats per token.
+    """
+    if first is None or first.value <= noise:
+        return None
+    most = min(SAMPLER_KL, SAME_DISTANCE * first.value)
+    if not lasts(values_of(sampler_kl), lambda kl: noise < kl <= most):
+        return None
+    return Finding(
+        f"sampler and trainer differ by {sampler_kl[-1].value:.2g} nats per token (threshold {noise:.2g}: scoring noise "
+        f"of {precision}), as much as at first ({first.value:.2g})",
+        "the inference engine runs in another dtype than the trainer; vLLM turns float32 checkpoints into bfloat16",
+        "train in the engine's precision (bf16: true), or give the engine the trainer's (a server: --dtype); the "
+        "weights correct a KL in the loss meanwhile",
+    )
+
+
+def cut_ratios(share: Readings) -> Finding | None:
+    """TRL's bound on the ratio of policy to engine takes a part of the answers out of the policy gradient.
+
+    Args:
+        share: of answers (of tokens, in the token modes) whose ratio is out of bounds.
+    """
+    if not lasts(values_of(share), lambda cut: cut > CUT):
+        return None
+    return Finding(
+        f"at least {min(values_of(share)[-SEVERAL:]):.0%} of the ratios of policy to engine (threshold {CUT:.0%}) are "
+        f"clipped or dropped {over(share)}",
+        "engine and trainer are apart over whole answers (precision adds up over long ones; old weights), and those "
+        "that the policy prefers are lost, with their rewards and with a KL in the reward",
+        "raise vllm_importance_sampling_clip_max, take vllm_importance_sampling_mode token_truncate with the KL in the "
+        "loss, or bring the engine closer (precision, synchronisation)",
+    )
 
 
 def wrong_weights(mean: Readings, error: Readings, ess: Readings) -> Finding | None:
@@ -91,8 +170,7 @@ def wrong_weights(mean: Readings, error: Readings, ess: Readings) -> Finding | N
     values, errors = values_of(mean)[-WEIGHTS_READINGS:], values_of(error)[-WEIGHTS_READINGS:]
     if min(len(values), len(errors)) < WEIGHTS_READINGS or (ess and ess[-1].value < FEW_EFFECTIVE):
         return None
-    average = sum(values) / len(values)
-    error_of_average = math.sqrt(sum(e * e for e in errors)) / len(errors)
+    average, error_of_average = sum(values) / len(values), _error_of_mean(errors)
     if abs(average - 1) <= max(WEIGHTS_OFF, WEIGHTS_ERRORS * error_of_average):
         return None
     seen = (
@@ -105,11 +183,11 @@ def wrong_weights(mean: Readings, error: Readings, ess: Readings) -> Finding | N
             "the sampler never produces what the policy might (top_k, top_p, min_p, banned or forced tokens)",
             "sample from the whole policy at its temperature: top_p 1, top_k 0, no generation_kwargs that change it",
         )
-    return Finding(
-        seen,
-        "the sampler's log-probs are not those it sampled by (raw ones at a temperature, another model's)",
-        "have the engine report processed log-probs (logprobs_mode), at the policy's temperature",
-    )
+    return Finding(seen, *_RAW_LOGPS)
+
+
+def _error_of_mean(error: Sequence[float]) -> float:
+    return math.sqrt(sum(e * e for e in error)) / len(error)
 
 
 def length_bias(

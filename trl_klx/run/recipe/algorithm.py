@@ -120,11 +120,14 @@ def off_policy_note(term: KLTerm) -> str:
             "does not make up for it: its gradient is biased, more so the more steps a rollout serves. 'exact in both' "
             "has most of its gradient in the loss, where it is not."
         )
+    return loss_off_policy(term) + (" Its half in the reward stays biased." if term.placement == "both" else "")
+
+
+def loss_off_policy(term: KLTerm) -> str:
+    """The same of a KL in the loss, or of the half that is there."""
     if term.estimator == "exact" and not term.takes_weights:
-        loss = "The exact KL in the loss needs no weight: it averages over the policy's own tokens itself."
-    elif term.takes_weights:
-        loss = f"The weight on the KL loss ({term.weight_level}) corrects for it"
-        loss += "." if term.weight_level in ("prefix", "sequence") else ", up to the states, which stay the sampler's."
-    else:
-        loss = "The KL loss has no weight, so its gradient is biased: kl_importance_sampling='token' corrects it."
-    return loss + (" Its half in the reward stays biased." if term.placement == "both" else "")
+        return "The exact KL in the loss needs no weight: it averages over the policy's own tokens itself."
+    if term.takes_weights:
+        up_to = "" if term.weight_level in ("prefix", "sequence") else ", up to the states, which stay the sampler's"
+        return f"The weight on the KL loss ({term.weight_level}) corrects for it{up_to}."
+    return "The KL loss has no weight, so its gradient is biased: kl_importance_sampling='token' corrects it."

@@ -5,10 +5,11 @@ from typing import Any
 
 from ...kl.sampling import KL, enumerated_policy, reading, sampler_logits
 from ...trainers.checks.rows import PROMPTS
+from ...trainers.grpo.correction import reward_correction
 from ...trainers.grpo.precision import rounded_target
 from ...trainers.grpo.sampling_settings import changed_sampling, in_words, settings_of
 from ...trainers.seams import FUSED_LM_HEAD
-from .algorithm import PROMPT_TOKENS, Algorithm, Batches, Inputs, Shape, off_policy_note, trainer_arguments
+from .algorithm import PROMPT_TOKENS, Algorithm, Batches, Inputs, Shape, loss_off_policy, off_policy_note, trainer_arguments
 from .arguments import Recipe
 
 
@@ -50,14 +51,13 @@ class _GRPO(Algorithm):
         rollouts_per_batch = args.num_iterations * (args.steps_per_generation or 1) / args.gradient_accumulation_steps
         reused = rollouts_per_batch > 1
         term = args.kl_term()
-        if args.kl_is_penalised and (reused or args.use_vllm):
-            sources = [
-                f"num_iterations={args.num_iterations} and steps_per_generation={args.steps_per_generation}"
-            ] * reused
-            sources += ["vLLM, whose log-probs differ a little from the trainer's"] * bool(args.use_vllm)
-            yield f"Off-policy: answers come from another policy than the one that learns ({'; '.join(sources)}). " + (
-                off_policy_note(term)
+        if args.kl_is_penalised and reused:
+            yield (
+                "Off-policy: answers come from another policy than the one that learns (num_iterations="
+                f"{args.num_iterations} and steps_per_generation={args.steps_per_generation}). {off_policy_note(term)}"
             )
+        if args.kl_is_penalised and args.use_vllm:
+            yield from _with_vllm(args)
         if term.in_reward and args.kl_is_penalised and args.scale_rewards not in ("none", False):
             yield (
                 f"scale_rewards={args.scale_rewards!r} divides the rewards by their standard deviation. The KL is "
@@ -82,6 +82,19 @@ class _GRPO(Algorithm):
             yield (
                 "mask_truncated_completions=true: the KL of answers that were cut off is neither penalised nor counted."
             )
+
+
+def _with_vllm(args: Any) -> Iterator[str]:
+    term, in_reward = args.kl_term(), reward_correction(args)
+    if term.in_loss:
+        yield f"use_vllm=true: the engine's log-probs differ from the trainer's. {loss_off_policy(term)}"
+    if in_reward is not None:
+        yield in_reward
+    if args.vllm_mode == "server":
+        yield (
+            "vllm_mode='server': start the server with --logprobs-mode processed_logprobs (trl vllm-serve does); raw "
+            "log-probs know nothing of temperature and filters, and the weights are then wrong."
+        )
 
 
 def _changed_sampling(args: Any) -> str:

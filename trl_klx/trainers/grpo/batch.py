@@ -107,34 +107,23 @@ def hidden_mask(inputs: dict, pad_token_id: int) -> Tensor:
 
 
 def health_sums(logps: Tensor, inputs: dict, pad_token_id: int) -> dict[str, Tensor]:
-    """Sums over a micro-batch: the k3 of the KL inside and outside the loss mask, and that of sampler to trainer."""
+    """Sums over a micro-batch: the k3 of the KL inside and outside the loss mask."""
     mask, hidden = loss_mask(inputs), hidden_mask(inputs, pad_token_id)
     k3 = kl_estimate(logps, inputs["ref_per_token_logps"], "k3")
-    sums = {"seen": masked_sum(k3, mask), "hidden": masked_sum(k3, hidden), "answers": mask.new_full((), len(mask))}
-    engine_logps = inputs.get("sampling_per_token_logps")
-    if engine_logps is None:
-        return {**sums, "sampler_kl": logps.new_zeros(()), "sampled": logps.new_zeros(())}
-    scored = scored_by_sampler(inputs, mask)
-    # The trainer's scores of the rollout: TRL makes them where it needs them, else the policy has not moved since.
-    trainer_logps = inputs.get("old_per_token_logps", logps)
-    sampler_kl = kl_estimate(engine_logps, trainer_logps, "k3")
-    return {**sums, "sampler_kl": masked_sum(sampler_kl, scored), "sampled": scored.sum()}
+    return {"seen": masked_sum(k3, mask), "hidden": masked_sum(k3, hidden), "answers": mask.new_full((), len(mask))}
 
 
 def health_metrics(sums: dict[str, float], *, behind_mask: bool) -> dict[str, float]:
-    """`kl/masked` (nats per answer outside the loss mask), its share of the KL, and `kl/sampler` (nats per token).
+    """`kl/masked` (nats per answer outside the loss mask) and its share of the KL.
 
     Args:
         sums: of `health_sums`, over all processes.
         behind_mask: whether the loss mask may leave out what the policy made, and that was scored.
     """
-    out = {}
-    if behind_mask and sums["answers"] > 0:
-        out["kl/masked"] = sums["hidden"] / sums["answers"]
-        out["kl/masked_share"] = sums["hidden"] / max(sums["hidden"] + sums["seen"], 1e-30)
-    if sums["sampled"] > 0:
-        out["kl/sampler"] = sums["sampler_kl"] / sums["sampled"]
-    return finite(out)
+    if not behind_mask or sums["answers"] <= 0:
+        return {}
+    share = sums["hidden"] / max(sums["hidden"] + sums["seen"], 1e-30)
+    return finite({"kl/masked": sums["hidden"] / sums["answers"], "kl/masked_share": share})
 
 
 def sampler_logps_of(policy_logps: Tensor, inputs: dict) -> Tensor:

@@ -15,6 +15,7 @@ from ..checks.noise import check_neftune
 from ..checks.rewards import check_weights
 from ..rewarding.gold import GoldArguments
 from ..seams import LIGER_COMPUTES_THE_LOSS
+from .correction import uncorrected_reward
 from .precision import rounded_target
 from .sampling_settings import check_sampling
 
@@ -72,7 +73,7 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
             self._check_trl_options,
             partial(check_sampling, self),
             self._check_reward_reaches_every_token,
-            self._tell_of_rounding,
+            self._tell_what_is_not_exact,
         ]
         return [self._check_trl_switch, *kl_rules(self), *own]
 
@@ -81,10 +82,10 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
         self.use_bias_correction_kl = self.kl_importance_sampling != "none"
         super().__post_init__()
 
-    def _tell_of_rounding(self) -> None:
-        sentence = rounded_target(self)
-        if sentence is not None:
-            warnings.warn(sentence, UserWarning, stacklevel=5)
+    def _tell_what_is_not_exact(self) -> None:
+        for sentence in (rounded_target(self), uncorrected_reward(self)):
+            if sentence is not None:
+                warnings.warn(sentence, UserWarning, stacklevel=5)
 
     def _check_trl_options(self) -> None:
         check_neftune(self.neftune_noise_alpha)

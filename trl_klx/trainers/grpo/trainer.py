@@ -42,11 +42,11 @@ from .batch import (
     loss_mask,
     ref_states_of,
     sampler_logps_of,
-    scored_by_sampler,
     weighted,
 )
 from .checked import CheckedGRPOTrainer
 from .config import KLXGRPOConfig
+from .engine import measure_sampler
 from .tape import Ask, Scoring, Tape
 
 check_trl_version()
@@ -100,7 +100,7 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         if args.kl_needs_exact:
             direction = self.kl_term.direction
             self._exact = exact_kl_between(self, self.model, temperature=self.temperature, direction=direction)
-        self._health_sums = PooledSums(self.accelerator, ("seen", "hidden", "answers", "sampler_kl", "sampled"))
+        self._health_sums = PooledSums(self.accelerator, ("seen", "hidden", "answers"))
         scale = None if self.scale_rewards == "none" else 1.0
         self._watch_health(self.model, gain="reward", entropy="entropy", tokenizer=self._tokenizer, reward_scale=scale)
 
@@ -331,9 +331,8 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         sampled = {name: kl_estimate(logps, ref_logps, name) for name in SAMPLED_ESTIMATORS if name in self.kl.names}
         if token_weights is not None:
             sampled = {name: weighted(token_weights, values) for name, values in sampled.items()}
-            if self._is_first_use:
-                scored = scored_by_sampler(inputs, mask)
-                self.kl.weight_mean.add(self.mode, token_weights, scored, inputs["kl_prompts"])
+            own = self.kl, self.metrics, self.mode, self.args
+            measure_sampler(*own, logps, inputs, mask, token_weights, weights, is_first_use=self._is_first_use)
         exact = {} if policy.exact is None else {"exact": policy.exact.detach()}
         self.kl.measure(self.mode, sampled | exact, mask, inputs["kl_prompts"], inputs.get("kl_groups"))
         if self.model.training:
@@ -341,8 +340,6 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
                 self._health_sums.add(**health_sums(logps, inputs, self._tokenizer.pad_token_id))
             for what, measured in ((POLICY, logps), (REFERENCE, ref_logps), *((KL, value) for value in exact.values())):
                 self.guard.watch(what, measured, mask)
-        if weights is not None:
-            self.metrics.defer_weights(self.mode, weights, mask)
 
     def _health_metrics(self) -> dict[str, float]:
         has_mask = self.mask_truncated_completions or bool(self.tools) or self.rollout_func is not None

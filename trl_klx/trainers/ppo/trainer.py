@@ -297,7 +297,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         used = [output.weights for output in outputs if output.weights is not None]
         if used:
             weights, masks = (torch.cat(tensors) for tensors in zip(*used, strict=True))
-            self.metrics.defer_weights("train", weights, masks)
+            self.metrics.defer_weights("train", weights, masks, cap=self.args.kl_is_cap)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")

@@ -76,14 +76,17 @@ class Metrics:
         flat = torch.stack([torch.stack([total.float(), count.float()]) for total, count in sums.values()])
         self._sums[mode].append(_Sums(tuple(sums), flat))
 
-    def defer_weights(self, mode: str, weights: Tensor, mask: Tensor) -> None:
+    def defer_weights(self, mode: str, weights: Tensor, mask: Tensor, *, cap: float | None = None) -> None:
         """Log `kl/ess` (mean over processes) and `kl/weight_max` (largest anywhere) of untruncated importance weights.
 
         Args:
             mode: see the module.
             weights: (B, T).
             mask: (B, T) tokens that count.
+            cap: `kl_is_cap`; with one, `kl/weight_cut` is the share of tokens whose weight is above it.
         """
+        if cap is not None:
+            self.pool(mode, {"kl/weight_cut": ((fill_masked(weights, mask) > cap).sum(), mask.bool().sum())})
         largest = fill_masked(weights, mask).amax() if weights.numel() else weights.new_zeros(())
         self.defer(mode, "kl/ess", effective_sample_size(weights, mask))
         self.defer(mode, "kl/weight_max", largest, largest=True)
@@ -117,8 +120,12 @@ class Metrics:
     def take(self, mode: str) -> dict[str, float]:
         """All means and pooled ratios since the last log."""
         out = {name: sum(values) / len(values) for name, values in self.means[mode].items()}
-        out |= {name: total / count for name, (total, count) in self.ratios[mode].items()}
         self.means[mode].clear()
+        return out | self.take_ratios(mode)
+
+    def take_ratios(self, mode: str) -> dict[str, float]:
+        """The pooled ratios since the last log, which TRL's own `log` does not know."""
+        out = {name: total / count for name, (total, count) in self.ratios[mode].items()}
         self.ratios[mode].clear()
         return out
 

@@ -52,6 +52,7 @@ class KLSession(Part):
         self._window: dict[str, list[Tensor]] = {"train": [], "eval": []}
         self._pools: dict[str, Tensor] = {}  # sums per prompt of all processes, since the last log, by group
         self.weight_mean = PromptMean(accelerator)  # of answers that another policy sampled
+        self.sampler_kl = PromptMean(accelerator)  # of that policy, where it is an inference engine, to the trainer's
         self._data_mean = PromptMean(accelerator)  # the exact KL on DPO's data
         self.begin()
 
@@ -248,7 +249,8 @@ class KLSession(Part):
         else:
             sums = self._gather(mode)
         data = "kl/data_exact" if self._args.kl_direction == "reverse" else "kl/data_exact_forward"
-        means = named("kl/weight_mean", self.weight_mean.take(mode)) | named(data, self._data_mean.take(mode))
+        of_sampler = named("kl/weight_mean", self.weight_mean.take(mode)) | named("kl/sampler", self.sampler_kl.take(mode))
+        means = of_sampler | named(data, self._data_mean.take(mode))
         if not sums:
             return means
         summary = summarise(sums[_ALL], self.names)

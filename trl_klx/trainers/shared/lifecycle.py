@@ -203,13 +203,12 @@ class Lifecycle(Trainer):
 
     def _measured(self, evaluation: str | None) -> dict[str, float]:
         """All that was measured since the last log, under the prefix of the evaluation; None: in training."""
-        mode, found = self.mode, {}
+        mode = self.mode
         self.metrics.settle(mode)
         trl_logs = self.metrics.trl_logs and evaluation in (None, "eval")  # other prefixes TRL does not know
         if mode == "train" or not trl_logs:
             self.metrics.drop_non_finite(mode)
-        if not trl_logs:
-            found = self.metrics.take(mode)
+        found = self.metrics.take_ratios(mode) if trl_logs else self.metrics.take(mode)
         for part in self.parts:
             found |= part.log(mode, found, evaluation)
         if mode == "train" and self.args.kl_health:

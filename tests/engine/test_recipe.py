@@ -1,0 +1,61 @@
+"""Whole runs through a real engine: a recipe from the command line to the report, and two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import vllm_engine  # noqa: F401  its environment variables come before vLLM
+import yaml
+from trl_klx.run import grpo
+from trl_klx.tasks import starter
+from trl_klx.tasks.starter import make_starter
+
+RECIPE = Path(__file__).parent.parent.parent / "recipes" / "starter" / "grpo_exact_both_pid.yaml"
+
+
+def test_a_recipe_runs_through_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starter, "PAIR_TRAIN_PROMPTS", 256)  # the pairs are not used
+    monkeypatch.setattr(starter, "PAIR_TEST_PROMPTS", 64)
+    make_starter(tmp_path / "starter", steps=20, progress=False)
+    own = {
+        "model_name_or_path": str(tmp_path / "starter" / "model"),
+        "dataset_name": str(tmp_path / "starter" / "data"),
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 32,
+        "max_steps": 4,
+        "eval_strategy": "no",
+        "eval_on_start": False,
+        "logging_steps": 1,
+        "use_vllm": True,
+        "vllm_max_model_length": 64,
+        "report_to": "none",
+    }
+    recipe = tmp_path / "grpo_recipe.yaml"
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(RECIPE.read_text()) | own))
+    assert grpo.main(["--config", str(recipe)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "kl/sampler" in row]
+    assert len(rows) == 4
+    for row in rows:
+        assert 0 < row["kl/sampler"] < 5e-3 and "kl/sampler_se" in row and row["kl/ratio_cut"] == 0
+    assert (tmp_path / "run" / "README.md").read_text()
+
+
+def test_two_processes_with_an_engine_each(model: str, tmp_path: Path) -> None:
+    script = Path(__file__).parent / "two_processes.py"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "RANK", "WORLD_SIZE")}
+    command = [sys.executable, *launch, str(script), str(tmp_path), model]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["processes"] == second["processes"] == 2
+    assert first["weights"] == second["weights"]
+    assert first["answers"] != second["answers"]  # each engine has its own seed
+    for one, other in zip(first["logs"], second["logs"], strict=True):
+        assert 0 < one["kl/sampler"] < 5e-3
+        for name in ("kl", "kl/sampler", "kl/sampler_se", "kl/weight_mean", "kl/ess", "kl/ratio_cut"):
+            assert one[name] == other[name], name

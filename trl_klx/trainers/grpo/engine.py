@@ -1,0 +1,84 @@
+"""How far the policy that sampled is from the one that is trained, above all where it is an inference engine.
+
+Shape legend: B answers, C completion tokens.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kl import fill_masked, kl_estimate
+from ..session.metrics import Metrics
+from ..session.session import KLSession
+from .batch import scored_by_sampler
+
+
+class Cut(NamedTuple):
+    """How many of TRL's ratios of policy to engine are out of bounds; scalars."""
+
+    outside: Tensor
+    all: Tensor
+
+
+def measure_sampler(
+    kl: KLSession,
+    metrics: Metrics,
+    mode: str,
+    args: Any,
+    policy_logps: Tensor,
+    inputs: dict,
+    mask: Tensor,
+    token_weights: Tensor,
+    weights: Tensor | None,
+    *,
+    is_first_use: bool,
+) -> None:
+    """Take a batch whose sampler is not the policy into `kl/weight_mean`, `kl/ess`, and with an engine the rest.
+
+    Args:
+        kl, metrics, mode, args: of the trainer.
+        policy_logps: (B, C) of the policy, without gradient.
+        inputs: TRL's batch.
+        mask: (B, C) tokens that count.
+        token_weights: (B, C) ratios of policy to sampler.
+        weights: (B, C) what the KL in the loss is weighted by; None where it takes none.
+        is_first_use: whether the policy has not been trained on these answers yet.
+    """
+    if is_first_use:
+        kl.weight_mean.add(mode, token_weights, scored_by_sampler(inputs, mask), inputs["kl_prompts"])
+    if "sampling_per_token_logps" in inputs:
+        kl.sampler_kl.add(mode, *sampler_kl(policy_logps, inputs, mask), inputs["kl_prompts"])
+        weights = token_weights if weights is None else weights
+    if "importance_sampling_ratio" in inputs:
+        metrics.pool(mode, {"kl/ratio_cut": cut_by_trl(inputs, mask, args)})
+    if weights is not None:
+        metrics.defer_weights(mode, weights, mask, cap=args.kl_is_cap)
+
+
+def sampler_kl(policy_logps: Tensor, inputs: dict, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, C) k3 of KL(engine || trainer) in nats, and the tokens of `mask` that the engine has scored.
+
+    The trainer's log-probs are those of the rollout: TRL has them where it needs them, else the policy has not moved
+    since, and they are `policy_logps`.
+    """
+    scored = scored_by_sampler(inputs, mask)
+    trainer_logps = inputs.get("old_per_token_logps", policy_logps)
+    return fill_masked(kl_estimate(inputs["sampling_per_token_logps"], trainer_logps, "k3"), scored), scored
+
+
+def cut_by_trl(inputs: dict, mask: Tensor, args: Any) -> Cut:
+    """Ratios beyond `vllm_importance_sampling_clip_min` and `_max`, which TRL clips or sets to 0.
+
+    Of answers in its sequence modes, of tokens in the others. A token that the engine could not score has the ratio 1.
+    """
+    log_ratios = inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]
+    log_ratios, counted = fill_masked(log_ratios, scored_by_sampler(inputs, mask)), mask.bool()
+    if args.vllm_importance_sampling_mode.startswith("sequence"):
+        log_ratios, counted = log_ratios.sum(-1), counted.any(-1)
+    ratios, outside = log_ratios.exp(), torch.zeros_like(counted)
+    if args.vllm_importance_sampling_clip_max is not None:
+        outside = outside | (ratios > args.vllm_importance_sampling_clip_max)
+    if args.vllm_importance_sampling_clip_min is not None:
+        outside = outside | (ratios < args.vllm_importance_sampling_clip_min)
+    return Cut((outside & counted).sum(), counted.sum())

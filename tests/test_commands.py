@@ -26,6 +26,7 @@ from datasets import load_dataset
 from support.commands import PAGES, ROOT, commands, fenced, words
 from support.tiny import Arguments
 from trl import ModelConfig
+from trl.scripts import vllm_serve
 
 import trl_klx
 from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig
@@ -171,6 +172,13 @@ def requirement_known(command: str) -> None:
         assert own[1] in extras if own else any(f"{pin}==".startswith(f"{requirement}==") for pin in locked)
 
 
+def server_parsed(command: str) -> None:
+    """TRL's own arguments of its server; only its name, in a sentence."""
+    _, (_, _, *argv) = words(command)
+    if argv:
+        vllm_serve.make_parser().parse_args_and_config(argv)
+
+
 def named_tests_exist(command: str) -> None:
     """Its files are there, and pytest or tests/conftest.py knows its options."""
     own = (ROOT / "tests" / "conftest.py").read_text()
@@ -198,7 +206,11 @@ RULES = [
     Rule(
         rf"accelerate launch .* scripts/grpo\.py --config {re.escape(DEMO)}", launched, "minutes: two of its 600 steps"
     ),
-    Rule(r"accelerate launch .* scripts/.*", launch_parsed, "minutes each; tests/test_recipes.py runs the starter's"),
+    Rule(
+        r"(CUDA_VISIBLE_DEVICES=\S+ )?accelerate launch .* scripts/.*",
+        launch_parsed,
+        "minutes each; tests/test_recipes.py runs the starter's",
+    ),
     Rule(r"(OMP_NUM_THREADS=1 )?(trl-klx |python scripts/)(grpo|ppo|dpo)(\.py)? .*", recipe_parsed, "minutes each"),
     Rule(r"(trl-klx (measure|explain|card)|accelerate launch)", named, "is a name in a sentence"),
     Rule(r"trl-klx .*", parsed, "takes minutes or a model to fetch; the command's own tests run it in small"),
@@ -207,6 +219,7 @@ RULES = [
     Rule(r"python -m pytest .*", named_tests_exist, "is what runs this test"),
     Rule(r"make [\w-]+( [A-Z]+=\d+)?", make_dry_run, "these are what CI runs, or make an environment"),
     Rule(r"bash \.ci/run", shell_parsed, "is what runs this test"),
+    Rule(r"(CUDA_VISIBLE_DEVICES=\S+ )?trl vllm-serve( .*)?", server_parsed, "needs GPUs"),
     Rule(r"pip install .*", requirement_known, "needs a network"),
     Rule(r"apt install chromium", not_run, "needs a network and root"),
 ]

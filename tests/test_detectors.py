@@ -2,7 +2,14 @@
 
 from trl_klx.monitor.health.course import Target, collapse, is_flat, mode_collapse, runaway
 from trl_klx.monitor.health.readings import Finding, Reading
-from trl_klx.monitor.health.setup import hidden_kl, length_bias, stale_sampler, wrong_reference
+from trl_klx.monitor.health.setup import (
+    coarse_sampler,
+    cut_ratios,
+    hidden_kl,
+    length_bias,
+    stale_sampler,
+    wrong_reference,
+)
 
 
 def readings(*values: float, every: int = 10) -> list[Reading]:
@@ -147,6 +154,34 @@ def test_stale_sampler() -> None:
     assert stale_sampler(readings(0.4, 0.51, 0.3), readings(0.01, 0.01, 0.01)) is None
     alarm(stale_sampler(readings(0.9, 0.9, 0.9), readings(0.03, 0.021, 0.05)), "0.021 nats", "threshold 0.02")
     assert stale_sampler([], readings(0.03, 0.019, 0.05)) is None
+    both = stale_sampler(readings(0.4, 0.4, 0.4), readings(0.5, 0.5, 0.5))  # the sampler's fault, not the updates'
+    alarm(both, "at most 40%", "0.5 nats", "another model")
+
+
+def test_why_a_sampler_is_apart() -> None:
+    apart, errors = readings(0.05, 0.05, 0.05), readings(0.01, 0.01, 0.01)
+    alarm(stale_sampler([], apart, Reading(10, 0.05), readings(1, 1, 1), errors), "another model")
+    alarm(stale_sampler([], apart, Reading(1, 0.001), readings(1, 1, 1), errors), "old weights", "sync_weights")
+    raw = stale_sampler([], apart, Reading(1, 0.05), readings(1.07, 1.05, 1.06), errors)
+    alarm(raw, "not those it sampled by", "--logprobs-mode processed_logprobs")
+    within = stale_sampler([], apart, Reading(1, 0.05), readings(1.07, 1.05, 1.06), readings(0.1, 0.1, 0.1))
+    alarm(within, "another model")
+
+
+def test_an_engine_of_another_dtype() -> None:
+    settings = {"noise": 1e-4, "precision": "float32"}
+    first = Reading(1, 3e-4)
+    alarm(coarse_sampler(readings(3e-4, 2e-4, 5e-4), first, **settings), "another dtype", "0.0005 nats", "float32")
+    assert coarse_sampler(readings(3e-4, 0.9e-4, 5e-4), first, **settings) is None
+    assert coarse_sampler(readings(3e-4, 2e-4, 10e-4), first, **settings) is None  # it falls behind
+    assert coarse_sampler(readings(3e-4, 2e-4, 5e-4), Reading(1, 0.9e-4), **settings) is None  # it was right at first
+    assert coarse_sampler(readings(0.03, 0.03, 0.03), Reading(1, 0.03), **settings) is None  # `stale_sampler`
+    assert coarse_sampler([], None, **settings) is None
+
+
+def test_cut_ratios() -> None:
+    alarm(cut_ratios(readings(0.06, 0.2, 0.07)), "at least 6%", "threshold 5%", "clip_max", "steps 10 to 30")
+    assert cut_ratios(readings(0.06, 0.05, 0.07)) is None
 
 
 def lengths(

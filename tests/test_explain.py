@@ -11,7 +11,17 @@ from test_oracle import FIXTURE_VARIANCES, all_terms, exact_values, label, term_
 from trl_klx.cli import commands as cli
 from trl_klx.kl import KLTerm
 from trl_klx.kl.gradients import SOUND
-from trl_klx.kl.variance import DISTANCES, SAMPLER_DISTANCE, expected, figures, relative_variance, sequence_kl, world
+from trl_klx.kl.sampling import ENGINES, engine_error, enumerated_policy
+from trl_klx.kl.variance import (
+    DISTANCES,
+    SAMPLER_DISTANCE,
+    expected,
+    figures,
+    moved,
+    relative_variance,
+    sequence_kl,
+    world,
+)
 from trl_klx.run.explain import alternatives as table
 from trl_klx.run.explain.alternatives import advice, alternatives, best_of, gradient_name
 
@@ -23,6 +33,38 @@ def test_the_policies_are_as_far_apart_as_stated() -> None:
     to_sampler = (here.logps(here.policy) - here.logps(here.sampler)).sum(-1)
     assert float((here.probs(here.policy) * to_sampler).sum()) == pytest.approx(0.01, rel=1e-6)
     assert SAMPLER_DISTANCE > 0
+
+
+def test_the_engines_are_as_far_as_stated() -> None:
+    here = enumerated_policy()
+    for kl, distance in ENGINES.items():
+        to_engine = (here.logps(here.policy) - here.logps(moved(here, distance))).sum(-1)
+        assert float((here.probs(here.policy) * to_engine).sum()) == pytest.approx(kl, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("term", "mode", "high", "close", "far"),
+    [
+        (KLTerm("k1", "reward"), "sequence_truncate", None, 0, 0),
+        (KLTerm("k1", "both", weight_level="prefix"), "sequence_mask", None, 0, 0),
+        (KLTerm("exact", "both", weight_level="prefix"), "sequence_truncate", None, 0, 0),
+        (KLTerm("k1", "reward"), "sequence_mask", 3.0, 0, 42),
+        (KLTerm("k1", "both", weight_level="prefix"), "sequence_mask", 3.0, 0, 19),
+        (KLTerm("k1", "reward"), "sequence_truncate", 3.0, 0, 15),
+        (KLTerm("k1", "reward"), "token_truncate", 3.0, 8, 48),
+        (KLTerm("k1", "reward"), "off", None, 12, 91),
+        (KLTerm("exact", "both"), "sequence_truncate", None, 5, 27),  # the states of its half in the loss
+        (KLTerm("exact", "loss"), "sequence_mask", 3.0, 5, 28),
+    ],
+    ids=str,
+)
+def test_what_trls_correction_makes_of_a_kl_in_the_reward(
+    term: KLTerm, mode: str, high: float | None, close: int, far: int
+) -> None:
+    """In percent of the gradient on the policy's own answers: docs/vllm.md."""
+    found = [100 * engine_error(term, behind, mode, None, high) for behind in ENGINES]
+    assert [round(error) for error in found] == [close, far]
+    assert (max(found) < 1e-9) == (close == far == 0)
 
 
 @pytest.mark.parametrize(("term", "variance"), FIXTURE_VARIANCES, ids=[label(t) for t, _ in FIXTURE_VARIANCES])
@@ -104,6 +146,13 @@ RECIPES = {
         **{"beta": 0.04, "kl_estimator": "exact", "kl_placement": "both", "kl_controller": "pid", "kl_target": 0.02},
         **{"num_iterations": 2, "loss_type": "grpo", "top_p": 0.9, "max_completion_length": 100},
     },
+    "grpo_vllm": {
+        "beta": 0.1,
+        "kl_estimator": "k1",
+        "kl_placement": "reward",
+        "use_vllm": True,
+        "vllm_mode": "server",
+    },
     "grpo_k3_none": {"kl_placement": "none"},
     "grpo_exact_loss": {"beta": 0.1, "kl_estimator": "exact", "kl_direction": "forward"},
     "dpo_exact_loss": {"kl_coef": 0.1},
@@ -152,6 +201,30 @@ def explain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more
             ["rounded to bfloat16, which adds about 0.001 nats per token", "add exact to kl_monitor"],
         ),
         ("grpo_exact_both_pid", [], 0, ["top_p=0.9", "hold 0.02 nats per token", "up to 2 nats in an answer of 100"]),
+        (
+            "grpo_vllm",
+            [],
+            0,
+            [
+                "weighs whole answers: a KL in the reward is exact as far as no answer is beyond its bound "
+                "(vllm_importance_sampling_clip_max=3)",
+                "42 % off at 0.39 nats per answer",
+                "kl/ratio_cut",
+                "--logprobs-mode processed_logprobs",
+            ],
+        ),
+        (
+            "grpo_vllm",
+            ["--vllm_importance_sampling_correction", "false"],
+            0,
+            ["12 % off at 0.01 and 91 % off at 0.39", "vllm_importance_sampling_clip_max=null is exact"],
+        ),
+        (
+            "grpo_vllm",
+            ["--vllm_importance_sampling_mode", "token_mask", "--kl_placement", "both", "--kl_estimator", "exact"],
+            0,
+            ["weighs tokens", "The exact KL in the loss needs no weight", "kl_importance_sampling='prefix'"],
+        ),
         ("grpo_k3_none", [], 0, ["no penalty acts on the policy", "No penalty acts (beta=0.0"]),
         ("grpo_k3_none", ["--kl_placement", "loss"], 0, ["There is no KL to the reference"]),
         ("grpo_exact_loss", [], 0, ["exact forward in loss F", "for the reverse KL use exact in both"]),

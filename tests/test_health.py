@@ -25,6 +25,7 @@ from trl_klx.kl import kl_estimate
 from trl_klx.monitor.health.alarms import HEALTH_FILE, HealthCallback, HealthMonitor, HealthSources
 from trl_klx.run.outcome import health_lines
 from trl_klx.trainers.grpo.batch import hidden_mask, loss_mask, with_cut_answers
+from trl_klx.trainers.grpo.engine import cut_by_trl
 from trl_klx.trainers.shared.health import SCORING_NOISE, coarsest_precision, reference_mismatches
 
 GRPO = {
@@ -269,6 +270,30 @@ def test_sampler_kl_is_of_the_sampler_against_the_trainer(tmp_path: Path) -> Non
     found = trainer.kl.metrics("train")
     assert found["kl/sampler"] == pytest.approx(float(expected), rel=1e-4)
     assert 0 < found["kl/sampler_se"] < 10 * found["kl/sampler"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "low", "high", "cut", "of"),
+    [
+        ("token_mask", None, 1.5, 3, 6),
+        ("token_truncate", 0.5, 1.5, 4, 6),
+        ("sequence_mask", None, 3.0, 1, 2),
+        ("sequence_truncate", 0.9, 4.1, 1, 2),
+        ("sequence_mask", None, None, 0, 2),
+    ],
+)
+def test_which_of_trls_ratios_are_cut(mode: str, low: float | None, high: float | None, cut: int, of: int) -> None:
+    """Token by token or answer by answer; padding does not count, and what the engine could not score is not cut."""
+    ratios = torch.tensor([[2.0, 2.0, 1.0, 9.0], [2.0, 0.4, 9.0, 1.0], [9.0, 9.0, 9.0, 9.0]])
+    engine = -ratios.log()
+    engine[1, 2] = torch.nan
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]])
+    names = ("mode", "clip_min", "clip_max")
+    args = SimpleNamespace(
+        **{f"vllm_importance_sampling_{name}": value for name, value in zip(names, (mode, low, high), strict=True)}
+    )
+    found = cut_by_trl({"old_per_token_logps": torch.zeros(3, 4), "sampling_per_token_logps": engine}, mask, args)
+    assert (int(found.outside), int(found.all)) == (cut, of)
 
 
 def one_rollout(trainer: Any) -> dict[str, Tensor]:
@@ -554,7 +579,16 @@ def test_the_page_has_every_alarm_and_metric() -> None:
     page = (Path(__file__).parent.parent / "docs" / "health.md").read_text()
     for name in monitor()._verdicts():
         assert page.count(f"| `{name}`") >= 2, name  # its symptom, and when it begins
-    for name in ("kl/start", "kl/sampler", "kl/masked", "kl/masked_share", "log_ratio/start", "length/margin_slope"):
+    for name in (
+        "kl/start",
+        "kl/sampler",
+        "kl/ratio_cut",
+        "kl/weight_cut",
+        "kl/masked",
+        "kl/masked_share",
+        "log_ratio/start",
+        "length/margin_slope",
+    ):
         assert f"`{name}`" in page
 
 

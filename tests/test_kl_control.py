@@ -64,10 +64,11 @@ def test_micro_batches_of_one_step_are_one_reading() -> None:
 def test_weight_metrics() -> None:
     weights = torch.tensor([[0.5, 2.0, 50.0]])
     metrics = Metrics(Accelerator(cpu=True))
-    metrics.defer_weights("train", weights, torch.tensor([[1, 1, 0]]))
+    metrics.defer_weights("train", weights, torch.tensor([[1, 1, 0]]), cap=1.5)
     metrics.settle("train")
     found = metrics.take("train")
     assert found["kl/weight_max"] == 2.0
+    assert found["kl/weight_cut"] == 0.5
     assert found["kl/ess"] == pytest.approx(2.5**2 / (2 * 4.25))
 
 

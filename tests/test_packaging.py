@@ -162,6 +162,7 @@ def test_the_workflow_runs_what_ci_runs() -> None:
         "make lint",
         "make docs",
         "make test-trl112",
+        "make test-vllm",
     ]
 
 

@@ -217,6 +217,19 @@ def test_dry_run_finds_no_problem_of_the_recipe(path: Path, places: dict) -> Non
             assert shape.memory.device < GPU_MEMORY[path.parent.name] * 2**30, layout
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in PATHS if "vllm_mode" in path.read_text()], ids=lambda path: path.parent.name
+)
+def test_vllm_may_be_a_server(path: Path, places: dict) -> None:
+    """Then it takes no memory of the training's GPUs."""
+    accelerate = {"accelerate_config": RECIPES / "accelerate" / f"{LAYOUTS[path.parent.name][0]}.yaml"}
+    plan = make_plan("grpo", argv(path, places["tiny"], accelerate, {"vllm_mode": "server"}))
+    own = [problem for problem in plan.problems if not problem.startswith("on this machine: ")]
+    assert own == [] or all("prompts and a rollout takes" in problem for problem in own)
+    assert plan.memory is not None
+    assert plan.memory.vllm_share == 0
+
+
 @pytest.mark.skipif(not FUSED_LM_HEAD, reason="the figures are those of TRL 1.16")
 @pytest.mark.parametrize("other", OTHERS, ids=named)
 def test_memory_of_a_recipe_for_another_model_is_what_the_table_says(other: Other, places: dict) -> None:

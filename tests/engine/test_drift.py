@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import vllm_engine
+
 from trl_klx import KLXGRPOTrainer
 
 PROMPTS = [first + second for first in "abcd" for second in "abcd"]
@@ -50,18 +51,18 @@ def test_raw_log_probs(made: KLXGRPOTrainer, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(part, "logprobs_mode", "raw_logprobs")
     made.train()
     found = alarms(made)
-    print(found, [(row["kl/weight_mean"], row["kl/weight_mean_se"], row["kl/sampler"], row["kl/ess"]) for row in logs(made)])
     for name in ("stale_sampler", "wrong_weights"):
         assert "not those it sampled by" in found[name]["cause"] and "processed_logprobs" in found[name]["remedy"]
 
 
-@pytest.mark.parametrize("made", [{"learning_rate": 3e-4, "beta": 0.01, "bf16": True, "max_steps": 20}], ids=str, indirect=True)
+@pytest.mark.parametrize(
+    "made", [{"learning_rate": 3e-4, "beta": 0.01, "bf16": True, "max_steps": 20}], ids=str, indirect=True
+)
 def test_weights_that_are_not_sent(made: KLXGRPOTrainer) -> None:
     made.vllm_generation.sync_weights()  # the engine may have those of another test
     made.vllm_generation.sync_weights = lambda: None
     made.train()
     found = alarms(made)
-    print(found, [(row["kl/sampler"], row["kl/ratio_cut"]) for row in logs(made)])
     assert "old weights" in found["stale_sampler"]["cause"] and "sync_weights" in found["stale_sampler"]["remedy"]
     assert "cut_ratios" in found
 
@@ -74,5 +75,4 @@ def test_an_engine_of_another_dtype(made: KLXGRPOTrainer) -> None:
             model.lm_head.weight.mul_(4)
     made.train()
     found = alarms(made)
-    print(found, [row["kl/sampler"] for row in logs(made)])
     assert "another dtype" in found["coarse_sampler"]["cause"] and "bf16: true" in found["coarse_sampler"]["remedy"]

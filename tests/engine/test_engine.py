@@ -11,14 +11,14 @@ from collections import Counter
 
 import pytest
 import torch
+import vllm_engine
 from scipy.stats import chi2
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl_klx import KLXGRPOTrainer
-from trl_klx.trainers.grpo.batch import sampler_logps_of
 from vllm import SamplingParams
 
-import vllm_engine
+from trl_klx import KLXGRPOTrainer
+from trl_klx.trainers.grpo.batch import sampler_logps_of
 
 PROMPT, LENGTH, ROWS = "ab", 3, 512
 OTHERS = [token for token in range(len(vllm_engine.TOKENS)) if token != 1]

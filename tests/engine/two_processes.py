@@ -19,7 +19,12 @@ if __name__ == "__main__":
     total = sum(float(weight.detach().double().sum()) for weight in trainer.model.parameters())
     answers = trainer._generate_and_score_completions([{"prompt": prompts[0]}] * 16)["completion_ids"]
     logs = [row for row in trainer.state.log_history if "loss" in row]
-    found = {"processes": trainer.accelerator.num_processes, "weights": total, "logs": logs, "answers": answers.tolist()}
+    found = {
+        "processes": trainer.accelerator.num_processes,
+        "weights": total,
+        "logs": logs,
+        "answers": answers.tolist(),
+    }
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     os._exit(0)  # vLLM's own end and gloo's disturb each other

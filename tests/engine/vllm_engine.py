@@ -18,9 +18,13 @@ import trl.generation.vllm_generation as generation
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
 from vllm.model_executor.layers import utils as layers
 
+from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
+
+# Without an engine, which sets variables of distributed runs, and binds its process to some of the cores.
+BEFORE = {name: value for name, value in os.environ.items() if name != "MASTER_PORT"}
+CORES = os.sched_getaffinity(0)
 ENGINE = {"dtype": "bfloat16"}  # of the next trainer's
 TOKENS = ("<pad>", "<eos>", "<unk>", "a", "b", "c", "d")
 

@@ -9,7 +9,21 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md", "examples/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
-PROGRAMS = ("accelerate", "apt", "bash", "git", "make", "mypy", "npm", "pip", "pre-commit", "python", "ruff", "trl-klx")
+PROGRAMS = (
+    "accelerate",
+    "apt",
+    "bash",
+    "git",
+    "make",
+    "mypy",
+    "npm",
+    "pip",
+    "pre-commit",
+    "python",
+    "ruff",
+    "trl",
+    "trl-klx",
+)
 # A command begins with a program and has an argument; variables may stand before it.
 COMMAND = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{'|'.join(PROGRAMS)}) \S")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

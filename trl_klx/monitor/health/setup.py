@@ -92,7 +92,7 @@ def stale_sampler(
         )
         return Finding("; ".join(seen), *_why_apart(first, values_of(mean)[-SEVERAL:], values_of(error)[-SEVERAL:]))
     return Finding(
-        *seen,
+        "; ".join(seen),
         "the policy moves far between sampling and its last update",
         "take fewer updates per rollout (num_iterations, steps_per_generation, num_ppo_epochs), lower "
         "learning_rate, set kl_is_cap",
@@ -132,8 +132,8 @@ def coarse_sampler(sampler_kl: Readings, first: Reading | None, *, noise: float,
     if not lasts(values_of(sampler_kl), lambda kl: noise < kl <= most):
         return None
     return Finding(
-        f"sampler and trainer differ by {sampler_kl[-1].value:.2g} nats per token (threshold {noise:.2g}: scoring noise "
-        f"of {precision}), as much as at first ({first.value:.2g})",
+        f"sampler and trainer differ by {sampler_kl[-1].value:.2g} nats per token (threshold {noise:.2g}: scoring "
+        f"noise of {precision}), as much as at first ({first.value:.2g})",
         "the inference engine runs in another dtype than the trainer; vLLM turns float32 checkpoints into bfloat16",
         "train in the engine's precision (bf16: true), or give the engine the trainer's (a server: --dtype); the "
         "weights correct a KL in the loss meanwhile",

@@ -9,7 +9,16 @@ from ...trainers.grpo.correction import reward_correction
 from ...trainers.grpo.precision import rounded_target
 from ...trainers.grpo.sampling_settings import changed_sampling, in_words, settings_of
 from ...trainers.seams import FUSED_LM_HEAD
-from .algorithm import PROMPT_TOKENS, Algorithm, Batches, Inputs, Shape, loss_off_policy, off_policy_note, trainer_arguments
+from .algorithm import (
+    PROMPT_TOKENS,
+    Algorithm,
+    Batches,
+    Inputs,
+    Shape,
+    loss_off_policy,
+    off_policy_note,
+    trainer_arguments,
+)
 from .arguments import Recipe
 
 

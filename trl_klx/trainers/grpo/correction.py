@@ -6,7 +6,8 @@ from ...kl.sampling import ENGINES, engine_error
 
 _SAYS = {
     "off": "vllm_importance_sampling_correction=false leaves a KL in the reward to whatever the engine sampled",
-    "token": "vllm_importance_sampling_mode={mode!r} weighs tokens, where a KL in the reward needs whole answers weighed",
+    "token": "vllm_importance_sampling_mode={mode!r} weighs tokens, where a KL in the reward needs whole answers "
+    "weighed",
     "sequence": "vllm_importance_sampling_mode={mode!r} weighs whole answers: a KL in the reward is exact as far as no "
     "answer is beyond its bound ({bounds})",
     "unbounded": "vllm_importance_sampling_mode={mode!r} without a bound makes a KL in the reward exact",
@@ -29,7 +30,9 @@ def reward_correction(args: Any) -> str | None:
     figures = " and ".join(f"{100 * error:.0f} % off at {behind:g}" for behind, error in errors.items())
     text += f" (the whole gradient, on enumerated policies: {figures} nats per answer between policy and engine)"
     if kind in ("off", "token"):
-        text += "; vllm_importance_sampling_mode='sequence_truncate' with vllm_importance_sampling_clip_max=null is exact"
+        text += (
+            "; vllm_importance_sampling_mode='sequence_truncate' with vllm_importance_sampling_clip_max=null is exact"
+        )
     elif kind == "sequence":
         text += "; kl/ratio_cut is the share beyond it"
     if term.in_loss and term.weight_level == "token":

@@ -249,7 +249,9 @@ class KLSession(Part):
         else:
             sums = self._gather(mode)
         data = "kl/data_exact" if self._args.kl_direction == "reverse" else "kl/data_exact_forward"
-        of_sampler = named("kl/weight_mean", self.weight_mean.take(mode)) | named("kl/sampler", self.sampler_kl.take(mode))
+        of_sampler = named("kl/weight_mean", self.weight_mean.take(mode)) | named(
+            "kl/sampler", self.sampler_kl.take(mode)
+        )
         means = of_sampler | named(data, self._data_mean.take(mode))
         if not sums:
             return means

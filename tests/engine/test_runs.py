@@ -1,4 +1,7 @@
-"""Whole runs through a real engine: a recipe from the command line to the report, and two processes."""
+"""Whole runs through a real engine: a recipe from the command line to the report, and two processes.
+
+The last of these files: the end of a recipe's run takes the process group with it, and with that every engine.
+"""
 
 import json
 import os
@@ -7,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import vllm_engine  # noqa: F401  its environment variables come before vLLM
+import vllm_engine
 import yaml
+
 from trl_klx.run import grpo
 from trl_klx.tasks import starter
 from trl_klx.tasks.starter import make_starter
@@ -47,9 +51,9 @@ def test_a_recipe_runs_through_the_engine(tmp_path: Path, monkeypatch: pytest.Mo
 def test_two_processes_with_an_engine_each(model: str, tmp_path: Path) -> None:
     script = Path(__file__).parent / "two_processes.py"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "RANK", "WORLD_SIZE")}
     command = [sys.executable, *launch, str(script), str(tmp_path), model]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    os.sched_setaffinity(0, vllm_engine.CORES)
+    done = subprocess.run(command, env=vllm_engine.BEFORE, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["processes"] == second["processes"] == 2

@@ -272,7 +272,7 @@ def test_an_offloaded_reference(algorithm: str, tmp_path: Path) -> None:
     plain = kl_of_a_run(algorithm, tmp_path / "plain", tiny_model(), ref_model=tiny_model(1))
     reference = cpu_offload(tiny_model(1), "cpu")
     reference.hf_device_map = {"model": "cpu", "lm_head": "disk"}  # as from_pretrained notes it
-    if FUSED_LM_HEAD:
+    if FUSED_LM_HEAD and algorithm == "dpo":
         with pytest.raises(ValueError, match="the output head of ref_model is offloaded"):
             make(algorithm, tmp_path / "offloaded", model=tiny_model(), ref_model=reference)
         return

@@ -10,10 +10,11 @@ from support.device import PLAIN
 from support.ppo_tools import classifier, trainer
 from support.syncs import syncs_of
 from support.tiny import tiny_dataset, tiny_model, tiny_tokenizer
-from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from trl_klx.trainers.ppo.trainer import KLXPPOTrainer
+from trl_klx.trainers.seams import TRL_HAS_PPO
 
+pytestmark = pytest.mark.trl
 SETTINGS = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 4,
@@ -65,8 +66,11 @@ def test_ppo(tmp_path: Path, options: dict, updates: dict) -> None:
     assert max(found.values()) == 1, f"more than once a rollout: {found}"
 
 
+@pytest.mark.skipif(not TRL_HAS_PPO, reason="stock PPO is in TRL 1.12")
 def test_fewer_than_stock(tmp_path: Path) -> None:
     """Without the generation, which stock does in another way."""
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
     ids = [tiny_tokenizer()(text=prompt)["input_ids"] for prompt in tiny_dataset(32)["prompt"]]
     data = Dataset.from_dict({"input_ids": ids})
     fields: dict[str, Any] = {**SETTINGS, "num_mini_batches": 2, "num_ppo_epochs": 2, "total_episodes": 24, **PLAIN}

@@ -6,7 +6,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,19 @@ import torch
 
 ROOT = Path(__file__).parent.parent.parent
 SUPPORT = ROOT / "tests" / "support"
+_AT_START = dict(os.environ)  # before a test sets variables of its own
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["support.warm"])
 
 
 def environment(**own: str) -> dict[str, str]:
     """This process's variables, one thread, the package and `tests` as the first places to import from, and others."""
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)), **own}
+    return {**_with_our_paths(os.environ), **own}
+
+
+def _with_our_paths(variables: Mapping[str, str]) -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "tests"), variables.get("PYTHONPATH", "")]
+    return {**variables, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 class Forked:
@@ -36,7 +41,7 @@ class Forked:
     def __init__(self, errors: Path, call: Callable, *arguments: Any, **variables: str) -> None:
         self._errors = errors
         self._process = _CONTEXT.Process(target=_run, args=(str(errors), variables, call, arguments))
-        with patch.dict(os.environ, environment()):
+        with patch.dict(os.environ, _with_our_paths(_AT_START), clear=True):
             forkserver.ensure_running()
         self._process.start()
 

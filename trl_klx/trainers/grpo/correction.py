@@ -30,9 +30,7 @@ def reward_correction(args: Any) -> str | None:
     figures = " and ".join(f"{100 * error:.0f} % off at {behind:g}" for behind, error in errors.items())
     text += f" (the whole gradient, on enumerated policies: {figures} nats per answer between policy and engine)"
     if kind in ("off", "token"):
-        text += (
-            "; vllm_importance_sampling_mode='sequence_truncate' with vllm_importance_sampling_clip_max=null is exact"
-        )
+        text += "; vllm_importance_sampling_mode='sequence_mask' with vllm_importance_sampling_clip_max=null is exact"
     elif kind == "sequence":
         text += "; kl/ratio_cut is the share beyond it"
     if term.in_loss and term.weight_level == "token":

@@ -239,6 +239,35 @@ def test_float32_linear_keeps_what_half_precision_would_round(by_autocast: bool)
     assert (torch.nn.functional.linear(hidden, weight) - exact).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("wider", ["policy", "reference", "head"])
+def test_each_model_is_projected_in_its_own_precision(wider: str) -> None:
+    """A float32 model beside a bfloat16 one, or a float32 head over bfloat16 states, keeps its digits."""
+    given = inputs(trained=True, bias=False)
+    names = {"policy": ("hidden", "weight"), "reference": ("ref_hidden", "ref_weight"), "head": ("weight",)}[wider]
+    half = {
+        name: value.detach().to(torch.float32 if name in names else torch.bfloat16)
+        for name, value in given.items()
+        if name != "targets"
+    }
+    exact = {name: value.double() for name, value in half.items()}
+    for tensors in (half, exact):
+        tensors["hidden"].requires_grad_()
+        tensors["weight"].requires_grad_()
+    found, wanted = token_scores(**half, targets=given["targets"]), dense(**exact, targets=given["targets"])
+    torch.testing.assert_close(found.logps.double(), wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.exact.double(), wanted[2], rtol=1e-5, atol=1e-5)
+    found.exact.sum().backward()
+    wanted[2].sum().backward()
+    for name in ("hidden", "weight"):
+        torch.testing.assert_close(half[name].grad.double(), exact[name].grad, rtol=0.02, atol=0.02)
+
+
+def test_models_of_two_widths_are_compared_in_the_wider() -> None:
+    given = inputs(trained=False, bias=False)
+    mixed = {**given, "ref_hidden": given["ref_hidden"].float(), "ref_weight": given["ref_weight"].float()}
+    torch.testing.assert_close(token_scores(**mixed).exact, dense(**given)[2], rtol=1e-5, atol=1e-5)
+
+
 def test_token_scores_refuses() -> None:
     given = inputs(trained=False, bias=False)
     for change, message in (

@@ -28,6 +28,14 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return masked_sum(values, mask, dim) / count.clamp(min=1)
 
 
+def places_of(mask: Tensor, count: int) -> Tensor:
+    """(count,) flat indices of the true elements of a bool mask, which are `count`. Any shape.
+
+    `nonzero` would wait for the device to learn how many there are, and on CUDA `nonzero_static` is recent.
+    """
+    return (~mask).flatten().to(torch.uint8).argsort(stable=True)[:count]
+
+
 def last_token_index(mask: Tensor) -> Tensor:
     """Index of the last unmasked position of each row, -1 for an empty row. (B, T) -> (B,), int64.
 

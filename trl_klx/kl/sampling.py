@@ -91,10 +91,8 @@ def engine_error(term: KLTerm, behind: float, mode: str, low: float | None, high
     logits = here.policy[here.states].clone().requires_grad_()
     logps = logits.log_softmax(-1).gather(-1, here.actions[..., None]).squeeze(-1)
     ref_logps, engine_logps, probs = here.logps(here.ref), here.logps(engine), here.probs(engine)
-    mask, exact = (
-        torch.ones_like(here.actions, dtype=torch.bool),
-        exact_kl(logits, here.ref[here.states], term.direction),
-    )
+    mask = torch.ones_like(here.actions, dtype=torch.bool)
+    exact = exact_kl(logits, here.ref[here.states], term.direction)
     objective = torch.zeros((), dtype=torch.float64)
     if term.in_loss:
         objective = objective + term.loss(logps, ref_logps, mask, sampler_logps=engine_logps, exact=exact).sum()

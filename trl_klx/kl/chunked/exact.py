@@ -130,11 +130,13 @@ def _spec(
     with_entropy: bool = False,
     gathered: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Spec:
-    vocab, kind = inputs.weight.size(0), inputs.weight.device.type
-    with_grad = torch.is_grad_enabled()
+    weight, with_grad = inputs.weight, torch.is_grad_enabled()
     if chunk_size is None:
-        is_trained = with_grad and (
-            inputs.weight.requires_grad or (inputs.bias is not None and inputs.bias.requires_grad)
-        )
-        chunk_size = default_chunk_size(vocab, kind, is_trained=is_trained)
-    return Spec(transform, direction, chunk_size, with_entropy, with_grad, compute_dtype(inputs.hidden), gathered)
+        is_trained = with_grad and any(part is not None and part.requires_grad for part in (weight, inputs.bias))
+        chunk_size = default_chunk_size(weight.size(0), weight.device.type, is_trained=is_trained)
+    dtype = ref_dtype = compute_dtype(inputs.hidden, weight)
+    if inputs.ref_hidden is not None and inputs.ref_weight is not None:
+        ref_dtype = compute_dtype(inputs.ref_hidden, inputs.ref_weight)
+    if torch.float64 in (dtype, ref_dtype):  # the results of both have one width
+        dtype = ref_dtype = torch.float64
+    return Spec(transform, direction, chunk_size, with_entropy, with_grad, dtype, ref_dtype, gathered)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..exact import Direction
 from ..logits import LogitTransform
+from ..masking import places_of
 from .backend import backend_for
 from .checks import check_settings, check_vocabularies, default_chunk_size
 from .products import compute_dtype, operand
@@ -92,11 +93,12 @@ def chunked_exact_kl_from_logits(
     # Twice as many tokens as for two models: only the reference is projected.
     chunk_size = chunk_size or 2 * default_chunk_size(logits.size(-1), logits.device.type)
     with_grad = logits.requires_grad and torch.is_grad_enabled()
-    spec = Spec(transform, direction, chunk_size, False, with_grad, compute_dtype(ref_hidden))
+    dtype = compute_dtype(ref_hidden, ref_weight)
+    spec = Spec(transform, direction, chunk_size, False, with_grad, dtype, dtype)
     if mask is None:
         places = torch.arange(ref_hidden.size(0), device=logits.device)
     else:  # how many count is known: nothing waits for the device
-        places = torch.nonzero_static(mask.reshape(-1), size=ref_hidden.size(0), fill_value=0).squeeze(-1)
+        places = places_of(mask.bool(), ref_hidden.size(0))
     with torch.autocast(logits.device.type, enabled=False):
         return _ExactKLFromLogits.apply(
             logits.flatten(0, -2), places, ref_hidden.detach(), ref_weight.detach(), ref_bias, spec

@@ -14,10 +14,12 @@ _HALF = (torch.bfloat16, torch.float16)
 _HAS_FLOAT32_RESULTS = torch.__version__ >= "2.8" and torch.version.cuda is not None  # torch.mm(..., out_dtype=...)
 
 
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The precision that a head takes its hidden states in: autocast's, where it is on."""
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The precision in which an output head multiplies here: autocast's where it is on, else the wider of both."""
     kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def operand(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,7 +79,7 @@ def float32_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
     Returns:
         (..., V), float32 or wider.
     """
-    dtype = compute_dtype(hidden)
+    dtype = compute_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         out = _Float32Linear.apply(hidden.flatten(0, -2), weight, bias, dtype)
     return out.unflatten(0, hidden.shape[:-1])

@@ -43,7 +43,8 @@ class Spec(NamedTuple):
     chunk_size: int
     with_entropy: bool
     with_grad: bool
-    dtype: torch.dtype  # in which heads take hidden states
+    dtype: torch.dtype  # in which the policy's head multiplies
+    ref_dtype: torch.dtype  # in which the reference's does
     gathered: Callable[[], AbstractContextManager] = nullcontext
 
 
@@ -101,12 +102,12 @@ def _chunks(of: Inputs, spec: Spec, *, gradients: int) -> Iterator[_Chunk]:
     spare = head.weight.new_empty(size if gradients > in_place else 0, vocab)
     ref_head, ref_space = None, space
     if of.ref_hidden is not None and of.ref_weight is not None:
-        ref_head, ref_space = Head.of(of.ref_weight, of.ref_bias, spec.dtype), torch.empty_like(space)
+        ref_head, ref_space = Head.of(of.ref_weight, of.ref_bias, spec.ref_dtype), torch.empty_like(space)
     for rows in slices(of.hidden.size(0), spec.chunk_size):
         hidden = operand(of.hidden[rows], spec.dtype)
         logits, ref_logits = head.project(hidden, space), None
         if ref_head is not None and of.ref_hidden is not None:
-            ref_logits = ref_head.project(operand(of.ref_hidden[rows], spec.dtype), ref_space)
+            ref_logits = ref_head.project(operand(of.ref_hidden[rows], spec.ref_dtype), ref_space)
         targets = None if of.targets is None else of.targets[rows]
         found = Rows(logits, ref_logits, targets, spec.transform, spec.transform, spec.direction)
         yield _Chunk(rows, head, hidden, found, spare[: hidden.size(0)])

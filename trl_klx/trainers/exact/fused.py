@@ -13,11 +13,13 @@ from torch import Tensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ...kl import chunked_exact_kl, token_scores
+from ...kl.chunked.products import compute_dtype
 from ...kl.exact import Direction
 from ...kl.logits import LogitTransform
-from .head import HALF, WITHOUT_EXACT, product_dtype
+from ...kl.masking import places_of
+from .head import HALF, WITHOUT_EXACT
 from .requests import Part
-from .tokens import places_of, ranks_of
+from .tokens import ranks_of
 
 # (weight, bias) of the policy's head, whole -> those of the reference's.
 RefHead = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -78,7 +80,7 @@ class FusedScores:
         stock = functools.partial(
             self._stock.apply, hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
         )
-        dtype = product_dtype(hidden, hidden)  # TRL takes the weight in hidden's precision
+        dtype = compute_dtype(hidden, hidden)  # TRL takes the weight in hidden's precision
         if self._part.keeps_hidden:
             self.hidden = _picked(hidden.detach(), self._counted(hidden.size(0))).to(dtype)
         if dtype not in HALF and not (self._part.with_grad and torch.is_grad_enabled()):

@@ -13,6 +13,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ...kl import float32_linear
+from ...kl.chunked.products import compute_dtype
 from ...kl.logits import LogitTransform
 from ..seams import swapped
 
@@ -55,7 +56,7 @@ def unrounded(head: Any) -> Iterator[list[HeadInput]]:
     plain, given = getattr(head, name), list[HeadInput]()
 
     def project(hidden: Tensor) -> Tensor:
-        dtype = product_dtype(hidden, head.weight)
+        dtype = compute_dtype(hidden, head.weight)
         given.append(HeadInput(hidden, dtype))
         if type(head) is not nn.Linear or dtype not in HALF:
             return plain(hidden)
@@ -63,14 +64,6 @@ def unrounded(head: Any) -> Iterator[list[HeadInput]]:
 
     with swapped(head, **{name: project}):
         yield given
-
-
-def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The precision in which an output head multiplies here: autocast's, or that of the tensors."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def reshard(head: nn.Module) -> None:

@@ -11,6 +11,7 @@ PPO scores this way, because its scoring is ours alone. In GRPO and DPO it is TR
 takes: logits, or log-probs of a fused head (`forward`).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,8 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ...kl import token_scores
+from ...kl.chunked.products import compute_dtype
 from ...kl.exact import Direction
 from ...kl.logits import LogitTransform
+from ...kl.masking import places_of
 from ..reference.build import causal_lm
 from ..seams import swapped
 from .forward import check_not_flat, is_fsdp1
@@ -69,9 +72,10 @@ class Asked:
         """The scores of a model whose forward `run` calls; its output has no logits that mean anything."""
         return self.head.scores(self, run)
 
+    @functools.cached_property
     def places(self) -> Tensor:
         """(N,) where the tokens that count are in the flattened (B, T)."""
-        return (~self.mask).flatten().to(torch.uint8).argsort(stable=True)[: self.count]
+        return places_of(self.mask, self.count)
 
 
 class ScoredHead:
@@ -189,20 +193,17 @@ class _Call:
         with torch.no_grad():
             bias = None if head.bias is None else head.bias[:_SHOWN_ROWS]
             self.shown = F.linear(hidden[:1, -1:], head.weight[:_SHOWN_ROWS], bias)
-        places = asked.places().to(hidden.device)
+        places = asked.places.to(hidden.device)
         # The hidden states of the token before each.
         before = places // length * hidden.size(1) + places % length + hidden.size(1) - length - 1
         selected = hidden.flatten(0, 1).index_select(0, before)
         if asked.keeps_hidden:
-            kind = hidden.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-            self.kept = HiddenStates(selected.detach().to(dtype))
+            self.kept = HiddenStates(selected.detach().to(compute_dtype(hidden, head.weight)))
         return self._scores(selected, asked.ids.to(hidden.device).flatten()[places])
 
     def _scores(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """(scores, N)"""
         head, asked = self._head, self._asked
-        scale, softcap, temperature = self._transform
         reference: dict[str, Any] = {}
         if asked.ref_hidden is not None and asked.reference is not None:
             weight, bias = asked.reference.weights(head)
@@ -214,11 +215,9 @@ class _Call:
             head.weight,
             targets,
             bias=head.bias,
-            temperature=temperature,
-            logit_scale=scale,
-            softcap=softcap,
             direction=asked.direction,
             with_entropy=asked.entropy != "none",
+            **self._transform.arguments,
             **reference,
         )
         named = [found.logps, found.entropy, found.exact]
@@ -241,7 +240,7 @@ def _without_gradient(scores: list[Tensor], asked: Asked) -> list[Tensor]:
 def _in_places(scores_N: Tensor, asked: Asked, kept: HiddenStates | None) -> Scored:
     """Scores (scores, N) of the tokens that count at their places in (B, T)."""
     empty = scores_N.new_zeros(scores_N.size(0), asked.mask.numel())
-    placed = empty.index_copy(1, asked.places().to(scores_N.device), scores_N)
+    placed = empty.index_copy(1, asked.places.to(scores_N.device), scores_N)
     return _by_name(placed.view(-1, *asked.mask.shape), asked, kept)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...kl.masking import places_of
+
 
 @dataclass(frozen=True, eq=False)
 class AnswerTokens:
@@ -63,11 +65,6 @@ class AnswerTokens:
     def spread(self, values: Tensor) -> Tensor:
         """(N,) values -> (B, C), 0 elsewhere; connected to the graph also where N is 0, which DDP needs."""
         return values.new_zeros(self.mask.numel()).index_copy(0, self.places, values).view(self.mask.shape)
-
-
-def places_of(mask: Tensor, count: int) -> Tensor:
-    """(count,) indices of the true elements of a mask, flattened, which are `count`."""
-    return torch.nonzero_static(mask.flatten(), size=count).squeeze(1)
 
 
 def ranks_of(mask: Tensor) -> Tensor:

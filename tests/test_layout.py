@@ -40,7 +40,7 @@ ALLOWED = {
     "trainers/exact": ({"kl", "trainers/reference", *_BELOW}, _TRAINING),
     "trainers/shared": (
         {
-            *("config", "monitor/health", "trainers/checkpoints", "trainers/checks", "trainers/reference"),
+            *("config", "kl", "monitor/health", "trainers/checkpoints", "trainers/checks", "trainers/reference"),
             *("hub", "trainers/rewarding", "trainers/session", *_BELOW),
         },
         _TRAINING,
@@ -62,7 +62,7 @@ ALLOWED = {
     "run/recipe": (
         {
             *("cli", "config", "kl", "monitor", "recipe_files"),
-            *("trainers/checks", "trainers/dpo", "trainers/grpo", "trainers/ppo", "trainers/seams"),
+            *("trainers/checks", "trainers/dpo", "trainers/grpo", "trainers/ppo", "trainers/seams", "trainers/shared"),
         },
         {"transformers", "trl", "datasets"},
     ),

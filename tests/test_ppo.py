@@ -138,7 +138,7 @@ def test_log_probs_are_scored_at_the_sampling_temperature(tmp_path: Path) -> Non
     made = trainer(tmp_path, temperature=0.5, ref_model=tiny_model(1))
     rollout = first_rollout(made)
     with torch.no_grad():
-        for model, scored in ((made.model.policy, rollout.sampler_logps), (tiny_model(1), rollout.ref_logps)):
+        for model, scored in ((made.model.policy, rollout.old_logps), (tiny_model(1), rollout.ref_logps)):
             expected = torch.where(rollout.mask, chosen(dense(model, rollout, 0.5), rollout), 0.0)
             torch.testing.assert_close(scored, expected, rtol=1e-4, atol=1e-5)
 
@@ -438,7 +438,7 @@ def test_tool_tokens_count_nowhere(tmp_path: Path) -> None:
     made = trainer(tmp_path, ref_model=tiny_model(1), rollout_func=with_tool_output, **options)
     rollout = first_rollout(made)
     assert rollout.mask[0].tolist() == [True, False, False, True, True, True][: rollout.length]
-    assert not rollout.sampler_logps[~rollout.mask].any()
+    assert not rollout.old_logps[~rollout.mask].any()
     assert not rollout.exact[~rollout.mask].any()
     shaped = made._shape(rollout)
     kl = rollout.exact[0][rollout.mask[0]]
@@ -850,7 +850,7 @@ def test_direct_credit_is_the_kl_credit_less_the_others(tmp_path: Path) -> None:
     made = trainer(tmp_path, ref_model=tiny_model(1), kl_credit="sequence")
     rollout = first_rollout(made)
     _, direct = made._shape_rewards(rollout)
-    k1 = rollout.sampler_logps - rollout.ref_logps
+    k1 = rollout.old_logps - rollout.ref_logps
     credit = kl_credit(k1, rollout.mask, credit="sequence")
     others = torch.tensor([[_others(credit, rollout.mask, r, t) for t in range(rollout.length)] for r in range(8)])
     torch.testing.assert_close(direct, -0.05 * (credit - others), rtol=1e-4, atol=1e-6)

@@ -111,7 +111,7 @@ def test_an_adapter_on_the_head(tmp_path: Path, changes: dict) -> None:
     rollout = first_rollout(made)
     logps_BTV = dense(model, rollout, TEMPERATURE)
     logps, entropy = chosen(logps_BTV, rollout), -(logps_BTV.exp() * logps_BTV).sum(-1)
-    torch.testing.assert_close(rollout.sampler_logps, logps.detach() * rollout.mask, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rollout.old_logps, logps.detach() * rollout.mask, rtol=1e-4, atol=1e-5)
     advantages = made._shape(rollout).advantages
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     loss = masked_mean(-advantages * logps - 0.3 * entropy, rollout.mask)  # the KL is 0, and so is its gradient
@@ -131,7 +131,7 @@ def test_scores_of_a_policy_with_an_adapter(tmp_path: Path, kind: str) -> None:
     rollout = first_rollout(made)
     with torch.no_grad():
         logps = chosen(dense(model, rollout), rollout) * rollout.mask
-    for scored in (rollout.sampler_logps, rollout.ref_logps):
+    for scored in (rollout.old_logps, rollout.ref_logps):
         torch.testing.assert_close(scored, logps, rtol=1e-4, atol=1e-5)
     made.train()
     kl = [row["kl/exact"] for row in made.state.log_history if "kl/exact" in row]

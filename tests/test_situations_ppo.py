@@ -210,7 +210,7 @@ def assert_same_rollout(rollout: Any, other: Any) -> None:
 
 def _rows(rollout: Any) -> list:
     tokens = zip(rollout.input_ids, rollout.attention_mask.bool(), strict=True)
-    measured = zip(rollout.sampler_logps, rollout.values, rollout.ref_logps, rollout.mask, strict=True)
+    measured = zip(rollout.old_logps, rollout.values, rollout.ref_logps, rollout.mask, strict=True)
     numbers = [torch.cat([row[mask] for row in rows]) for *rows, mask in measured]
     return list(zip([ids[kept].tolist() for ids, kept in tokens], numbers, strict=True))
 

@@ -5,10 +5,10 @@ from typing import Any
 
 from ...kl.sampling import KL, enumerated_policy, reading, sampler_logits
 from ...trainers.checks.rows import PROMPTS
-from ...trainers.grpo.correction import reward_correction
 from ...trainers.grpo.precision import rounded_target
 from ...trainers.grpo.sampling_settings import changed_sampling, in_words, settings_of
 from ...trainers.seams import FUSED_LM_HEAD
+from ...trainers.shared.correction import reward_correction
 from .algorithm import (
     PROMPT_TOKENS,
     Algorithm,

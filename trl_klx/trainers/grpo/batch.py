@@ -8,6 +8,7 @@ from torch import Tensor
 from ...kl import kl_estimate, last_token_index, masked_sum
 from ...monitor.metrics import finite
 from ..exact.tokens import AnswerTokens
+from ..shared.engine import with_trainers
 
 # Model inputs of vision-language models that TRL carries from the rollout to the loss.
 VISION_INPUTS = (
@@ -137,15 +138,10 @@ def sampler_logps_of(policy_logps: Tensor, inputs: dict) -> Tensor:
     engine_logps = inputs.get("sampling_per_token_logps")
     if engine_logps is None:
         return trainer_logps
-    return torch.where(engine_logps.isnan(), trainer_logps, engine_logps)
+    return with_trainers(engine_logps, trainer_logps)
 
 
 def scored_by_sampler(inputs: dict, mask: Tensor) -> Tensor:
     """(B, C) bool: tokens of `mask` that have a log-prob of the policy that sampled them."""
     engine_logps = inputs.get("sampling_per_token_logps")
     return mask.bool() if engine_logps is None else mask.bool() & ~engine_logps.isnan()
-
-
-def weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """Their product, and 0 where the weight is, whatever the value: what the policy never does does not count."""
-    return torch.where(weights == 0, 0.0, weights * values)

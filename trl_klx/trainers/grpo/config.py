@@ -15,7 +15,8 @@ from ..checks.noise import check_neftune
 from ..checks.rewards import check_weights
 from ..rewarding.gold import GoldArguments
 from ..seams import LIGER_COMPUTES_THE_LOSS
-from .correction import uncorrected_reward
+from ..shared.correction import uncorrected_reward
+from ..shared.vllm_options import VLLM_CHOICES
 from .precision import rounded_target
 from .sampling_settings import check_sampling
 
@@ -24,9 +25,7 @@ _CHOICES: dict[str, tuple] = {
     "scale_rewards": ("group", "batch", "none", True, False),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "importance_sampling_level": ("token", "sequence"),
-    "vllm_mode": ("colocate", "server"),
-    "vllm_model_impl": ("auto", "vllm", "transformers", "terratorch"),
-    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    **VLLM_CHOICES,
 }
 
 

@@ -3,22 +3,14 @@
 Shape legend: B answers, C completion tokens.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ...kl import fill_masked, kl_estimate
 from ..session.metrics import Metrics
 from ..session.session import KLSession
+from ..shared.engine import Cut, cut_ratios, engine_kl
 from .batch import scored_by_sampler
-
-
-class Cut(NamedTuple):
-    """How many of TRL's ratios of policy to engine are out of bounds; scalars."""
-
-    outside: Tensor
-    all: Tensor
 
 
 def measure_sampler(
@@ -57,28 +49,14 @@ def measure_sampler(
 
 
 def sampler_kl(policy_logps: Tensor, inputs: dict, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, C) k3 of KL(engine || trainer) in nats, and the tokens of `mask` that the engine has scored.
+    """`engine_kl` of a batch of TRL's.
 
     The trainer's log-probs are those of the rollout: TRL has them where it needs them, else the policy has not moved
     since, and they are `policy_logps`.
     """
-    scored = scored_by_sampler(inputs, mask)
-    trainer_logps = inputs.get("old_per_token_logps", policy_logps)
-    return fill_masked(kl_estimate(inputs["sampling_per_token_logps"], trainer_logps, "k3"), scored), scored
+    return engine_kl(inputs.get("old_per_token_logps", policy_logps), inputs["sampling_per_token_logps"], mask)
 
 
 def cut_by_trl(inputs: dict, mask: Tensor, args: Any) -> Cut:
-    """Ratios beyond `vllm_importance_sampling_clip_min` and `_max`, which TRL clips or sets to 0.
-
-    Of answers in its sequence modes, of tokens in the others. A token that the engine could not score has the ratio 1.
-    """
-    log_ratios = inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]
-    log_ratios, counted = fill_masked(log_ratios, scored_by_sampler(inputs, mask)), mask.bool()
-    if args.vllm_importance_sampling_mode.startswith("sequence"):
-        log_ratios, counted = log_ratios.sum(-1), counted.any(-1)
-    ratios, outside = log_ratios.exp(), torch.zeros_like(counted)
-    if args.vllm_importance_sampling_clip_max is not None:
-        outside = outside | (ratios > args.vllm_importance_sampling_clip_max)
-    if args.vllm_importance_sampling_clip_min is not None:
-        outside = outside | (ratios < args.vllm_importance_sampling_clip_min)
-    return Cut((outside & counted).sum(), counted.sum())
+    """`cut_ratios` of a batch of TRL's."""
+    return cut_ratios(inputs["old_per_token_logps"], inputs["sampling_per_token_logps"], mask, args)

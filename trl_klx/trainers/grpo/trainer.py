@@ -30,6 +30,7 @@ from ..session.coefficient import KLCoefficient
 from ..session.groups import group_names
 from ..session.metrics import PooledSums
 from ..session.prompts import RolloutPrompts
+from ..shared.engine import weighted
 from ..shared.lifecycle import Lifecycle
 from ..shared.step_guard import KL, POLICY, REFERENCE, REWARDS
 from .aggregation import TOKEN_MEANS, mean_as_trl
@@ -42,7 +43,6 @@ from .batch import (
     loss_mask,
     ref_states_of,
     sampler_logps_of,
-    weighted,
 )
 from .checked import CheckedGRPOTrainer
 from .config import KLXGRPOConfig

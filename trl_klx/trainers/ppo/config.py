@@ -1,5 +1,6 @@
 """`KLXPPOConfig`: PPO's options with the KL arguments, and what a user of TRL's GRPO expects to find."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,9 +9,12 @@ from typing import Any
 from ...config.check import check
 from ...config.options import KLArguments
 from ...config.rules import kl_rules
+from ...config.types import Choices
 from ..checks.noise import check_neftune
 from ..checks.rewards import check_weights
 from ..rewarding.gold import GoldArguments
+from ..shared.correction import uncorrected_reward
+from ..shared.vllm_options import VLLM_CHOICES
 from .fields import PPOArguments
 
 
@@ -28,7 +32,7 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOArguments):
 
     Names and defaults are those of TRL 1.12's `PPOConfig`, with these exceptions: `stop_token` is "eos" (TRL's None
     runs past the end of the answer), `bf16` and `gradient_checkpointing` are honoured, `num_sample_generations` is 0,
-    no model has a default path.
+    no model has a default path. Those of vLLM are GRPO's.
     """
 
     kl_estimator: str = field(
@@ -51,6 +55,9 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOArguments):
         """Prompts that one process answers per rollout."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    def choices(self) -> Choices:
+        return {**super().choices(), **VLLM_CHOICES}
+
     def resolve(self) -> None:
         if self.stop_token_id is not None:
             self.stop_token = None  # the more specific of the two; "eos" is only the default
@@ -59,10 +66,12 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOArguments):
     def rules(self) -> list[Callable[[], None]]:
         own: list[Callable[[], None]] = [
             self.check_gold,
+            self.check_vllm,
             partial(check_weights, self.reward_weights),
             self._check_minibatches,
             self._check_ppo_choices,
             self._check_length,
+            self._tell_what_vllm_leaves_wrong,
         ]
         return [*kl_rules(self), *own]
 
@@ -99,6 +108,11 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOArguments):
             raise ValueError("auto_find_batch_size=true would cut rollouts to pieces: set it to false.")
         if self.use_liger_kernel:
             raise ValueError("use_liger_kernel=true is not supported by PPO: set it to false.")
+
+    def _tell_what_vllm_leaves_wrong(self) -> None:
+        sentence = uncorrected_reward(self)
+        if sentence is not None:
+            warnings.warn(sentence, UserWarning, stacklevel=5)
 
     def _check_length(self) -> None:
         if self.total_episodes is not None and self.max_steps > 0:

@@ -5,13 +5,15 @@ from typing import Any
 
 from trl.trainer.base_config import _BaseConfig
 
+from ..shared.vllm_options import VLLMArguments
+
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
 @dataclass
-class PPOArguments(_BaseConfig):
+class PPOArguments(VLLMArguments):
     """What PPO needs beside transformers' options and the KL's, one declaration for every version of TRL.
 
     It is not TRL's `PPOConfig`, nor a subclass of it, so that a config is the same class with the same fields

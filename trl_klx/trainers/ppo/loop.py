@@ -33,6 +33,7 @@ from ..errors import CheckpointError
 from ..seams import TRL_HAS_PPO, keep_float32_outputs, swapped
 from ..shared.generation import end_tokens, generating_with
 from .config import KLXPPOConfig, as_dict
+from .engine import Engine
 from .model import VALUE_FOLDER, PolicyAndValue
 from .rollout import padded
 
@@ -55,6 +56,7 @@ class PPOLoop(_TRLTrainer):
     Attributes:
         rollout_prompts: how many prompts a rollout has, on all processes.
         stop_tokens: ids that end an answer; none where answers have full length.
+        engine: vLLM, which samples in the policy's place; None without `use_vllm`.
     """
 
     args: KLXPPOConfig
@@ -89,6 +91,7 @@ class PPOLoop(_TRLTrainer):
         if args.stop_token_id is not None:
             self.stop_tokens = [args.stop_token_id]
         self._backend = DistributedBackend(self.accelerator)
+        self.engine = Engine(self, model.policy, own_prompts) if args.use_vllm else None
         # Every process samples answers of its own.
         set_seed(args.seed, device_specific=True)
         model.policy.add_model_tags(self._tag_names)
@@ -106,6 +109,11 @@ class PPOLoop(_TRLTrainer):
     @property
     def policy(self) -> Any:
         return self.accelerator.unwrap_model(self.model).policy
+
+    @property
+    def vllm_generation(self) -> Any:
+        """TRL's, under the name by which rollout functions for GRPO find it; None without `use_vllm`."""
+        return None if self.engine is None else self.engine.generation
 
     def without_checkpointing(self) -> AbstractContextManager[None]:
         model: Any = self.model
@@ -180,6 +188,8 @@ class PPOLoop(_TRLTrainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        if self.engine is not None:
+            self.engine.forget()
 
 
 def _as_the_loop_sees_it(args: KLXPPOConfig, rollout_prompts: int) -> KLXPPOConfig:

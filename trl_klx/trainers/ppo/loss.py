@@ -73,10 +73,11 @@ class Batch:
     """What the loss of some answers needs of their rollout; all (B, T)."""
 
     mask: Tensor
-    sampler_logps: Tensor  # of the policy as it sampled, scored by the trainer
+    old_logps: Tensor  # of the policy before the updates, scored by the trainer
     advantages: Tensor
     returns: Tensor
     values: Tensor  # of the value model as it was then
+    engine_ratio: Tensor | None = None  # bounded ratio of that policy to the engine that sampled
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,22 @@ class Clipping:
 
 
 def policy_loss(policy_logps: Tensor, batch: Batch, clip: Clipping) -> tuple[Tensor, dict[str, Tensor]]:
-    r"""(B, T) clipped surrogate, -min(r A, clip(r, 1 - eps, 1 + eps) A) with r = pi / pi_sampler; and its metrics.
+    r"""(B, T) clipped surrogate, -min(r A, clip(r, 1 - eps, 1 + eps) A) with r = pi / pi_old; and its metrics.
+
+    With an inference engine, times the bounded ratio of pi_old to the engine, as TRL's GRPO multiplies its own.
 
     Metrics are (B, T) too, 0 on masked positions, under TRL's names. Source: Schulman et al., "Proximal
     Policy Optimization Algorithms" (2017), eq. 7.
     """
-    log_ratio = fill_masked(policy_logps - batch.sampler_logps, batch.mask)
+    log_ratio = fill_masked(policy_logps - batch.old_logps, batch.mask)
     ratio = log_ratio.exp()
     advantages = fill_masked(batch.advantages, batch.mask)
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip.ratio, 1 + clip.ratio)
-    per_token = fill_masked(torch.maximum(plain, clipped), batch.mask)
+    larger = torch.maximum(plain, clipped)
+    if batch.engine_ratio is not None:
+        larger = batch.engine_ratio * larger
+    per_token = fill_masked(larger, batch.mask)
     metrics = {
         "policy/approxkl_avg": 0.5 * log_ratio.square(),
         "policy/clipfrac_avg": (clipped > plain).float(),

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..shared.engine import with_trainers
 from .loss import Batch
 
 
@@ -20,6 +21,7 @@ class Answers:
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     policy_made: list[list[int]]  # 1 where the policy produced the token, 0 for tool output
+    engine_logps: list[list[float]] | None  # of the tokens by the engine that sampled them; None: the policy did
     columns: dict[str, list]  # others of the dataset, and those that a rollout function gives
 
     def finished(self, stop_tokens: Collection[int]) -> list[bool]:
@@ -39,6 +41,7 @@ class Rewarded:
     prompts: Tensor  # (B,) numbers, equal for equal prompts
     groups: Tensor | None  # (B,) place of the prompt's group among those of the KL session; None without groups
     scores: Tensor  # (B,) weighted rewards, minus the penalty for answers without an end; NaN where no reward applies
+    engine_logps: Tensor | None  # (B, T) of the engine that sampled, NaN where it gives none; None: the policy did
     counts: list[int]  # tokens of each answer that count, known on the host
 
     @property
@@ -71,11 +74,16 @@ class Scores:
 class Rollout(Rewarded):
     """Answers as the policy, the value model and the reference score them before any update."""
 
-    sampler_logps: Tensor  # (B, T) of the policy as it sampled, scored by the trainer
+    old_logps: Tensor  # (B, T) of the policy before the updates, scored by the trainer
     values: Tensor  # (B, T)
     ref_logps: Tensor | None  # (B, T); None where no KL is measured
     ref_hidden: list[Tensor] | None  # (n, H) of the n tokens of each answer that count, where the loss has an exact KL
     exact: Tensor | None  # (B, T) exact KL, where it is measured
+
+    @property
+    def sampler_logps(self) -> Tensor:
+        """(B, T) of whatever sampled the answers: the engine's, where it gives any, or the trainer's."""
+        return self.old_logps if self.engine_logps is None else with_trainers(self.engine_logps, self.old_logps)
 
     @classmethod
     def joined(cls, parts: "Sequence[Rollout]") -> "Rollout":
@@ -105,16 +113,18 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     scale: Tensor
+    engine_ratio: Tensor | None  # (B, T) bounded ratio of policy to engine; None where the policy itself sampled
 
     def batch(self, index: Tensor) -> Batch:
         """Of some answers only; an `index` on the CPU waits for no device."""
         index = index.to(self.advantages.device, non_blocking=True)
         return Batch(
             mask=self.rollout.mask[index],
-            sampler_logps=self.rollout.sampler_logps[index],
+            old_logps=self.rollout.old_logps[index],
             advantages=self.advantages[index],
             returns=self.returns[index],
             values=self.rollout.values[index],
+            engine_ratio=None if self.engine_ratio is None else self.engine_ratio[index],
         )
 
 
@@ -128,13 +138,13 @@ class LossOutputs:
     weights: tuple[Tensor, Tensor] | None = None  # (B, T) importance weights of the KL loss, where it takes any; mask
 
 
-def padded(ids: list[list[int]], fill: int, side: str, device: Any) -> tuple[Tensor, Tensor]:
+def padded(ids: Sequence[Sequence[float]], fill: int, side: str, device: Any) -> tuple[Tensor, Tensor]:
     """(B, longest) tokens padded with `fill` on the "left" or "right", and their mask."""
     longest = max(1, *(len(row) for row in ids))  # 1 where all are empty
 
-    def pad(row: list[int], value: int) -> list[int]:
+    def pad(row: Sequence[float], value: int) -> list[float]:
         gap = [value] * (longest - len(row))
-        return gap + row if side == "left" else row + gap
+        return [*gap, *row] if side == "left" else [*row, *gap]
 
     both = torch.tensor([[pad(row, fill) for row in ids], [pad([1] * len(row), 0) for row in ids]])
     tokens, mask = both.to(device, non_blocking=True)

@@ -10,12 +10,13 @@ from torch import Tensor
 from trl.data_utils import is_conversational
 from trl.trainer.utils import print_prompt_completions_sample
 
-from ...kl import fill_masked, kl_estimate, masked_sum
+from ...kl import fill_masked, importance_weights, kl_estimate, masked_sum
 from ...kl.estimators import SAMPLED_ESTIMATORS
 from ..exact.scored_head import Asked, Entropy, ScoredHead
 from ..reference.adapters import as_reference
 from ..rewarding.functions import RewardFunctions, finite_rewards
 from ..session.prompts import prompt_numbers
+from ..shared.engine import cut_ratios, engine_kl, weighted
 from ..shared.generation import until_stop
 from ..shared.step_guard import REWARDS
 from .prompts import PromptReader, RolloutFunction, Rows, take_answers
@@ -78,10 +79,12 @@ class PPOSampler:
         if self._rollout_func is None:
             self._prompts.check(prompt_ids, "a prompt")
             with self._trainer.guard.sampling():
-                sampled = self._trainer.generate(prompt_ids)
-            completion_ids = [until_stop(ids, self._trainer.stop_tokens) for ids in sampled]
+                completion_ids, engine_logps = self._sampled(prompt_ids)
             policy_made = [[1] * len(ids) for ids in completion_ids]
         else:
+            engine_logps = None
+            if self._trainer.engine is not None:
+                self._trainer.engine.update()  # the function may ask it, as TRL's for GRPO do
             given = dict(self._rollout_func(prompts, self._trainer))
             prompt_ids, completion_ids, policy_made = take_answers(given, len(prompts))
             given.pop("logprobs", None)  # the trainer scores at its own temperature
@@ -90,7 +93,14 @@ class PPOSampler:
         texts: list = self._trainer.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
         if is_conversational({"prompt": prompts[0]}):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
-        return Answers(prompts, texts, prompt_ids, completion_ids, policy_made, columns)
+        return Answers(prompts, texts, prompt_ids, completion_ids, policy_made, engine_logps, columns)
+
+    def _sampled(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]] | None]:
+        """An answer to each prompt, up to its end; and log-probs of its tokens where an engine has sampled them."""
+        trainer = self._trainer
+        if trainer.engine is not None:
+            return trainer.engine.sample(prompt_ids)
+        return [until_stop(ids, trainer.stop_tokens) for ids in trainer.generate(prompt_ids)], None
 
     def _rewarded(self, answers: Answers, groups: Tensor | None) -> Rewarded:
         args, state, device = self._trainer.args, self._trainer.state, self._trainer.accelerator.device
@@ -98,6 +108,9 @@ class PPOSampler:
         prompt_ids, prompt_mask = padded(answers.prompt_ids, fill, "left", device)
         completion_ids, completion_mask = padded(answers.completion_ids, fill, "right", device)
         policy_made, _ = padded(answers.policy_made, 0, "right", device)
+        engine_logps = None
+        if answers.engine_logps is not None:
+            engine_logps, _ = padded(answers.engine_logps, 0, "right", device)
         given, extra = self.rewards_of(answers, self.rewards)
         rewards = self._finite(given).to(device, non_blocking=True)
         scores = self.rewards.total(rewards).masked_fill(rewards.isnan().all(1), torch.nan)
@@ -115,6 +128,7 @@ class PPOSampler:
             prompts=prompt_numbers(answers.prompts, device),
             groups=groups,
             scores=scores,
+            engine_logps=engine_logps,
             counts=[sum(made) for made in answers.policy_made],
         )
 
@@ -162,7 +176,7 @@ class PPOSampler:
         learns_exact = trainer.mode == "train" and trainer.kl_in_loss and trainer.kl_term.estimator == "exact"
         return Rollout(
             **vars(part),
-            sampler_logps=scores.logps,
+            old_logps=scores.logps,
             values=scores.values,
             ref_logps=ref_logps,
             ref_hidden=ref_hidden if learns_exact else None,  # the largest tensor of all
@@ -220,12 +234,15 @@ class PPOSampler:
 
     def _record_kl(self, rollout: Rollout) -> None:
         """The KL is measured where it is unbiased: on fresh answers, before any of the step's updates."""
-        trainer, logps, mask = self._trainer, rollout.sampler_logps, rollout.mask
+        trainer, logps, mask = self._trainer, rollout.old_logps, rollout.mask
         rows = torch.ones_like(rollout.scores).sum()
         sums = {"objective/entropy": (-masked_sum(logps, mask), rows)}
         if rollout.ref_logps is not None:
             names = [name for name in SAMPLED_ESTIMATORS if name in trainer.kl.names]
             values: dict[str, Tensor] = {name: kl_estimate(logps, rollout.ref_logps, name) for name in names}
+            if rollout.engine_logps is not None:
+                weights = self._record_engine(rollout, rollout.engine_logps)
+                values = {name: weighted(weights, value) for name, value in values.items()}
             if rollout.exact is not None:
                 values["exact"] = rollout.exact
             trainer.kl.measure(trainer.mode, values, mask, rollout.prompts, rollout.groups)
@@ -237,6 +254,20 @@ class PPOSampler:
                 sums["objective/non_score_reward"] = (-masked_sum(charged, scored), scored.sum())
                 sums["objective/rlhf_reward"] = (masked_sum(rollout.scores - charged, scored), scored.sum())
         self._pool(sums)
+
+    def _record_engine(self, rollout: Rollout, engine_logps: Tensor) -> Tensor:
+        """How far the engine is from the policy; (B, T) weights of policy to engine, which correct what is measured."""
+        trainer, old_logps, mask = self._trainer, rollout.old_logps, rollout.mask
+        mode, args = trainer.mode, trainer.args
+        apart, scored = engine_kl(old_logps, engine_logps, mask)
+        weights = importance_weights(old_logps, rollout.sampler_logps, mask, level="token")
+        trainer.kl.sampler_kl.add(mode, apart, scored, rollout.prompts)
+        trainer.kl.weight_mean.add(mode, weights, scored, rollout.prompts)
+        if args.vllm_importance_sampling_correction:
+            self._pool({"kl/ratio_cut": cut_ratios(old_logps, engine_logps, mask, args)})
+        if mode == "eval" or not (trainer.kl_in_loss and trainer.kl_term.takes_weights):  # else of those on the loss
+            trainer.metrics.defer_weights(mode, weights, mask, cap=args.kl_is_cap)
+        return weights
 
     def _pool(self, sums: dict[str, tuple[Tensor, Tensor]]) -> None:
         self._trainer.metrics.pool(self._trainer.mode, sums)

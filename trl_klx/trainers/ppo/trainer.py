@@ -27,6 +27,7 @@ from ..reference.resumed import ReferenceKeeper
 from ..seams import check_trl_version
 from ..session.applied import KL_IN_LOSS, KL_IN_REWARD
 from ..session.coefficient import KLCoefficient
+from ..shared.engine import policy_ratio
 from ..shared.lifecycle import Lifecycle
 from ..shared.step_guard import KL, LOSS, POLICY, REFERENCE, VALUES
 from .config import KLXPPOConfig
@@ -152,7 +153,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
 
     def _watch(self, rollout: Rollout) -> None:
         """All that advantages and their whitening are made of."""
-        watched = [(POLICY, rollout.sampler_logps), (VALUES, rollout.values)]
+        watched = [(POLICY, rollout.old_logps), (VALUES, rollout.values)]
         of_kl = [(REFERENCE, rollout.ref_logps), (KL, rollout.exact)] if self.kl_in_reward else []
         for what, values in [*watched, *of_kl]:
             if values is not None:
@@ -171,7 +172,10 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         if self.args.whiten_advantages:
             mean, std = mean_and_std(advantages, mask, self._sum)
             advantages, scale = torch.where(mask, (advantages - mean) / std, 0.0), scale / std
-        return Experience(rollout, advantages, returns, scale)
+        ratio = None
+        if rollout.engine_logps is not None:
+            ratio = policy_ratio(rollout.old_logps, rollout.engine_logps, mask, self.args)
+        return Experience(rollout, advantages, returns, scale, ratio)
 
     def _shape_rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """(B, T) reward after each token, which the value model learns to predict; and credit for the advantages alone.
@@ -183,13 +187,13 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         mask, term = rollout.mask, self.kl_term
         last = last_token_index(mask).unsqueeze(1)
         paid = fill_masked(rollout.scores.unsqueeze(1), last >= 0)
-        rewards = torch.zeros_like(rollout.sampler_logps)
+        rewards = torch.zeros_like(rollout.old_logps)
         rewards = rewards.scatter(1, last.clamp(min=0), paid.to(rewards.dtype))
         charged, direct = torch.zeros_like(rewards), torch.zeros_like(rewards)
         if rollout.ref_logps is not None and self.kl_in_reward:
             self.kl.reached.add(KL_IN_REWARD)
             coef, credit_kind = self.kl.coef_of(rollout.groups), term.credit_kind
-            penalty = term.penalty(rollout.sampler_logps, rollout.ref_logps, mask, exact=rollout.exact)
+            penalty = term.penalty(rollout.old_logps, rollout.ref_logps, mask, exact=rollout.exact)
             if credit_kind == "return_to_go":
                 charged = -coef * penalty
             elif credit_kind == "future":
@@ -272,11 +276,12 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         return LossOutputs(masked_sum(per_token, part.mask), part.mask.sum(), sums, used)
 
     def _kl_weights(self, policy_logps: Tensor, part: Rollout, *, is_first_use: bool) -> Tensor | None:
-        """(B, T) ratio of the policy to what it was when it sampled; None where the KL loss takes none."""
+        """(B, T) ratio of the policy to what sampled: itself before the updates, or the engine; None where the KL loss
+        takes none."""
         level = self.kl_term.weight_level
         if level == "none" or not self.kl_term.takes_weights:
             return None
-        if is_first_use:
+        if is_first_use and part.engine_logps is None:  # those of an engine were measured when it had sampled
             of_tokens = importance_weights(policy_logps, part.sampler_logps, part.mask, level="token")
             self.kl.weight_mean.add("train", of_tokens, part.mask, part.prompts)
         return importance_weights(policy_logps, part.sampler_logps, part.mask, level=level)

@@ -15,7 +15,7 @@ _SAYS = {
 
 
 def reward_correction(args: Any) -> str | None:
-    """How right the KL in the reward of a GRPO recipe is where vLLM samples; None where there is none.
+    """How right the KL in the reward of a recipe is where vLLM samples; None where there is none.
 
     The figures are enumerated on small policies: see `trl_klx.kl.sampling`.
     """

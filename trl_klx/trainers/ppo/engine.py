@@ -32,8 +32,7 @@ class Engine:
         self._trainer = trainer
         self._stop_tokens = trainer.stop_tokens
         self._sent_at: int | None = None  # the step whose weights the engine has
-        plugin = trainer.accelerator.state.fsdp_plugin
-        if plugin is not None and plugin.fsdp_version == 1:
+        if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
             raise ValueError(
                 "use_vllm=true: FSDP1 flattens the policy's weights together with the value model's, and they cannot "
                 "be sent: set fsdp_version: 2 in the accelerate file."

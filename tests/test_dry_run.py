@@ -358,6 +358,7 @@ def test_all_problems_are_named_and_not_only_the_first(
         ("grpo", {"bf16": True, "use_cpu": None}, "bf16=true needs a GPU"),
         ("grpo", {"accelerate_config": ZERO3, "use_cpu": None}, "wants 8 processes"),
         ("grpo", {"use_vllm": True, "vllm_tensor_parallel_size": 3, "accelerate_config": ZERO3}, "must divide the 8"),
+        ("ppo", {"use_vllm": True, "vllm_tensor_parallel_size": 3, "accelerate_config": ZERO3}, "must divide the 8"),
         ("grpo", {"dtype": "bfloat16", "learning_rate": 1e-6}, "steps of learning_rate=1e-06 are rounded away"),
         ("dpo", {"dataset_name": "INPUTS/data"}, "has no column 'chosen'"),
         ("dpo", {"dataset_name": "INPUTS/data"}, "has no column 'rejected'"),

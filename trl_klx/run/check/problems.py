@@ -57,6 +57,8 @@ def check_run(
         yield "the exact KL refuses FSDP1: set fsdp_version: 2 in the accelerate file, or kl_estimator k1, k2 or k3."
     if args.kl_needs_exact and models is not None and models.adapts_head:
         yield "the exact KL refuses an adapter on lm_head: take it out of lora_target_modules and lora_modules_to_save."
+    if getattr(args, "use_vllm", False) and algorithm.has_value_model and layout.fsdp_version == 1:
+        yield "use_vllm=true: PPO cannot send weights that FSDP1 has flattened: set fsdp_version: 2."
     if getattr(args, "use_vllm", False) and layout.processes % args.vllm_tensor_parallel_size:
         size = args.vllm_tensor_parallel_size
         yield f"vllm_tensor_parallel_size={size} must divide the {layout.processes} processes."

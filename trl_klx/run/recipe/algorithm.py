@@ -12,6 +12,7 @@ from trl import get_peft_config, get_quantization_config
 from ...kl.term import KLTerm
 from ...monitor.history import HistoryCallback
 from ...trainers.checks.rows import RowKind
+from ...trainers.shared.correction import reward_correction
 from .arguments import Recipe
 from .help import help_parser
 
@@ -131,3 +132,17 @@ def loss_off_policy(term: KLTerm) -> str:
         up_to = "" if term.weight_level in ("prefix", "sequence") else ", up to the states, which stay the sampler's"
         return f"The weight on the KL loss ({term.weight_level}) corrects for it{up_to}."
     return "The KL loss has no weight, so its gradient is biased: kl_importance_sampling='token' corrects it."
+
+
+def vllm_notes(args: Any) -> Iterator[str]:
+    """What an engine's answers make of a KL that is penalised."""
+    term, in_reward = args.kl_term(), reward_correction(args)
+    if term.in_loss:
+        yield f"use_vllm=true: the engine's log-probs differ from the trainer's. {loss_off_policy(term)}"
+    if in_reward is not None:
+        yield in_reward
+    if args.vllm_mode == "server":
+        yield (
+            "vllm_mode='server': start the server with --logprobs-mode processed_logprobs (trl vllm-serve does); raw "
+            "log-probs know nothing of temperature and filters, and the weights are then wrong."
+        )

@@ -8,16 +8,15 @@ from ...trainers.checks.rows import PROMPTS
 from ...trainers.grpo.precision import rounded_target
 from ...trainers.grpo.sampling_settings import changed_sampling, in_words, settings_of
 from ...trainers.seams import FUSED_LM_HEAD
-from ...trainers.shared.correction import reward_correction
 from .algorithm import (
     PROMPT_TOKENS,
     Algorithm,
     Batches,
     Inputs,
     Shape,
-    loss_off_policy,
     off_policy_note,
     trainer_arguments,
+    vllm_notes,
 )
 from .arguments import Recipe
 
@@ -66,7 +65,7 @@ class _GRPO(Algorithm):
                 f"{args.num_iterations} and steps_per_generation={args.steps_per_generation}). {off_policy_note(term)}"
             )
         if args.kl_is_penalised and args.use_vllm:
-            yield from _with_vllm(args)
+            yield from vllm_notes(args)
         if term.in_reward and args.kl_is_penalised and args.scale_rewards not in ("none", False):
             yield (
                 f"scale_rewards={args.scale_rewards!r} divides the rewards by their standard deviation. The KL is "
@@ -91,19 +90,6 @@ class _GRPO(Algorithm):
             yield (
                 "mask_truncated_completions=true: the KL of answers that were cut off is neither penalised nor counted."
             )
-
-
-def _with_vllm(args: Any) -> Iterator[str]:
-    term, in_reward = args.kl_term(), reward_correction(args)
-    if term.in_loss:
-        yield f"use_vllm=true: the engine's log-probs differ from the trainer's. {loss_off_policy(term)}"
-    if in_reward is not None:
-        yield in_reward
-    if args.vllm_mode == "server":
-        yield (
-            "vllm_mode='server': start the server with --logprobs-mode processed_logprobs (trl vllm-serve does); raw "
-            "log-probs know nothing of temperature and filters, and the weights are then wrong."
-        )
 
 
 def _changed_sampling(args: Any) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...trainers.checks.rows import PROMPTS_OR_TOKENS
-from .algorithm import PROMPT_TOKENS, Algorithm, Batches, Inputs, Shape, off_policy_note, trainer_arguments
+from .algorithm import PROMPT_TOKENS, Algorithm, Batches, Inputs, Shape, off_policy_note, trainer_arguments, vllm_notes
 from .arguments import Recipe
 
 
@@ -60,6 +60,8 @@ class _PPO(Algorithm):
                 f"Off-policy: a rollout serves {updates} optimizer steps (num_ppo_epochs={args.num_ppo_epochs}, "
                 f"num_mini_batches={args.num_mini_batches}). {off_policy_note(term)}"
             )
+        if args.use_vllm and args.kl_is_penalised:
+            yield from vllm_notes(args)
         if args.gamma < 1 and term.in_reward:
             yield f"gamma={args.gamma} discounts later tokens' KL: the gradient moves from KLseq towards P."
         if args.lam < 1 and term.in_reward:

@@ -25,7 +25,7 @@ from trl_klx.kl import kl_estimate
 from trl_klx.monitor.health.alarms import HEALTH_FILE, HealthCallback, HealthMonitor, HealthSources
 from trl_klx.run.outcome import health_lines
 from trl_klx.trainers.grpo.batch import hidden_mask, loss_mask, with_cut_answers
-from trl_klx.trainers.grpo.engine import cut_by_trl
+from trl_klx.trainers.shared.engine import cut_ratios
 from trl_klx.trainers.shared.health import SCORING_NOISE, coarsest_precision, reference_mismatches
 
 GRPO = {
@@ -292,7 +292,7 @@ def test_which_of_trls_ratios_are_cut(mode: str, low: float | None, high: float 
     args = SimpleNamespace(
         **{f"vllm_importance_sampling_{name}": value for name, value in zip(names, (mode, low, high), strict=True)}
     )
-    found = cut_by_trl({"old_per_token_logps": torch.zeros(3, 4), "sampling_per_token_logps": engine}, mask, args)
+    found = cut_ratios(torch.zeros(3, 4), engine, mask, args)
     assert (int(found.outside), int(found.all)) == (cut, of)
 
 

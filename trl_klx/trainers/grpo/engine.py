@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..session.metrics import Metrics
 from ..session.session import KLSession
-from ..shared.engine import Cut, cut_ratios, engine_kl
+from ..shared.engine import cut_ratios, engine_kl
 from .batch import scored_by_sampler
 
 
@@ -40,23 +40,11 @@ def measure_sampler(
     if is_first_use:
         kl.weight_mean.add(mode, token_weights, scored_by_sampler(inputs, mask), inputs["kl_prompts"])
     if "sampling_per_token_logps" in inputs:
-        kl.sampler_kl.add(mode, *sampler_kl(policy_logps, inputs, mask), inputs["kl_prompts"])
+        # TRL has the trainer's log-probs of the rollout where it needs them; else the policy has not moved since.
+        both = inputs.get("old_per_token_logps", policy_logps), inputs["sampling_per_token_logps"]
+        kl.sampler_kl.add(mode, *engine_kl(*both, mask), inputs["kl_prompts"])
         weights = token_weights if weights is None else weights
-    if "importance_sampling_ratio" in inputs:
-        metrics.pool(mode, {"kl/ratio_cut": cut_by_trl(inputs, mask, args)})
+        if "importance_sampling_ratio" in inputs:
+            metrics.pool(mode, {"kl/ratio_cut": cut_ratios(*both, mask, args)})
     if weights is not None:
         metrics.defer_weights(mode, weights, mask, cap=args.kl_is_cap)
-
-
-def sampler_kl(policy_logps: Tensor, inputs: dict, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`engine_kl` of a batch of TRL's.
-
-    The trainer's log-probs are those of the rollout: TRL has them where it needs them, else the policy has not moved
-    since, and they are `policy_logps`.
-    """
-    return engine_kl(inputs.get("old_per_token_logps", policy_logps), inputs["sampling_per_token_logps"], mask)
-
-
-def cut_by_trl(inputs: dict, mask: Tensor, args: Any) -> Cut:
-    """`cut_ratios` of a batch of TRL's."""
-    return cut_ratios(inputs["old_per_token_logps"], inputs["sampling_per_token_logps"], mask, args)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl.generation.vllm_generation import VLLMGeneration
 
+from ..parts import Part
 from ..shared.generation import until_stop
 from .config import as_dict
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from .loop import PPOLoop
 
 
-class Engine:
+class Engine(Part):
     """TRL's vLLM, set up as GRPO sets it up: in the training processes or on a server, whole or as its GPUs share it.
 
     It samples at `temperature` from the whole distribution. TRL sends the weights, gathered under ZeRO-3 and FSDP2 and
@@ -31,7 +32,6 @@ class Engine:
         args = trainer.args
         self._trainer = trainer
         self._stop_tokens = trainer.stop_tokens
-        self._sent_at: int | None = None  # the step whose weights the engine has
         if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
             raise ValueError(
                 "use_vllm=true: FSDP1 flattens the policy's weights together with the value model's, and they cannot "
@@ -42,6 +42,7 @@ class Engine:
                 "use_vllm=true: the policy in memory does not name a path, from which vLLM loads its own copy: save it "
                 "with save_pretrained, and pass the path."
             )
+        self.begin()
         self.generation: Any = VLLMGeneration(
             model=policy,
             accelerator=trainer.accelerator,
@@ -65,16 +66,16 @@ class Engine:
             generation_kwargs={"ignore_eos": True, "stop_token_ids": self._stop_tokens},
         )
 
+    def begin(self) -> None:
+        """Also to be called where the policy gets other weights without a step."""
+        self._sent_at: int | None = None  # the step whose weights the engine has
+
     def update(self) -> None:
         """Send the policy's weights, where they are not those that the engine has. Call on every process."""
         step = self._trainer.state.global_step
         if self._sent_at != step:
             self.generation.sync_weights()
             self._sent_at = step
-
-    def forget(self) -> None:
-        """The policy has other weights, although the step is the same."""
-        self._sent_at = None
 
     def sample(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
         """An answer to each prompt up to its end, and the log-probs by which its tokens were sampled, in nats.

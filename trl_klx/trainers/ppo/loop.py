@@ -189,7 +189,7 @@ class PPOLoop(_TRLTrainer):
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
         if self.engine is not None:
-            self.engine.forget()
+            self.engine.begin()
 
 
 def _as_the_loop_sees_it(args: KLXPPOConfig, rollout_prompts: int) -> KLXPPOConfig:

@@ -236,13 +236,15 @@ class PPOSampler:
         """The KL is measured where it is unbiased: on fresh answers, before any of the step's updates."""
         trainer, logps, mask = self._trainer, rollout.old_logps, rollout.mask
         rows = torch.ones_like(rollout.scores).sum()
-        sums = {"objective/entropy": (-masked_sum(logps, mask), rows)}
+        weights = None if rollout.engine_logps is None else self._record_engine(rollout, rollout.engine_logps)
+
+        def of_policy(values: Tensor) -> Tensor:
+            return values if weights is None else weighted(weights, values)
+
+        sums = {"objective/entropy": (-masked_sum(of_policy(logps), mask), rows)}
         if rollout.ref_logps is not None:
             names = [name for name in SAMPLED_ESTIMATORS if name in trainer.kl.names]
-            values: dict[str, Tensor] = {name: kl_estimate(logps, rollout.ref_logps, name) for name in names}
-            if rollout.engine_logps is not None:
-                weights = self._record_engine(rollout, rollout.engine_logps)
-                values = {name: weighted(weights, value) for name, value in values.items()}
+            values: dict[str, Tensor] = {name: of_policy(kl_estimate(logps, rollout.ref_logps, name)) for name in names}
             if rollout.exact is not None:
                 values["exact"] = rollout.exact
             trainer.kl.measure(trainer.mode, values, mask, rollout.prompts, rollout.groups)

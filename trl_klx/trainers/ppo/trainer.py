@@ -113,7 +113,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         super().__init__(args, made.model, made.reference, made.tokenizer, **data, **own)
         self.reward_func_names, adapter = made.rewards.names, args.ref_adapter_name
         keeper = ReferenceKeeper(self, is_an_argument=True, in_policy=args.kl_is_measured, adapter=adapter)
-        self._hold_parts(keeper, made.kl_groups, gold_reward_func)
+        self._hold_parts(keeper, made.kl_groups, gold_reward_func, more=[] if self.engine is None else [self.engine])
         self.kl_term = term = args.kl_term()
         self.kl_in_reward = args.kl_is_penalised and term.in_reward
         self.kl_in_loss = args.kl_is_penalised and term.in_loss

@@ -5,6 +5,7 @@ gradient, entropy bonus and both whitenings at once: policy and value model have
 """
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +110,16 @@ def kl_loss(
     c: dict, logps: Tensor, policy: Tensor, ref: Tensor, ref_logps: Tensor, sampler: Tensor, made: Tensor
 ) -> Tensor:
     level = c.get("kl_importance_sampling", "token")
-    log_weights = ((logps - sampler) * made).detach()
+    log_weights = ((logps - sampler) * made).detach().clamp(max=math.log(c.get("kl_is_cap", float("inf"))))
     weights = {
         "none": torch.ones_like(logps),
         "token": log_weights.exp() if c["kl_estimator"] != "exact" else torch.ones_like(logps),
         "prefix": log_weights.cumsum(1).exp(),
         "sequence": log_weights.sum(1, keepdim=True).exp().expand_as(logps),
     }[level]
-    weights = weights.clamp(max=c.get("kl_is_cap", float("inf")))
     log_ratio = logps - ref_logps
     if c["kl_estimator"] == "exact":
+        weights = weights / log_weights.exp() if level == "prefix" else weights  # of the state, without the token's own
         return weights * (policy.exp() * (policy - ref)).sum(-1)
     if level == "none":
         return penalty(c, log_ratio, log_ratio)

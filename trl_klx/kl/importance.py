@@ -1,5 +1,6 @@
 """Importance weights pi / mu that correct a KL measured on tokens that another policy, mu, has sampled."""
 
+import math
 from typing import Literal
 
 import torch
@@ -10,6 +11,8 @@ from .masking import fill_masked, masked_sum
 
 WeightLevel = Literal["token", "prefix", "sequence"]
 WeightMode = Literal["truncate", "mask"]
+
+_LARGEST_LOG_WEIGHT = 60.0  # of a product, in nats: sums of many stay within float32
 
 
 def importance_weights(
@@ -66,6 +69,32 @@ def bounded_weights(weights: Tensor, *, mode: WeightMode = "truncate", cap: floa
     raise ValueError(f"mode={mode!r} is neither 'truncate' nor 'mask'.")
 
 
+def weight_products(token_weights: Tensor, mask: Tensor, *, level: WeightLevel, before: bool = False) -> Tensor:
+    r"""Products of the weights of single tokens, bounded beforehand or not.
+
+        token: w_t        prefix: W_{1:t} = prod_{s<=t} w_s        sequence: W = prod_s w_s, for every t
+
+    Args:
+        token_weights: (B, T) pi/mu of each token, without gradient.
+        mask: (B, T) tokens that count; products run over them only.
+        level: see above.
+        before: prefix only: W_{<t}, without the token's own weight: that of the state in which it was chosen.
+
+    Returns:
+        (B, T), 0 on masked positions; at most e^60, so that answers of any length keep finite sums.
+    """
+    if level == "token":
+        return fill_masked(token_weights, mask)
+    logs = fill_masked(at_least_float32(token_weights.detach()), mask, 1.0).log()
+    if level == "sequence":
+        products = logs.sum(-1, keepdim=True).expand_as(logs)
+    else:
+        products = logs.cumsum(-1)
+        if before:
+            products = torch.nn.functional.pad(products[..., :-1], (1, 0))
+    return fill_masked(products.clamp(max=_LARGEST_LOG_WEIGHT).exp(), mask)
+
+
 def _log_weights(logps: Tensor, sampler_logps: Tensor, mask: Tensor, level: str) -> Tensor:
     log_ratios = at_least_float32(logps) - at_least_float32(sampler_logps)
     log_ratios = fill_masked(log_ratios, mask.bool() & ~sampler_logps.isnan())
@@ -76,6 +105,35 @@ def _log_weights(logps: Tensor, sampler_logps: Tensor, mask: Tensor, level: str)
     if level == "sequence":
         return log_ratios.sum(-1, keepdim=True).expand_as(log_ratios)
     raise ValueError(f"level={level!r} is not one of token, prefix, sequence.")
+
+
+def answers_kept(
+    token_weights: Tensor, mask: Tensor, *, geometric_cap: float | None = None, veto: float | None = None
+) -> Tensor:
+    r"""Which answers count, by how far the policy is from what sampled them.
+
+        geometric_cap c:  1/c <= (prod_t w_t)^{1/T} <= c       the answer as a whole
+        veto v:           w_t >= v for every token              no token that the policy would hardly choose
+
+    Leaving answers out biases the expectation; unlike a truncated weight, it also leaves out their pull.
+
+    Args:
+        token_weights: (B, T) pi/mu of each token, without a bound.
+        mask: (B, T) tokens that count.
+        geometric_cap: largest geometric mean, more than 1; None for no bound.
+        veto: smallest weight of a token, below 1; None for none.
+
+    Returns:
+        (B, 1) bool.
+    """
+    logs = fill_masked(at_least_float32(token_weights.detach()), mask, 1.0).log()
+    kept = torch.ones_like(logs[..., :1], dtype=torch.bool)
+    if geometric_cap is not None:
+        mean = logs.sum(-1, keepdim=True) / mask.bool().sum(-1, keepdim=True).clamp(min=1)
+        kept = kept & (mean.abs() <= math.log(geometric_cap))
+    if veto is not None:
+        kept = kept & (logs.amin(-1, keepdim=True) >= math.log(veto))
+    return kept
 
 
 def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from .estimators import at_least_float32
+from .importance import weight_products
 from .masking import fill_masked
 
 Credit = Literal["return_to_go", "future", "immediate", "sequence"]
 
 
-def kl_credit(values: Tensor, mask: Tensor, *, credit: Credit = "return_to_go") -> Tensor:
+def kl_credit(
+    values: Tensor, mask: Tensor, *, credit: Credit = "return_to_go", weights: Tensor | None = None
+) -> Tensor:
     r"""KL that each token is charged for when the KL is a penalty in the reward (gamma = 1).
 
         return_to_go  c_t = sum_{s >= t} k_s    with k1: the whole sequence-KL gradient
@@ -21,21 +24,40 @@ def kl_credit(values: Tensor, mask: Tensor, *, credit: Credit = "return_to_go") 
 
     The penalty enters a policy gradient as the advantage -beta * (c_t - baseline_t).
 
+    On the answers of another policy mu, with w_t = pi/mu of a token and W_{a:b} the product of those from a to b, the
+    credit carries per-decision weights:
+
+        return_to_go  c_t = W_{<t} sum_{s >= t} W_{t+1:s} k_s
+        future        c_t = W_{<t} sum_{s >  t} W_{t+1:s-1} k_s   no weight beyond the state that k_s belongs to
+        immediate     c_t = W_{<t} k_t
+        sequence      c_t = W_{<t} W_{t+1:T} sum_s k_s
+
+    In a surrogate with the gradient w_t c_t g_t, whose values k are the *present* policy's, each has the expectation
+    that it has on-policy, however far mu is. "future" takes the exact KL of a state; for a sampled estimate, which
+    depends on the token, give `weights * values` as its values. A baseline b_t that does not depend on the answer
+    enters as W_{<t} b_t.
+
     Args:
         values: (B, T) KL values in nats per token; detached here, a penalty is not differentiated.
         mask: (B, T) tokens that count; sums run over them only.
         credit: see above.
+        weights: (B, T) ratios pi/mu of the tokens, not negative, truncated or not; None on-policy, where all are 1.
 
     Returns:
-        (B, T) nats, float32 or wider, 0 on masked positions.
+        (B, T) nats, float32 or wider, 0 on masked positions; with weights also where the token's own is 0.
 
     Raises:
-        ValueError: unknown credit.
+        ValueError: unknown credit, or weights of another shape than values.
 
     Source: policy-gradient theorem (Sutton et al., 2000); "future" is its Rao-Blackwellised remainder when the token's
-    own KL is already in the loss.
+    own KL is already in the loss; per-decision weights: Precup et al. (2000).
     """
     values = fill_masked(at_least_float32(values.detach()), mask)
+    if weights is not None:
+        if weights.shape != values.shape:
+            raise ValueError(f"weights has shape {tuple(weights.shape)}, values {tuple(values.shape)}: one per token.")
+        weights = fill_masked(at_least_float32(weights.detach()), mask)
+        return torch.where(weights > 0, _weighted_credit(values, mask, credit, weights) / weights, 0.0)
     if credit == "immediate":
         return values
     if credit == "sequence":
@@ -47,6 +69,17 @@ def kl_credit(values: Tensor, mask: Tensor, *, credit: Credit = "return_to_go") 
         # Shifted rather than `return_to_go - values`, which is NaN when a value is infinite.
         return fill_masked(torch.nn.functional.pad(return_to_go[..., 1:], (0, 1)), mask)
     raise ValueError(f"credit={credit!r} is not one of return_to_go, future, immediate, sequence.")
+
+
+def _weighted_credit(values: Tensor, mask: Tensor, credit: Credit, weights: Tensor) -> Tensor:
+    """(B, T) w_t c_t: with its own weight every product begins with the answer: all are one cumulative sum."""
+    if credit == "sequence":
+        products, values = weight_products(weights, mask, level="sequence"), values.sum(-1, keepdim=True)
+    else:
+        products = weight_products(weights, mask, level="prefix", before=credit == "future")
+    # 0 also where the value is infinite: what the policy never does does not count.
+    weighted = torch.where(products == 0, 0.0, products * values)
+    return weighted if credit == "sequence" else kl_credit(weighted, mask, credit=credit)
 
 
 def leave_one_out_baseline(credit: Tensor, mask: Tensor, group_size: int) -> Tensor:

@@ -9,7 +9,14 @@ from torch import Tensor
 from .estimators import kl_estimate
 from .exact import Direction
 from .gradients import Gradient, credit_in_use, expected_gradient
-from .importance import WeightMode, bounded_weights, importance_weights
+from .importance import (
+    WeightLevel,
+    WeightMode,
+    answers_kept,
+    bounded_weights,
+    importance_weights,
+    weight_products,
+)
 from .loss import kl_loss, value_with_slope
 from .masking import fill_masked
 from .reward import Credit, kl_credit
@@ -24,7 +31,8 @@ WeightChoice = Literal["none", "token", "prefix", "sequence"]
 class KLTerm:
     """Estimator, placement, credit and importance weight of a KL penalty, without its coefficient beta.
 
-    `loss` and `credit` are what the trainers use and what the tests enumerate; `gradient` is what they amount to.
+    `loss`, `credit` and `credit_loss` are what the trainers use and the tests enumerate; `gradient` is what they amount
+    to.
     """
 
     estimator: EstimatorOrExact = "k3"
@@ -32,7 +40,9 @@ class KLTerm:
     reward_credit: RewardCredit = "return_to_go"
     weight_level: WeightChoice = "token"
     weight_mode: WeightMode = "truncate"
-    weight_cap: float | None = None
+    weight_cap: float | None = None  # of a token's weight; prefix and sequence weights are products of bounded ones
+    answer_cap: float | None = None  # of the geometric mean of an answer's weights: `answers_kept`
+    veto: float | None = None  # smallest weight of a token in an answer that counts
     value_cap: float | None = None
     direction: Direction = "reverse"
 
@@ -58,17 +68,28 @@ class KLTerm:
         return self.weighted and not (self.weight_level == "token" and self.estimator == "exact")
 
     @property
+    def reward_at_update(self) -> bool:
+        """Whether the KL in the reward is `credit_loss`, made of the present policy at every update.
+
+        Else it is `credit`, made once of the policy that sampled, and the policy gradient's own ratio weighs it.
+        """
+        return self.in_reward and self.weight_level in ("prefix", "sequence")
+
+    @property
     def gradient(self) -> Gradient:
         """Expected on-policy gradient (with direction "reverse")."""
         return expected_gradient(self.estimator, self.placement, self.reward_credit, self.weighted)
 
     def weights(self, logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Tensor | None:
-        """(B, T) importance weights on the KL loss, or None where `takes_weights` is False."""
-        if self.weight_level == "none" or not self.takes_weights:
+        """(B, T) what the KL loss is weighted by, bounded; None where it is weighted by nothing."""
+        if not (self.takes_weights or self._leaves_answers_out):
             return None
-        return importance_weights(
-            logps, sampler_logps, mask, level=self.weight_level, mode=self.weight_mode, cap=self.weight_cap
-        )
+        kept, bounded = self._corrected(logps, sampler_logps, mask)
+        if not self.takes_weights:
+            bounded = torch.ones_like(bounded)
+        # An exact KL belongs to the state: the weight of its own token would only add variance.
+        products = weight_products(bounded, mask, level=self._level, before=self.estimator == "exact")
+        return torch.where(kept, products, 0.0)
 
     def loss(
         self,
@@ -77,7 +98,6 @@ class KLTerm:
         mask: Tensor,
         *,
         sampler_logps: Tensor | None = None,
-        weights: Tensor | None = None,
         exact: Tensor | None = None,
     ) -> Tensor:
         """(B, T) KL loss in nats per token, 0 on masked positions.
@@ -86,17 +106,13 @@ class KLTerm:
             logps: (B, T) log-probs of the sampled tokens under the policy, with gradient.
             ref_logps: (B, T) the same under the reference.
             mask: (B, T) tokens that count.
-            sampler_logps: (B, T) the same under the policy that sampled; None on-policy.
-            weights: (B, T) untruncated importance weights at `weight_level`, where the caller has them already.
+            sampler_logps: (B, T) the same under the policy that sampled; None on-policy. NaN where it is not known.
             exact: (B, T) exact KL with gradient; needed by the estimator "exact" only.
 
         Raises:
             ValueError: the estimator is "exact" and `exact` is None.
         """
-        if weights is None:
-            weights = self.weights(logps, logps if sampler_logps is None else sampler_logps, mask)
-        else:
-            weights = bounded_weights(weights, mode=self.weight_mode, cap=self.weight_cap)
+        weights = self.weights(logps, logps if sampler_logps is None else sampler_logps, mask)
         if self.estimator != "exact":
             per_token = kl_loss(logps, ref_logps, estimator=self.estimator, weights=weights, value_cap=self.value_cap)
         elif exact is None:
@@ -106,6 +122,55 @@ class KLTerm:
             value = slope * exact if self.value_cap is None else (slope * exact).clamp(max=self.value_cap)
             per_token = value_with_slope(exact, value, slope)
         return torch.where(mask.bool(), per_token, 0.0)
+
+    def credit_loss(
+        self,
+        logps: Tensor,
+        ref_logps: Tensor,
+        mask: Tensor,
+        *,
+        sampler_logps: Tensor | None = None,
+        exact: Tensor | None = None,
+        baseline: Tensor | None = None,
+    ) -> Tensor:
+        r"""(B, T) the KL in the reward as a loss in nats, on the answers of any sampler; 0 on masked positions.
+
+        Value and gradient are those of a surrogate, w_t a_t and w_t a_t g_t, where a_t = c_t - W_{<t} b_t and c_t is
+        the credit of `kl_credit` with the weights of `weight_level`. `weight_cap` bounds them token by token; nothing
+        clips the surrogate. Without a cap its expectation is what the reward has on-policy.
+
+        Args:
+            logps, ref_logps, mask, sampler_logps, exact: as in `loss`. The values charged are those of `logps`.
+            baseline: (B, T) nats, b_t, no row of which depends on its own answer; None for 0.
+        """
+        kept, weights = self._corrected(logps, logps if sampler_logps is None else sampler_logps, mask)
+        values = self.penalty(logps, ref_logps, mask, exact=exact)
+        if self._level == "sequence":
+            own = weight_products(weights, mask, level="sequence")
+            slope = own * kl_credit(values, mask, credit=self.credit_kind)
+        else:
+            own = weight_products(weights, mask, level="prefix")
+            if self.credit_kind == "future" and self.estimator != "exact":
+                values = torch.where(weights == 0, 0.0, weights * values)
+            slope = weights * kl_credit(values, mask, credit=self.credit_kind, weights=weights)
+        if baseline is not None:
+            slope = slope - own * baseline
+        slope = torch.where(kept & mask.bool(), slope, 0.0)
+        return torch.where(mask.bool(), value_with_slope(logps, slope, slope), 0.0)
+
+    def _corrected(self, logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1) answers that count, and (B, T) the bounded weights pi/mu of their tokens."""
+        of_tokens = importance_weights(logps, sampler_logps, mask)
+        kept = answers_kept(of_tokens, mask, geometric_cap=self.answer_cap, veto=self.veto)
+        return kept, bounded_weights(of_tokens, mode=self.weight_mode, cap=self.weight_cap)
+
+    @property
+    def _level(self) -> WeightLevel:
+        return "token" if self.weight_level == "none" else self.weight_level
+
+    @property
+    def _leaves_answers_out(self) -> bool:
+        return self.answer_cap is not None or self.veto is not None
 
     @property
     def credit_kind(self) -> Credit:
@@ -122,6 +187,9 @@ class KLTerm:
         return fill_masked(exact.detach(), mask)
 
     def credit(self, logps: Tensor, ref_logps: Tensor, mask: Tensor, *, exact: Tensor | None = None) -> Tensor:
-        """(B, T) nats that each token is charged for in the reward; subtract `beta` times it from the advantage."""
+        """(B, T) nats that each token is charged for in the reward; subtract `beta` times it from the advantage.
+
+        Right on the policy's own answers: see `credit_loss` for those of another.
+        """
         penalty = self.penalty(logps, ref_logps, mask, exact=exact)
         return kl_credit(penalty, mask, credit=self.credit_kind)

@@ -124,26 +124,33 @@ def answers_mean(here: World, samples: Tensor, probs: Tensor) -> Tensor:
 def _samples(here: World, term: KLTerm, *, on_policy: bool, baseline: bool = True) -> Tensor:
     """(N, T, V) gradient of every answer's loss with respect to the logits at its own three states.
 
-    Off-policy, answers and the values of a KL in the reward are the sampler's, as where answers are used again after
-    the policy has moved; the policy gradient carries the token's ratio, as GRPO's and PPO's do.
+    Off-policy, answers are the sampler's, and so are the values of a KL in the reward, as where answers are used again
+    after the policy has moved (the policy gradient carries the token's ratio, as GRPO's and PPO's do) - except where
+    the credit is made at the update.
     """
     logits = here.policy[here.states].clone().requires_grad_()
     logps = logits.log_softmax(-1).gather(-1, here.actions[..., None]).squeeze(-1)
     ref_logps, mask = here.logps(here.ref), torch.ones_like(here.actions, dtype=torch.bool)
     sampler = here.policy if on_policy else here.sampler
     sampler_logps = here.logps(sampler)
+    ratio = importance_weights(logps, sampler_logps, mask, level="token")
     ref_logits = here.ref[here.states]
     objective = torch.zeros((), dtype=torch.float64)
     if term.in_loss:
         exact = exact_kl(logits, ref_logits, term.direction)
         objective = objective + term.loss(logps, ref_logps, mask, sampler_logps=sampler_logps, exact=exact).sum()
-    if term.in_reward:
+    if term.reward_at_update:
+        exact = exact_kl(logits, ref_logits, term.direction)
+        values = term.credit(logps, ref_logps, mask, exact=exact)
+        mean = (here.probs(sampler)[:, None] * values).sum(0) if baseline else None
+        given = {"sampler_logps": sampler_logps, "exact": exact, "baseline": mean}
+        objective = objective + term.credit_loss(logps, ref_logps, mask, **given).sum()
+    elif term.in_reward:
         exact = exact_kl(sampler[here.states], ref_logits, term.direction)
         penalty = term.penalty(sampler_logps, ref_logps, mask, exact=exact)
         credit = kl_credit(penalty, mask, credit=term.credit_kind)
         if baseline:
             credit = credit - (here.probs(sampler)[:, None] * credit).sum(0)
-        ratio = importance_weights(logps, sampler_logps, mask, level="token")
         objective = objective + (ratio * credit * logps).sum()
     (gradient,) = torch.autograd.grad(objective, logits)
     return gradient

@@ -273,7 +273,7 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
             policy.logps,
             inputs["ref_per_token_logps"],
             mask,
-            weights=weights,
+            sampler_logps=sampler_logps_of(policy.logps.detach(), inputs),
             exact=policy.exact,
         )
         kl_loss = self._aggregate(self._beta_of(inputs) * per_token_kl, mask, inputs)

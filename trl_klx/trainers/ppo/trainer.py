@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ...hub.papers import PAPERS
 from ...kl import fill_masked, importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
+from ...kl.importance import weight_products
 from ..exact.scored_head import Entropy, scored_heads
 from ..reference.resumed import ReferenceKeeper
 from ..seams import check_trl_version
@@ -266,8 +267,10 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         weights = None
         if part.ref_logps is not None and self.kl_in_loss:
             self.kl.reached.add(KL_IN_LOSS)
-            weights = self._kl_weights(scores.logps, part, is_first_use=is_first_use)
-            kl = self.kl_term.loss(scores.logps, part.ref_logps, part.mask, weights=weights, exact=scores.exact)
+            token_weights = importance_weights(scores.logps, part.sampler_logps, part.mask)
+            weights = self._kl_weights(token_weights, part, is_first_use=is_first_use)
+            given = {"sampler_logps": part.sampler_logps, "exact": scores.exact}
+            kl = self.kl_term.loss(scores.logps, part.ref_logps, part.mask, **given)
             self.guard.watch(KL, kl, part.mask)
             metrics["kl/loss"] = self.kl.coef_of(part.groups) * (experience.scale * kl)
             per_token = per_token + metrics["kl/loss"]
@@ -275,16 +278,14 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         used = None if weights is None else (weights, part.mask)
         return LossOutputs(masked_sum(per_token, part.mask), part.mask.sum(), sums, used)
 
-    def _kl_weights(self, policy_logps: Tensor, part: Rollout, *, is_first_use: bool) -> Tensor | None:
-        """(B, T) ratio of the policy to what sampled: itself before the updates, or the engine; None where the KL loss
-        takes none."""
+    def _kl_weights(self, token_weights: Tensor, part: Rollout, *, is_first_use: bool) -> Tensor | None:
+        """(B, T) unbounded weights of the policy over the one that sampled; None where the KL loss takes none."""
         level = self.kl_term.weight_level
         if level == "none" or not self.kl_term.takes_weights:
             return None
         if is_first_use and part.engine_logps is None:  # those of an engine were measured when it had sampled
-            of_tokens = importance_weights(policy_logps, part.sampler_logps, part.mask, level="token")
-            self.kl.weight_mean.add("train", of_tokens, part.mask, part.prompts)
-        return importance_weights(policy_logps, part.sampler_logps, part.mask, level=level)
+            self.kl.weight_mean.add("train", token_weights, part.mask, part.prompts)
+        return weight_products(token_weights, part.mask, level=level)
 
     def _optimizer_step(self, model: Any) -> None:
         """What transformers' loop does at the end of a step. (DeepSpeed's engine has stepped in the backward.)"""

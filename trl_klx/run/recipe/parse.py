@@ -4,7 +4,6 @@ Training stops at the first of these sentences, a dry run prints them all.
 """
 
 import dataclasses
-import difflib
 import os
 import re
 import warnings
@@ -15,12 +14,14 @@ from trl import ModelConfig
 
 from ...cli.words import CommandLine
 from ...config.check import settle
+from ...config.names import does_not_exist, with_new_names
 from ...config.options import KLArguments
 from ...config.types import convert, default_of, field_kinds, is_list
 from ...recipe_files import truth
 from ...trainers.checks.loading import loading_arguments
 from .arguments import BadInput, Recipe, RunArguments
 
+_COMMAND_LINE = "on the command line"
 _TRIES = 12
 _OURS = ("kl_", "gold_", "allow_biased", "use_bias_correction")  # how fields of this package begin
 
@@ -80,16 +81,21 @@ def _given_fields(line: CommandLine, known: dict[str, tuple], problems: list[str
         recipe = dict(line.recipe)
     except ValueError as error:
         raise BadInput(str(error)) from error
+    place = f"in {line.options['config'][0]}" if recipe else ""
+    recipe, wrong = with_new_names(recipe, known, place)
+    problems += wrong
     for name, value in recipe.items():
         if name not in known:
-            problems.append(f"in {line.options['config'][0]}, {_unknown_field(name, known)}")
+            problems.append(f"{place}, {does_not_exist(name, known)}")
         elif isinstance(value, dict) and dict not in known[name]:
             problems.append(f"{name} must be a plain value, not a mapping: recipes are flat.")
         else:
             given[name] = value
     for name, value in (given.pop("env", None) or {}).items():
         os.environ[str(name)] = str(value)
-    for option, words in line.options.items():
+    options, wrong = with_new_names(line.options, known, _COMMAND_LINE)
+    problems += wrong
+    for option, words in options.items():
         if option == "config":
             problems += [_stray(word) for word in words[1:]]
         else:
@@ -105,7 +111,7 @@ def _take_option(
     kinds = known.get(name, ())
     negated = name != option
     if name not in known or (negated and bool not in kinds):
-        problems.append(f"on the command line, {_unknown_field(option, known)}")
+        problems.append(f"{_COMMAND_LINE}, {does_not_exist(option, known)}")
         return
     takes_all = any(map(is_list, kinds)) and (str not in kinds or len(words) > 1)
     if negated or (not words and bool in kinds):
@@ -172,9 +178,3 @@ def _take_loading_arguments(args: Any, model: ModelConfig) -> None:
 
 def _stray(word: str) -> str:
     return f"{word!r} on the command line belongs to no field: write --field value."
-
-
-def _unknown_field(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else "remove it."
-    return f"the field {name!r} does not exist: {hint}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from ...config.check import check
+from ...config.names import config_with_old_names
 from ...config.options import KLArguments
 from ...config.rules import kl_rules
 from ...config.types import Choices
@@ -50,6 +51,7 @@ def _option(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
+@config_with_old_names
 @dataclass
 class KLXDPOConfig(KLArguments, DPOConfig):
     """`DPOConfig` plus the KL arguments. With its defaults loss and gradients equal TRL's own.

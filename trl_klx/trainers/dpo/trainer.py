@@ -17,6 +17,7 @@ from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import dpo_trainer
 
+from ...config.names import trainer_with_old_names
 from ..checks.inputs import check_inputs, check_kept, check_lengths
 from ..checks.rows import PAIRS
 from ..checks.start import check_start, config_for
@@ -38,6 +39,7 @@ from .probe import KLProbe, ProbeSteps, distinct_prompts
 check_trl_version()
 
 
+@trainer_with_old_names(KLXDPOConfig)
 class KLXDPOTrainer(Lifecycle, DPOTrainer):
     r"""`DPOTrainer` with an exact KL in the loss, a probe of the policy's own KL and controllers: see `KLXDPOConfig`.
 

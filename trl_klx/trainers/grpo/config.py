@@ -8,6 +8,7 @@ from functools import partial
 from trl import GRPOConfig
 
 from ...config.check import check
+from ...config.names import config_with_old_names
 from ...config.options import KLArguments
 from ...config.rules import kl_rules
 from ...config.types import Choices
@@ -29,6 +30,7 @@ _CHOICES: dict[str, tuple] = {
 }
 
 
+@config_with_old_names
 @dataclass
 class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
     """`GRPOConfig` plus the KL arguments. `beta` keeps TRL's name and is where a controller starts.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
+from ...config.names import trainer_with_old_names
 from ...kl import importance_weights, kl_estimate, leave_one_out_baseline
 from ...kl.estimators import SAMPLED_ESTIMATORS
 from ..checks.start import check_start, config_for
@@ -52,6 +53,7 @@ from .tape import Ask, Scoring, Tape
 check_trl_version()
 
 
+@trainer_with_old_names(KLXGRPOConfig)
 class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
     """`GRPOTrainer` whose KL to the reference you choose: see `KLXGRPOConfig` and the table in the README.
 

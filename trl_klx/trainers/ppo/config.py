@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from ...config.check import check
+from ...config.names import config_with_old_names
 from ...config.options import KLArguments
 from ...config.rules import kl_rules
 from ...config.types import Choices
@@ -18,6 +19,7 @@ from ..shared.vllm_options import VLLM_CHOICES
 from .fields import PPOArguments
 
 
+@config_with_old_names
 @dataclass
 class KLXPPOConfig(KLArguments, GoldArguments, PPOArguments):
     """PPO's options plus the KL arguments. `kl_coef` keeps TRL's name and is where a controller starts.

@@ -20,6 +20,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from ...config.names import trainer_with_old_names
 from ...hub.papers import PAPERS
 from ...kl import fill_masked, importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
 from ...kl.importance import weight_products
@@ -42,6 +43,7 @@ from .sampler import PPOSampler
 check_trl_version()
 
 
+@trainer_with_old_names(KLXPPOConfig)
 class KLXPPOTrainer(Lifecycle, PPOLoop):
     r"""PPO whose KL to the reference you choose: see `KLXPPOConfig` and the table in the README.
 

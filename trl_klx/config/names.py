@@ -36,13 +36,13 @@ RENAMED_ARGUMENTS = {"tokenizer": "processing_class", "config": "args", "policy"
 _LENGTHS = "GRPO bounds answers by max_completion_length, PPO by response_length; DPO cuts pairs at max_length."
 _BY_ENV = "set the environment variable {} (a recipe's `env` can)."
 _ONLY_OF_A_SERVER = "start the vLLM server with it (`trl vllm-serve --{}`) and remove it here."
-_ONE_DATASET = "give one dataset as dataset_name; mix several beforehand."
+_MIXTURE = "write datasets: a list of path, split, columns and fraction, as in TRL."
 # No other name has the same meaning; what to do instead.
 REMEDIES = {
     "beta": "PPO calls the weight of its KL kl_coef.",
     "chat_template": "the tokenizer's own is used: save the model's tokenizer with the template that you want.",
-    "dataset_mixer": _ONE_DATASET,
-    "dataset_mixture": _ONE_DATASET,
+    "dataset_mixer": _MIXTURE,
+    "dataset_mixture": _MIXTURE,
     "dataset_prompt_column": "the column must be named prompt: rename it in the data, or by dataset_prepare.",
     "dataset_splits": "give dataset_train_split and dataset_test_split.",
     "dispatch_batches": "put it into accelerator_config.",

@@ -40,6 +40,7 @@ RANGES = {
     "(0, 1]": "kl_gain_min top_p vllm_gpu_memory_utilization",
     "[0, 1)": "adam_beta1 adam_beta2 lora_dropout label_smoothing_factor",
     "[0, 1]": "min_p ld_alpha top_entropy_quantile ref_model_mixup_alpha gamma lam",
+    "(0, 1)": "test_split_size",
     "[0, 0.5]": "label_smoothing",
     "[1, inf)": "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"
     " num_generations_eval max_completion_length generation_batch_size steps_per_generation num_iterations lora_r"
@@ -168,8 +169,10 @@ def _taken_as(name: str, given: Any, kinds: tuple) -> Any:
             if isinstance(given, (list, tuple)):
                 with suppress(ValueError):
                     return [_taken_as(name, item, get_args(kind) or (str,)) for item in given]
-            if isinstance(given, str) and given and str not in kinds:
+            if isinstance(given, str) and given and str not in kinds and dict not in get_args(kind):
                 return given if name in _TEXT_OR_LIST else [_taken_as(name, given, get_args(kind))]
+        elif kind is dict and isinstance(given, dict):
+            return given
         elif kind is bool and (value := truth(given)) is not None:
             return value
         elif kind in (int, float) and (number := _number(given, kind)) is not None:
@@ -193,7 +196,7 @@ def _number(given: Any, kind: type) -> int | float | None:
 
 def _misfit(name: str, given: Any, kinds: tuple) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
-    plurals = {float: "finite numbers", str: "texts"}
+    plurals = {float: "finite numbers", str: "texts", dict: "mappings"}
     lists = [f"a list of {plurals.get((get_args(kind) or (str,))[0], 'values')}" for kind in kinds if is_list(kind)]
     wanted = " or ".join([*(names[kind] for kind in kinds if kind in names), *lists]) or "a value that it can hold"
     remedy = ": give it a value, or remove the field" if given is None else ""

@@ -119,6 +119,7 @@ def _tags(kl: RecordedKL, known: tuple[str, ...], is_adapter: bool) -> list[str]
 def _facts(folder: Path, settings: Settings, kl: RecordedKL, known: Known) -> dict[str, Any]:
     history = read_history(folder / HISTORY_FILE)
     base = settings.get("model_name_or_path")
+    data = _as_list(settings.get("dataset_name")) or [entry.get("path") for entry in settings.get("datasets") or []]
     versions = read_versions(folder / VERSIONS_FILE)
     rewards = [*_as_list(settings.get("reward_funcs") or None), *_as_list(settings.get("reward_model_path") or None)]
     return {
@@ -127,7 +128,7 @@ def _facts(folder: Path, settings: Settings, kl: RecordedKL, known: Known) -> di
         "base_model": known.base_model,
         "base_text": _model_text(base, known.base_model),
         "base_folder": Path(base).name if base else "the base model",
-        "data_text": _data_text(settings.get("dataset_name"), known.datasets),
+        "data_text": _data_text(data, known.datasets),
         "reward_names": [f"`{without_path(name)}`" for name in rewards],
         "badges": known.badges,
         "kl": kl,
@@ -139,7 +140,7 @@ def _facts(folder: Path, settings: Settings, kl: RecordedKL, known: Known) -> di
         "watched": kl.kl_health,
         "pictures": [path.name for path in sorted(folder.glob("*.png"))],
         "recipe": as_yaml(public_settings(settings)).rstrip(),
-        "from_recipe": bool(settings.get("dataset_name")),
+        "from_recipe": bool(data),
         "versions": {_FRAMEWORKS[name]: versions[name] for name in _FRAMEWORKS if name in versions},
     }
 
@@ -150,11 +151,14 @@ def _model_text(name: str | None, on_the_hub: str | None) -> str:
     return f"`{Path(name).name}`, a local model that is not on the Hub" if name else "a model given in memory"
 
 
-def _data_text(name: str | None, on_the_hub: tuple[str, ...]) -> str:
+def _data_text(names: list[str], on_the_hub: tuple[str, ...]) -> str:
     if on_the_hub:
         links = [f"[{name}](https://huggingface.co/datasets/{name})" for name in on_the_hub]
-        return f"the {', '.join(links)} dataset"
-    return f"`{Path(name).name}`, a local dataset" if name else "a dataset given in memory"
+        local = len(names) > len(on_the_hub)
+        return f"the {', '.join(links)} dataset{'s' * (len(links) > 1)}{' and local ones' * local}"
+    local_ones = ", ".join(f"`{Path(name).name}`" for name in names)
+    kind = "local datasets" if len(names) > 1 else "a local dataset"
+    return f"{local_ones}, {kind}" if names else "a dataset given in memory"
 
 
 def _reference(settings: Settings) -> str:

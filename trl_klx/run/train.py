@@ -142,8 +142,7 @@ def _train(trainer: Any, recipe: Recipe) -> None:
         if trainer.overoptimisation is not None:
             print(trainer.overoptimisation.summary())
     # Last, because the card shows the pictures and the push takes them along.
-    dataset_name = str(recipe.run.dataset_name)
-    on_the_hub = None if Path(dataset_name).exists() else dataset_name
+    on_the_hub = [name for name in recipe.run.dataset_names if not Path(name).exists()] or None
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=on_the_hub)
     else:

@@ -27,7 +27,7 @@ def unreachable(recipe: Recipe) -> str | None:
     It is asked once: the Hub's own client tries each missing file for minutes.
     """
     run, args, model = recipe
-    paths = [run.dataset_name, model.model_name_or_path]
+    paths = [*run.dataset_names, model.model_name_or_path]
     paths += [getattr(args, option, None) for option in CLASSIFIERS]
     names = [path for path in paths if path and not path.startswith((".", "/", "runs/")) and not Path(path).exists()]
     if not names or constants.is_offline_mode():

@@ -1,7 +1,6 @@
 """How configuration, layout, models and data fit together."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from datasets import IterableDataset
 
@@ -21,7 +20,7 @@ def rows_of_training(inputs: Inputs, recipe: Recipe, found: Findings) -> int | N
     """Rows of the training split, where that is known."""
     train, split = inputs.train_dataset, recipe.run.dataset_train_split
     if isinstance(train, IterableDataset):
-        return found.ask(count_rows, train, split, is_local=Path(str(recipe.run.dataset_name)).exists())
+        return found.ask(count_rows, train, split, is_local=recipe.run.data_is_local)
     return len(train)
 
 

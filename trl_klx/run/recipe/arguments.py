@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from trl import ModelConfig, ScriptArguments
@@ -21,6 +22,17 @@ class RunArguments(ScriptArguments):
             "help": "Reward functions, as module.function or path/to/file.py:function, for example "
             "trl_klx.rewards.exact_match."
         },
+    )
+    datasets: list[dict] | None = field(
+        default=None,
+        metadata={
+            "help": "A mixture in place of dataset_name, as in TRL (YAML only): a list of path (a file, a folder or a "
+            "dataset on the Hub), name, data_dir, data_files, split, columns and fraction."
+        },
+    )
+    streaming: bool = field(default=False, metadata={"help": "Whether the datasets of a mixture are read as streams."})
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Share of a mixture's rows, between 0 and 1, that makes the split test."}
     )
     gold_reward_func: str | None = field(
         default=None,
@@ -50,6 +62,18 @@ class RunArguments(ScriptArguments):
     def __post_init__(self) -> None:
         if isinstance(self.reward_funcs, str):  # YAML with one name and no brackets
             self.reward_funcs = [self.reward_funcs]
+
+    @property
+    def dataset_names(self) -> list[str]:
+        """The datasets that are named, alone or in a mixture."""
+        if self.datasets is not None:
+            return [str(entry.get("path")) for entry in self.datasets]
+        return [] if self.dataset_name is None else [self.dataset_name]
+
+    @property
+    def data_is_local(self) -> bool:
+        """Whether all data that is named lies on this machine."""
+        return all(Path(name).exists() for name in self.dataset_names)
 
 
 class Recipe(NamedTuple):

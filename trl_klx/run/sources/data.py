@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 
 from ...recipe_files import shipped_recipe
 from ...trainers.rewarding.calls import raised
 from ...wording import first_line
 from ..recipe.arguments import BadInput, RunArguments
+from .named_data import FORMATS, load_named
 from .users_code import UsersError, load_function
 
 
@@ -25,25 +26,32 @@ def maker(path: str) -> str | None:
     return folder and f"python {shipped_recipe(f'recipes/{folder}/prepare.py')}"
 
 
-def open_dataset(args: RunArguments, *, streaming: bool) -> DatasetDict:
-    """The dataset that the recipe names, all its splits, each row prepared.
+def open_dataset(args: RunArguments, *, streaming: bool, seed: int) -> DatasetDict:
+    """The dataset that the recipe names, all its splits, each row prepared; `seed` is that of the run.
 
     Raises:
         BadInput: there is none, or a row cannot be read or prepared, with the reason.
     """
-    name = args.dataset_name
-    if name is None:
-        raise BadInput("dataset_name is missing: give a folder with train.jsonl, or the name of a dataset on the Hub.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dataset = load_dataset(name, name=args.dataset_config, streaming=streaming)
+            dataset = load_named(args, streaming=streaming, seed=seed)
+    except BadInput:
+        raise
     except Exception as error:  # `datasets` raises a different class for every way a path can be wrong
-        looks_local = str(name).startswith(("/", ".", "runs/")) and not Path(name).exists()
-        reason = "there is no such folder" if looks_local else why_unreadable(name, error)
+        names = args.dataset_names
+        option = "dataset_name" if args.datasets is None else "datasets with path"
+        missing = [name for name in names if name.startswith(("/", ".", "runs/")) and not Path(name).exists()]
+        name = (missing or names)[0]
+        reason = f"there is no such {_kind_of(name)}" if missing else why_unreadable(names, error)
         hint = f"; run `{maker(name)}` first" if maker(name) else ""
-        raise BadInput(f"dataset_name={name!r} cannot be loaded ({reason}){hint}.") from error
+        which = name if missing or len(names) == 1 else ", ".join(names)
+        raise BadInput(f"{option}={which!r} cannot be loaded ({reason}){hint}.") from error
     return prepare_rows(dataset, args.dataset_prepare)
+
+
+def _kind_of(path: str) -> str:
+    return "file" if Path(path).suffix in FORMATS else "folder"
 
 
 def wanted_splits(dataset: DatasetDict, args: RunArguments, *, needs_test: bool) -> dict[str, Any]:
@@ -53,10 +61,19 @@ def wanted_splits(dataset: DatasetDict, args: RunArguments, *, needs_test: bool)
         wanted["dataset_test_split"] = args.dataset_test_split
     for option, split in wanted.items():
         if split not in dataset:
-            raise BadInput(
-                f"{option}={split!r} is not in {args.dataset_name}, which has {', '.join(dataset)}: name one of these."
-            )
+            raise BadInput(f"{option}={split!r} is not in {', '.join(args.dataset_names)}, {_splits(dataset, args)}.")
     return {option: dataset[split] for option, split in wanted.items()}
+
+
+def _splits(dataset: DatasetDict, args: RunArguments) -> str:
+    """Which splits there are, and how to get others."""
+    if args.datasets is not None and args.test_split_size is None:
+        return "a mixture, which has train alone: set test_split_size, or eval_strategy to no"
+    path = Path(str(args.dataset_name))
+    if path.is_file():
+        two = f"train{path.suffix} and test{path.suffix}"
+        return f"a file, which has train alone: name a folder with {two}, or set eval_strategy to no"
+    return f"which has {', '.join(dataset)}: name one of these"
 
 
 def prepare_rows(dataset: DatasetDict, name: str | None) -> DatasetDict:
@@ -119,11 +136,11 @@ def _prepared(function: Callable, row: Mapping[str, Any], place: str, name: str)
     return result
 
 
-def why_unreadable(name: str, error: BaseException) -> str:
-    """The reason why a dataset cannot be loaded: the line of a local file where it is one, else the last line of the
+def why_unreadable(names: list[str], error: BaseException) -> str:
+    """The reason why datasets cannot be loaded: the line of a local file where it is one, else the last line of the
     error."""
     kinds: dict[str, tuple[str, str]] = {}  # of each column, and where it was first seen
-    for file in _json_files(Path(name)):
+    for file in (file for name in names for file in _json_files(Path(name))):
         reason = _wrong_line(file, kinds)
         if reason is not None:
             return reason

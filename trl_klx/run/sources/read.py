@@ -1,7 +1,6 @@
 """Everything that a recipe names, read and checked: a run stops at the first problem, a dry run collects all."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from trl.trainer.utils import get_callable_name
@@ -59,7 +58,8 @@ def read_inputs(
     for problem in setting_problems(recipe):
         found.add(problem)
     rewards, gold = _rewards(algorithm, recipe, found)
-    dataset = found.ask(open_dataset, run, streaming=run.dataset_streaming or (streaming and not _is_local(recipe)))
+    as_stream = run.dataset_streaming or (streaming and not run.data_is_local)
+    dataset = found.ask(open_dataset, run, streaming=as_stream, seed=args.seed)
     needs_test = bool(getattr(args, "kl_probe_steps", None)) or args.eval_strategy != "no" or bool(args.eval_on_start)
     splits = None if dataset is None else found.ask(wanted_splits, dataset, run, needs_test=needs_test)
     config, models = named_models(recipe, found)
@@ -80,10 +80,6 @@ def read_inputs(
         for reward in tried:
             _try(reward, split, args, found)
     return Inputs(splits["dataset_train_split"], splits.get("dataset_test_split"), rewards, gold), models
-
-
-def _is_local(recipe: Recipe) -> bool:
-    return recipe.run.dataset_name is not None and Path(recipe.run.dataset_name).exists()
 
 
 def _all_problems(algorithm: Algorithm, name: str, split: Any, readers: list[Callable]) -> list[str]:

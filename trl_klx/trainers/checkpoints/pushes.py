@@ -49,7 +49,7 @@ class Pushes(Part):
     def keeps(self) -> set[Path]:
         return {folder for folder, job in self._running if not job.done()}
 
-    def write_card(self, model_name: str, dataset_name: str | None) -> None:
+    def write_card(self, model_name: str, dataset_name: str | list[str] | None) -> None:
         """Write the card into output_dir, in place of TRL's, of which it reads trackers, tags and base model."""
         trainer = self._trainer
         folder, settings = Path(trainer.args.output_dir), trainer.recipe
@@ -59,7 +59,7 @@ class Pushes(Part):
         is_adapter = is_peft_model(trainer._saved_model)
         write_card(folder, settings, model_name=model_name, repo_id=trainer.hub_model_id, is_adapter=is_adapter)
 
-    def _settings_in_python(self, dataset_name: str | None) -> Settings:
+    def _settings_in_python(self, dataset_name: str | list[str] | None) -> Settings:
         """What a recipe would contain, for a trainer that was made without one."""
         trainer = self._trainer
         settings = plain_settings(trainer.args if trainer.given_args is None else trainer.given_args)

@@ -285,7 +285,10 @@ class Lifecycle(Trainer):
         self.hub_model_id = agreed_repo(self.args, token, private, is_main=self.is_world_process_zero())
 
     def create_model_card(  # type: ignore[override]  # transformers' has other arguments than TRL's
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
     ) -> None:
         """Write the card into output_dir; `model_name` is its title, or else the name of the repository or folder."""
         model_name = model_name or Path(self.hub_model_id or Path(self.args.output_dir).absolute()).name

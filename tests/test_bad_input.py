@@ -85,7 +85,7 @@ BAD_RECIPES = [
     ({"dataset_name": "INPUTS/no_answer"}, "'exact_match' needs a column 'answer'"),
     ({"dataset_name": "INPUTS/data_no_test"}, "dataset_test_split='test' is not in"),
     ({"dataset_train_split": "training"}, "dataset_train_split='training' is not in"),
-    ({"reward_funcs": None}, "reward_funcs is missing"),
+    ({"reward_funcs": None}, "reward_funcs and reward_model_name_or_path are both missing"),
     ({"reward_funcs": ["trl_klx.rewards.exact_mach"]}, "reward_funcs='trl_klx.rewards.exact_mach' cannot be imported"),
     ({"reward_funcs": ["nowhere.reward"]}, "cannot be imported"),
     ({"reward_funcs": ["reward"]}, "is not a function: give module.function or path/to/file.py:function"),

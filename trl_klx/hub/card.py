@@ -121,7 +121,8 @@ def _facts(folder: Path, settings: Settings, kl: RecordedKL, known: Known) -> di
     base = settings.get("model_name_or_path")
     data = _as_list(settings.get("dataset_name")) or [entry.get("path") for entry in settings.get("datasets") or []]
     versions = read_versions(folder / VERSIONS_FILE)
-    rewards = [*_as_list(settings.get("reward_funcs") or None), *_as_list(settings.get("reward_model_path") or None)]
+    options = ("reward_model_name_or_path", "reward_funcs", "reward_model_path")
+    rewards = [name for option in options for name in _as_list(settings.get(option) or None)]
     return {
         "algorithm": kl.algorithm,
         "paper": PAPERS[kl.algorithm],

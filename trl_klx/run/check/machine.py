@@ -14,7 +14,7 @@ from huggingface_hub import constants, get_token
 from ...trainers.checkpoints.whole import whole_checkpoints
 from ...trainers.checks.packages import DEEPSPEED
 from ..recipe.arguments import Recipe
-from ..sources.named_models import CLASSIFIERS
+from ..sources.named_models import classifier_paths
 from .layout import Layout
 from .memory import Models, optimizer_bytes
 
@@ -26,9 +26,7 @@ def unreachable(recipe: Recipe) -> str | None:
 
     It is asked once: the Hub's own client tries each missing file for minutes.
     """
-    run, args, model = recipe
-    paths = [*run.dataset_names, model.model_name_or_path]
-    paths += [getattr(args, option, None) for option in CLASSIFIERS]
+    paths = [*recipe.run.dataset_names, recipe.model.model_name_or_path, *classifier_paths(recipe).values()]
     names = [path for path in paths if path and not path.startswith((".", "/", "runs/")) and not Path(path).exists()]
     if not names or constants.is_offline_mode():
         return None

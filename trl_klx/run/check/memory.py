@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from ...kl.chunked.checks import default_chunk_size
 from ..recipe.algorithm import Algorithm, Shape
 from ..recipe.arguments import Recipe
-from ..sources.named_models import NamedModels, Weights, classifier_on_meta
+from ..sources.named_models import REWARDS, NamedModels, Weights, classifier_on_meta
 from .layout import Layout
 
 EXACT, FORMULA, ESTIMATE = "exact", "formula", "estimate, not compared"
@@ -50,7 +50,7 @@ def count_models(algorithm: Algorithm, recipe: Recipe, named: NamedModels) -> Mo
         value = Weights.of(classifier_on_meta(named.config, named.dtype))
     frozen = named.base._replace(trainable=0, trainable_bytes=0, trainable_tensors=0)
     reference = frozen if algorithm.loads_reference(recipe.args) and not recipe.model.use_peft else None
-    reward = named.classifiers.get("reward_model_path")
+    reward = next((named.classifiers[option] for option in REWARDS if option in named.classifiers), None)
     return Models(named.config, named.policy, named.base, reference, value, reward, named.adapts_head)
 
 

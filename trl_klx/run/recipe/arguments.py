@@ -20,8 +20,12 @@ class RunArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "Reward functions, as module.function or path/to/file.py:function, for example "
-            "trl_klx.rewards.exact_match."
+            "trl_klx.rewards.exact_match; or TRL's own by name: accuracy_reward, reasoning_accuracy_reward, "
+            "think_format_reward, get_soft_overlong_punishment (of 1280 tokens, from 1024 on)."
         },
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reward model with one output, before reward_funcs. PPO: reward_model_path."}
     )
     datasets: list[dict] | None = field(
         default=None,

@@ -36,9 +36,9 @@ class _GRPO(Algorithm):
     def build(self, recipe: Recipe, inputs: Inputs) -> Any:
         from ...trainers.grpo.trainer import KLXGRPOTrainer
 
-        return KLXGRPOTrainer(
-            reward_funcs=inputs.rewards, gold_reward_func=inputs.gold, **trainer_arguments(recipe, inputs)
-        )
+        model = recipe.run.reward_model_name_or_path
+        rewards = [*([] if model is None else [model]), *inputs.rewards]  # in the order of TRL's script
+        return KLXGRPOTrainer(reward_funcs=rewards, gold_reward_func=inputs.gold, **trainer_arguments(recipe, inputs))
 
     def shape(self, args: Any) -> Shape:
         rows, answer = args.per_device_train_batch_size, args.max_completion_length

@@ -14,7 +14,7 @@ from trl import ModelConfig
 
 from ...cli.words import CommandLine
 from ...config.check import settle
-from ...config.names import does_not_exist, with_new_names
+from ...config.names import RENAMED, does_not_exist, with_new_names
 from ...config.options import KLArguments
 from ...config.types import convert, default_of, field_kinds, is_list
 from ...recipe_files import truth
@@ -70,6 +70,7 @@ def known_fields(config: type) -> dict[str, tuple]:
     parts = (RunArguments, config, ModelConfig)
     kinds = {name: kind for part in parts for name, kind in field_kinds(part).items()}
     names = {f.name for part in parts for f in dataclasses.fields(part) if f.init}
+    names -= {name for name, other in RENAMED.items() if other in names}  # of PPO's two for a reward model, one
     return {name: kinds[name] for name in sorted(names)} | {"env": (dict,)}
 
 

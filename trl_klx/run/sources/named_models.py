@@ -22,7 +22,8 @@ from ..recipe.arguments import BadInput, Findings, Recipe
 from .data import maker
 from .weights import weight_problems
 
-POLICY, CLASSIFIERS = "model_name_or_path", ("reward_model_path", "value_model_path")
+POLICY, REWARDS = "model_name_or_path", ("reward_model_path", "reward_model_name_or_path")
+CLASSIFIERS = (*REWARDS, "value_model_path")
 # What `from_pretrained` takes beside its named parameters and the fields of the model's config (transformers 5.23).
 _LOADING = (
     *("adapter_kwargs", "adapter_name", "allow_all_kernels", "attn_implementation", "code_revision", "device_map"),
@@ -76,8 +77,7 @@ def named_models(recipe: Recipe, found: Findings) -> tuple[PreTrainedConfig | No
         The policy's config, and what the models consist of; None for what cannot be read or built.
     """
     args, model = recipe.args, recipe.model
-    others = {option: getattr(args, option, None) for option in CLASSIFIERS}
-    paths = {POLICY: model.model_name_or_path, **{option: path for option, path in others.items() if path is not None}}
+    paths: dict[str, Any] = {POLICY: model.model_name_or_path, **classifier_paths(recipe)}
     configs = {
         option: found.ask(read_config, path, option, recipe, model.model_revision if option == POLICY else None)
         for option, path in paths.items()
@@ -105,6 +105,12 @@ def named_models(recipe: Recipe, found: Findings) -> tuple[PreTrainedConfig | No
     return configs[POLICY], counted
 
 
+def classifier_paths(recipe: Recipe) -> dict[str, str]:
+    """The reward and value models that a recipe names, by option."""
+    given = {**vars(recipe.run), **vars(recipe.args)}
+    return {option: given[option] for option in CLASSIFIERS if given.get(option) is not None}
+
+
 def _count(
     policy: nn.Module, others: Mapping[str, nn.Module], config: PreTrainedConfig, dtype: torch.dtype, recipe: Recipe
 ) -> NamedModels:
@@ -120,9 +126,7 @@ def _count(
         if quantized:
             whole = whole._replace(bytes=base.bytes + whole.trainable_bytes)
         adapts_head = any("lm_head" in name and p.requires_grad for name, p in adapted.named_parameters())
-    classifiers = {
-        option: Weights.of(module, frozen=option == "reward_model_path") for option, module in others.items()
-    }
+    classifiers = {option: Weights.of(module, frozen=option in REWARDS) for option, module in others.items()}
     return NamedModels(config, dtype, whole, base, adapts_head, classifiers)
 
 

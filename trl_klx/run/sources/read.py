@@ -9,18 +9,17 @@ from ...trainers.checkpoints.run_lock import check_not_in_use, folder_problem
 from ...trainers.checks.inputs import split_problems
 from ...trainers.checks.lengths import length_problems
 from ...trainers.checks.packages import missing_packages
-from ...trainers.checks.rewards import check_weights
 from ...trainers.checks.rows import rows_of
 from ...trainers.checks.start import load_tokenizer
 from ...trainers.errors import FolderError
-from ...trainers.rewarding.gold import check_gold_reward
 from ...wording import first_line
 from ..recipe.algorithm import Algorithm, Inputs
 from ..recipe.arguments import BadInput, Findings, Recipe
 from .data import open_dataset, wanted_splits
 from .named_models import NamedModels, named_models, trusts_code
+from .named_rewards import named_rewards, reads_messages
 from .tried_settings import setting_problems
-from .users_code import load_function, try_reward
+from .users_code import try_reward
 
 
 def start_problems(recipe: Recipe) -> Iterator[str]:
@@ -57,7 +56,7 @@ def read_inputs(
     run, args, _ = recipe
     for problem in setting_problems(recipe):
         found.add(problem)
-    rewards, gold = _rewards(algorithm, recipe, found)
+    rewards, gold = named_rewards(algorithm, recipe, found)
     as_stream = run.dataset_streaming or (streaming and not run.data_is_local)
     dataset = found.ask(open_dataset, run, streaming=as_stream, seed=args.seed)
     needs_test = bool(getattr(args, "kl_probe_steps", None)) or args.eval_strategy != "no" or bool(args.eval_on_start)
@@ -98,7 +97,14 @@ def _all_problems(algorithm: Algorithm, name: str, split: Any, readers: list[Cal
 def _try(reward: Callable, split: Any, args: Any, found: Findings) -> None:
     answers = getattr(args, "num_generations", 2)  # GRPO's
     max_steps = args.max_steps if args.max_steps > 0 else 1000
-    found.ask(try_reward, reward, get_callable_name(reward), next(rows_of(split)), answers, max_steps)
+    name, row = get_callable_name(reward), next(rows_of(split))
+    if reads_messages(reward) and isinstance(row.get("prompt"), str):
+        found.add(
+            f"the reward {name} of TRL reads messages, and the prompts are text: make each a list of messages, or give "
+            "a reward function of your own."
+        )
+        return
+    found.ask(try_reward, reward, name, row, answers, max_steps)
 
 
 def _tokenizer(recipe: Recipe) -> Any:
@@ -108,35 +114,3 @@ def _tokenizer(recipe: Recipe) -> Any:
         return None
     where: dict[str, Any] = {"revision": model.model_revision, "trust_remote_code": trusts_code(recipe)}
     return load_tokenizer(path, f"model_name_or_path={path!r}", **where)
-
-
-def _rewards(algorithm: Algorithm, recipe: Recipe, found: Findings) -> tuple[list[Callable], Callable | None]:
-    """The reward functions and the gold reward function, as far as they can be imported."""
-    run, args, _ = recipe
-    if algorithm.rows.is_pairs:
-        if run.reward_funcs:
-            found.add(
-                f"reward_funcs={run.reward_funcs!r} has no effect in DPO, which learns from the columns chosen and "
-                "rejected: remove it."
-            )
-        if run.gold_reward_func:
-            found.add(
-                f"gold_reward_func={run.gold_reward_func!r} is not followed in DPO, which samples no answers in "
-                "evaluation: remove it, or use GRPO or PPO."
-            )
-        return [], None
-    names = run.reward_funcs or []
-    takes_model = hasattr(args, "reward_model_path")
-    has_model = takes_model and args.reward_model_path is not None
-    if not names and not has_model:
-        missing = "reward_funcs and reward_model_path are both missing" if takes_model else "reward_funcs is missing"
-        found.add(
-            f"there is no reward, {missing}: give reward functions as dotted paths, for example "
-            "trl_klx.rewards.exact_match" + ", or the path of a reward model" * takes_model + "."
-        )
-    elif args.reward_weights is not None:
-        found.ask(check_weights, args.reward_weights, len(names) + has_model)
-    imported = [found.ask(load_function, name, "reward_funcs") for name in names]
-    gold = found.ask(load_function, run.gold_reward_func, "gold_reward_func") if run.gold_reward_func else None
-    found.ask(check_gold_reward, args, gold)
-    return [reward for reward in imported if reward is not None], gold

@@ -32,6 +32,7 @@ def _is_there(module: str) -> bool:
 
 BITSANDBYTES = Package("bitsandbytes", ("bitsandbytes",))
 DEEPSPEED = Package("'trl_klx[deepspeed]'", ("deepspeed",))
+MATH_VERIFY = Package("math-verify", ("math_verify",))
 _KERNELS = Package("kernels", ("kernels",))
 _FLASH = Package("flash-attn --no-build-isolation", ("flash_attn", "kernels"))  # kernels fetches it from the Hub
 _LIGER = Package("liger-kernel", ("liger_kernel",))

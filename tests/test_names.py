@@ -87,8 +87,8 @@ REFUSED = [
     (KLXDPOConfig, {"overwrite_output_dir": True}, "transformers has removed it"),
     (KLXDPOConfig, {"wandb_project": "x"}, "the environment variable WANDB_PROJECT"),
     (KLXDPOConfig, {"warmup_ratio": 1.0}, "below 1 a share of the run"),
-    (KLXDPOConfig, {"evaluation_strategy": "no", "eval_strategy": "no"}, "the same option: remove evaluation_strategy"),
-    (KLXDPOConfig, {"use_liger": True, "use_liger_loss": True}, "the same option: remove use_liger_loss"),
+    (KLXDPOConfig, {"evaluation_strategy": "no", "eval_strategy": "steps"}, "give what you mean as eval_strategy."),
+    (KLXDPOConfig, {"use_liger": True, "use_liger_loss": False}, "give what you mean as use_liger_kernel."),
     (KLXDPOConfig, {"kl_estimater": "exact"}, "did you mean 'kl_estimator'?"),
 ]
 
@@ -123,7 +123,7 @@ def test_a_config_in_python_takes_synonyms(tmp_path: Path) -> None:
         (KLXDPOTrainer, {"max_prompt_length": 1}, "the argument 'max_prompt_length' does not exist: nothing cuts"),
         (KLXGRPOTrainer, {"nonsense": 1}, "the argument 'nonsense' does not exist: remove it."),
         (KLXPPOTrainer, {"kl_coef": 0.1}, "pass args=KLXPPOConfig(kl_coef=...)."),
-        (KLXPPOTrainer, {"tokenizer": 1, "processing_class": 1}, "the same option: remove tokenizer"),
+        (KLXPPOTrainer, {"tokenizer": 1, "processing_class": 2}, "give what you mean as processing_class."),
     ],
     ids=str,
 )
@@ -170,6 +170,17 @@ def test_a_name_that_is_not_near_is_not_suggested(config: type, name: str, harmf
     assert "did you mean" not in does_not_exist(name, KNOWN[config]), harmful
 
 
-@pytest.mark.parametrize("name", ["learning_rates", "lr_schedular_type", "num_generation", "eval_step", "reward_func"])
+@pytest.mark.parametrize("name", ["learning_rates", "lr_schedular_type", "num_generation", "eval_step", "max_st"])
 def test_a_slip_of_the_fingers_is_understood(name: str) -> None:
     assert "did you mean" in does_not_exist(name, KNOWN[KLXGRPOConfig])
+
+
+@pytest.mark.parametrize("policy", [{}, {"model_name_or_path": "runs/sft"}])
+def test_the_policy_of_a_ppo_recipe_may_be_its_sft_model(tmp_path: Path, policy: dict[str, str]) -> None:
+    with pytest.warns(UserWarning, match="sft_model_path is taken as model_name_or_path"):
+        result = parsed(KLXPPOConfig, tmp_path, {**ON_CPU, **policy, "sft_model_path": "runs/sft"})
+    assert result.whole().model.model_name_or_path == "runs/sft"
+    other = {"model_name_or_path": "runs/base", "sft_model_path": "runs/sft"}
+    (problem,) = parsed(KLXPPOConfig, tmp_path, {**ON_CPU, **other}).problems
+    assert "give what you mean as model_name_or_path" in problem
+    assert KLXPPOConfig(output_dir=str(tmp_path), **ON_CPU, sft_model_path="x").sft_model_path == "x"  # type: ignore

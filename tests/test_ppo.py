@@ -802,7 +802,6 @@ def test_a_value_model_by_path_starts_at_zero_and_a_reward_model_needs_a_head(tm
         ({"total_episodes": 64}, "total_episodes=64 and max_steps=1 both give"),
         ({"stop_token": "end"}, "stop_token='end' does not exist"),
         ({"stop_token": None, "missing_eos_penalty": 1.0}, "missing_eos_penalty=1.0 needs an answer's end"),
-        ({"sft_model_path": "x"}, "sft_model_path='x' is not read"),
         ({"kl_coef": -0.1}, "kl_coef=-0.1 must be zero or more"),
         ({"kl_estimator": "k3"}, "kl_estimator='k3' with kl_placement='reward'"),
         ({"kl_estimator": "k1", "kl_placement": "loss", "kl_importance_sampling": "none"}, "zero expected gradient"),

@@ -167,11 +167,15 @@ def test_every_spelling_of_accelerate_config(tmp_path: Path, word: list[str], mo
     ]
 
 
-def test_a_launcher_imports_nothing_heavy(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [(["--accelerate_config", "cpu"], "beta: 0.1"), ([], "{accelerate_config: single_gpu, num_processes: 2}")],
+)
+def test_a_launcher_imports_nothing_heavy(tmp_path: Path, words: list[str], text: str) -> None:
     """It reads the words and the recipe by what the processes that it starts read them by, and no second more."""
     code = (
         "import sys; from trl_klx.cli import commands; commands.become = lambda command: 0\n"
-        f"commands.main(['grpo', '--accelerate_config', 'cpu', *{recipe(tmp_path, 'beta: 0.1')}])\n"
+        f"commands.main(['grpo', *{words}, *{recipe(tmp_path, text)}])\n"
         "sys.exit(bool({'torch', 'trl', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -194,15 +198,87 @@ def test_dry_run_false_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert cli.main(["grpo", *recipe(tmp_path, "beta: 0.1"), "--accelerate_config", "cpu", "--dry_run", "false"]) == 99
 
 
-@pytest.mark.situation("writes accelerate_config into the recipe", "refused")
-def test_accelerate_config_in_a_recipe(tmp_path: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.situation(
+    "writes accelerate_config or num_processes into the recipe, as TRL's commands take them", "right"
+)
+@pytest.mark.parametrize(
+    ("in_recipe", "words", "options"),
+    [
+        ("accelerate_config: cpu", [], ["--config_file", "recipes/accelerate/cpu.yaml"]),
+        ("accelerate_config: cpu", ["--accelerate_config=zero3"], ["--config_file", "recipes/accelerate/zero3.yaml"]),
+        ("accelerate_config: single_gpu", [], ["--config_file", "trl/accelerate_configs/single_gpu.yaml"]),
+        ("num_processes: 4", [], ["--num_processes", "4"]),
+        ("num_processes: 4", ["--num-processes", "2"], ["--num_processes", "2"]),
+        ("num_processes: 1", ["--num_processes", "2"], ["--num_processes", "2"]),
+        (
+            "{accelerate_config: zero2, num_processes: 2}",
+            [],
+            ["--config_file", "recipes/accelerate/zero2.yaml", "--num_processes", "2"],
+        ),
+    ],
+)
+def test_what_the_recipe_says_is_launched(
+    tmp_path: Path, in_recipe: str, words: list[str], options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(cli, "become", lambda command: started.append(command) or 0)
+    argv = recipe(tmp_path, in_recipe)
+    assert cli.main(["grpo", *argv, *words]) == 0
+    launch = started[0][started[0].index("--quiet") + 1 :]
+    given, of_run = launch[: len(options)], launch[len(options) :]
+    assert given[::2] == options[::2]
+    assert all(value.endswith(wanted) for value, wanted in zip(given[1::2], options[1::2], strict=True))
+    kept = [] if "--accelerate_config=zero3" in words else words
+    assert of_run == ["-m", "trl_klx.run.grpo", *argv, *kept]
+
+
+@pytest.mark.situation("asks for one process in the recipe", "right")
+@pytest.mark.parametrize("text", ["num_processes: 1", "accelerate_config:", "{num_processes: 8, dry_run: true}"])
+def test_no_process_is_started_for_one(tmp_path: Path, text: str, what_runs: list[str]) -> None:
+    cli.main(["grpo", *recipe(tmp_path, text)])
+    assert what_runs == ["dry run" if "dry_run" in text else "run"]
+
+
+@pytest.mark.situation("asks for processes that cannot be counted, or by a file that is not there", "refused")
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("num_processes: 0", "num_processes=0 must be a whole number, at least 1."),
+        ("num_processes: many", "num_processes='many' must be a whole number, at least 1."),
+        ("accelerate_config: zero9", "zero9 is neither a file nor one of cpu, fsdp2"),
+    ],
+)
+def test_processes_that_cannot_be_started(
+    tmp_path: Path, text: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["grpo", *recipe(tmp_path, text)]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.situation("starts the script of a recipe that asks for other processes", "refused")
+def test_a_script_does_not_start_processes(
+    tmp_path: Path, inputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     argv = recipe(tmp_path, fields(inputs, accelerate_config="cpu"))
     assert grpo.main(argv) == 2
-    sentence = capsys.readouterr().err.removeprefix("error: ").strip()
-    assert "give it there" in sentence
-    plan = make_plan("grpo", argv)
-    assert sentence in plan.problems
-    assert plan.layout.source.endswith("recipes/accelerate/cpu.yaml")
+    assert "give it there" in capsys.readouterr().err
+    assert make_plan("grpo", argv).layout.source.endswith("recipes/accelerate/cpu.yaml")
+    argv = recipe(tmp_path, fields(inputs, num_processes=2))
+    assert grpo.main(argv) == 2
+    assert "num_processes=2, and there would be 1: start them by" in capsys.readouterr().err
+
+
+@pytest.mark.situation("plans for the processes that the recipe asks for", "right")
+def test_a_dry_run_plans_for_the_processes_of_the_recipe(tmp_path: Path, inputs: Path) -> None:
+    rows = fields(inputs, num_processes=2, per_device_train_batch_size=8)
+    plan = make_plan("grpo", recipe(tmp_path, rows))
+    assert (plan.layout.processes, plan.layout.source) == (2, "num_processes=2")
+    assert not any("num_processes" in problem for problem in plan.problems)
+    of_file = make_plan("grpo", [*recipe(tmp_path, rows), "--accelerate_config", "zero3"])
+    assert of_file.layout.processes == 2
+    on_cpu = make_plan("grpo", [*recipe(tmp_path, rows), "--accelerate_config", "cpu"])
+    assert any("num_processes=2, and there would be 1" in problem for problem in on_cpu.problems)
 
 
 @pytest.mark.situation("says --use_cpu False in a dry run", "right")

@@ -24,14 +24,17 @@ def become(command: list[str]) -> int:
     return subprocess.call(command) if os.name == "nt" else os.execve(command[0], command, environment)
 
 
-def end_with_launcher() -> None:
+def end_with_launcher() -> bool:
     """Have this process terminated when the launcher ends, however that ends; nothing where none started it.
 
     `accelerate launch` leaves its process behind when it is killed.
+
+    Returns:
+        Whether a launcher started it, by `become`.
     """
     host, _, launcher = os.environ.pop(_LAUNCHER, "").partition(" ")
     if not launcher or host != socket.gethostname():
-        return
+        return bool(launcher)
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -39,6 +42,7 @@ def end_with_launcher() -> None:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     if str(os.getppid()) != launcher and not is_alive(int(launcher)):  # ended before this was called
         os.kill(os.getpid(), signal.SIGTERM)
+    return True
 
 
 def _watch(parent: int) -> None:

@@ -1,6 +1,7 @@
 """Recipes as files: reading one, and where those are that come with the package, in a checkout or a wheel."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,10 @@ def shipped_recipe(path: str) -> Path:
 
 
 def accelerate_file(name: str) -> Path | None:
-    """The accelerate file that `--accelerate_config` means: a path, or the name of one that was shipped. None: none."""
-    paths = (Path(name), RECIPES / "accelerate" / f"{name}.yaml")
+    """The accelerate file that `accelerate_config` means: a path, or the name of one of ours or TRL's. None: none."""
+    trl = find_spec("trl")  # which imports nothing
+    own, of_trl = RECIPES / "accelerate", Path(trl.origin if trl and trl.origin else ".").parent / "accelerate_configs"
+    paths = (Path(name), own / f"{name}.yaml", of_trl / f"{name}.yaml")
     return next((path for path in paths if name and path.is_file()), None)
 
 

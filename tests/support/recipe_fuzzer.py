@@ -298,7 +298,8 @@ def _field_case(rng: random.Random, fields: dict[str, Any], known: dict[str, Any
 
 # Fields that reach outside the case's folder or start something of their own.
 _NOT_FUZZED = {"env", "deepspeed", "fsdp", "fsdp_config", "torch_compile", "torch_compile_mode", "dry_run", "debug"}
-_NOT_FUZZED |= {"torch_compile_backend", "push_to_hub", "accelerate_config", "parallelism_config", "output_dir"}
+_NOT_FUZZED |= {"torch_compile_backend", "push_to_hub", "accelerate_config", "num_processes"}
+_NOT_FUZZED |= {"parallelism_config", "output_dir"}
 
 
 def _key_case(rng: random.Random, fields: dict[str, Any], known: dict[str, Any]) -> tuple[str, dict[str, Any], bool]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ..launching import become
 from ..recipe_files import RECIPES, accelerate_file
+from .parser import UsageError
 from .words import CommandLine
 
 
@@ -66,25 +67,35 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: the command {name!r} does not exist: use {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     command, words, program = COMMANDS[name], CommandLine(rest), f"trl-klx {name}"
-    if command.launched and "accelerate_config" in words.options and not words.asks_for_help:
-        return _launch(command, words, program)
-    return import_module(command.module).main(words, program=program)
-
-
-def _launch(command: Command, words: CommandLine, program: str) -> int:
-    """Become `accelerate launch` of a command; a dry run plans for the layout in this process."""
-    layout = "".join(words.options["accelerate_config"][:1])
-    config = accelerate_file(layout)
-    if config is None:
-        known = ", ".join(sorted(path.stem for path in RECIPES.glob("accelerate/*.yaml")))
-        print(f"error: --accelerate_config {layout} is neither a file nor one of {known}.", file=sys.stderr)
-        return 2
     try:
-        is_dry_run = words.flag("dry_run")
+        launcher = _launcher(words) if command.launched and not words.asks_for_help else None
     except ValueError as error:  # or there is no such recipe: no process need be started to report that
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if is_dry_run:
+    if launcher is None:
         return import_module(command.module).main(words, program=program)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-    return become([*launch, "-m", command.module, *words.without("accelerate_config")])
+    return become([*launcher, "-m", command.module, *words.without("accelerate_config")])
+
+
+def _launcher(words: CommandLine) -> list[str] | None:
+    """`accelerate launch` as words or recipe ask for it, as in TRL's commands. None: one process is enough, for a dry
+    run too, which plans for the layout.
+
+    Raises:
+        ValueError: what they ask for does not exist, or the recipe cannot be read.
+    """
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    layout = words.given("accelerate_config")
+    if layout is not None:
+        config = accelerate_file(str(layout))
+        if config is None:
+            known = ", ".join(sorted(path.stem for path in RECIPES.glob("accelerate/*.yaml")))
+            raise UsageError(f"--accelerate_config {layout} is neither a file nor one of {known}.")
+        launch += ["--config_file", str(config)]
+    processes = words.given("num_processes")
+    if processes is not None:
+        if not str(processes).isdecimal() or int(processes) < 1:
+            raise UsageError(f"num_processes={processes!r} must be a whole number, at least 1.")
+        launch += ["--num_processes", str(processes)]
+    is_alone = layout is None and int(processes or 1) == 1
+    return None if is_alone or words.flag("dry_run") else launch

@@ -52,6 +52,14 @@ class CommandLine(list[str]):
             )
         return read_recipe(self.options["config"][0])
 
+    def given(self, name: str) -> Any:
+        """What is written for a field, on the command line or else in the recipe; None where neither has it.
+
+        Raises:
+            ValueError: the recipe cannot be read.
+        """
+        return "".join(self.options[name][:1]) if name in self.options else self.recipe.get(name)
+
     def flag(self, name: str) -> bool:
         """A field that is true or false, false where it is not given; the command line wins.
 

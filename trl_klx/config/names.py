@@ -23,6 +23,7 @@ RENAMED = {
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
     "reward_model_name_or_path": "reward_model_path",
+    "sft_model_path": "model_name_or_path",
     "torch_dtype": "dtype",
     "use_liger": "use_liger_kernel",
     "use_liger_loss": "use_liger_kernel",
@@ -78,7 +79,7 @@ REMEDIES = {
     "wandb_project": _BY_ENV.format("WANDB_PROJECT"),
     "wandb_run_group": _BY_ENV.format("WANDB_RUN_GROUP"),
 }
-# A slip of the fingers, and no further: above this, names that mean different things are taken for each other.
+# A slip of the fingers, and no more: below this, names that mean different things are taken for each other.
 _NEAR = 0.88
 
 _Class = TypeVar("_Class", bound=type)
@@ -86,7 +87,8 @@ _Class = TypeVar("_Class", bound=type)
 
 def does_not_exist(name: str, known: Collection[str]) -> str:
     """The sentence about a name that is not among the `known` ones, with what to use instead."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR)
+    begun = [field for field in known if field.startswith(name)]
+    near = begun if len(begun) == 1 else difflib.get_close_matches(name, known, n=1, cutoff=_NEAR)
     hint = REMEDIES.get(name) or (f"did you mean {near[0]!r}?" if near else "remove it.")
     return f"the field {name!r} does not exist: {hint}"
 
@@ -110,8 +112,8 @@ def with_new_names(
         new = renamed.get(name, name)
         if name in known or new not in known:
             taken[name] = value
-        elif new in given or new in taken:
-            problems.append(f"{place}, {name} and {new} are the same option: remove {name}.")
+        elif given.get(new, taken.get(new, value)) != value:
+            problems.append(f"{place}, {name} and {new} are the same option, and differ: give what you mean as {new}.")
         elif name == "warmup_ratio" and not _is_share(value):
             problems.append(
                 f"{place}, warmup_ratio is gone: give warmup_steps, below 1 a share of the run, else steps."

@@ -47,7 +47,7 @@ RANGES = {
     " vllm_tensor_parallel_size vllm_max_model_length pad_to_multiple_of max_length precompute_ref_batch_size"
     " dataset_num_proc eval_accumulation_steps torch_empty_cache_steps ddp_bucket_cap_mb ddp_timeout"
     " dataloader_prefetch_factor num_mini_batches num_ppo_epochs response_length local_rollout_forward_batch_size"
-    " total_episodes ref_model_sync_steps",
+    " total_episodes ref_model_sync_steps num_processes",
     "[2, inf)": "num_generations",
     "[-1, inf)": "top_k",
     "[0, 4294967295]": "seed data_seed",

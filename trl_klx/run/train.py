@@ -23,7 +23,7 @@ from ..trainers.rewarding.calls import RewardError
 from .check.dry_run import dry_run
 from .outcome import resolved_recipe, show_outcome
 from .recipe.algorithm import Algorithm, Inputs
-from .recipe.arguments import BadInput, Findings, Recipe, starts_no_process
+from .recipe.arguments import BadInput, Findings, Recipe, check_processes
 from .recipe.parse import parse
 from .sources.read import read_inputs, start_problems
 from .sources.users_code import users_traceback
@@ -53,14 +53,13 @@ def run(algorithm: Algorithm, argv: Iterable[str] | None = None, program: str = 
     if line.asks_for_help:
         algorithm.command_parser(program or f"{algorithm.name}.py").print_help()
         return 0
-    end_with_launcher()
+    launched = end_with_launcher()
     with ExitStack() as held:
         try:
             if line.flag("dry_run"):
                 return dry_run(algorithm, line)
             recipe = parse(config, line).whole()
-            if recipe.run.accelerate_config is not None:
-                raise BadInput(starts_no_process(recipe.run.accelerate_config))
+            check_processes(recipe.run, launched=launched)
             found = Findings(stops=True)
             for problem in start_problems(recipe):
                 found.add(problem)

@@ -18,7 +18,7 @@ from ..explain.alternatives import advice
 from ..explain.notes import sentence
 from ..recipe.algorithm import Algorithm
 from ..recipe.algorithms import ALGORITHMS
-from ..recipe.arguments import Findings, Recipe, starts_no_process
+from ..recipe.arguments import Findings, Recipe, other_number
 from ..recipe.parse import parse
 from ..sources.read import read_inputs, start_problems
 from . import page
@@ -55,8 +55,7 @@ def make_plan(algorithm: Algorithm | str, words: Iterable[str]) -> Plan:
     """
     algorithm = ALGORITHMS[algorithm] if isinstance(algorithm, str) else algorithm
     line = words if isinstance(words, CommandLine) else CommandLine(words)
-    given = line.options.get("accelerate_config")
-    layout = read_layout("".join(given[:1]) if given is not None else line.recipe.get("accelerate_config"))
+    layout = read_layout(line.given("accelerate_config"), line.given("num_processes"))
     found = Findings(stops=False)
     has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
     processes = property(lambda self: layout.processes)  # by which training arguments compute their batches
@@ -65,10 +64,10 @@ def make_plan(algorithm: Algorithm | str, words: Iterable[str]) -> Plan:
         recipe, complaints = parse(algorithm.config, line, **({} if has_accelerator else {"use_cpu": True}))
     for complaint in complaints:
         found.add(complaint)
-    if given is None and "accelerate_config" in line.recipe:
-        found.add(starts_no_process(line.recipe["accelerate_config"]))
     if recipe is None:
         return Plan(None, layout, None, None, None, found.sentences)
+    if recipe.run.num_processes not in (None, layout.processes):
+        found.add(other_number(recipe.run.num_processes, layout.processes))
     with ExitStack() as held:
         away = unreachable(recipe)
         if away is not None:

@@ -46,18 +46,25 @@ class Layout:
         return f"{kind}, {self.processes} processes" if self.processes > 1 else kind
 
 
-def read_layout(path: str | None) -> Layout:
+def read_layout(path: str | None, wanted: str | int | None = None) -> Layout:
     """The layout of an accelerate file; None: that of the launcher that started this process, if any.
+
+    Args:
+        path: of the file, or its name.
+        wanted: how many processes, in place of what the file says.
 
     Raises:
         BadInput: the file is missing or no accelerate file.
     """
+    number = int(str(wanted)) if str(wanted).isdecimal() else None  # a wrong one is reported with the other fields
     if path is None:
-        return _of_environment()
+        found = _of_environment()
+        is_planned = found == Layout() and (number or 1) > 1
+        return Layout("MULTI_GPU", number or 1, source=f"num_processes={number}") if is_planned else found
     file = accelerate_file(str(path))
     try:
         content = yaml.safe_load((file or Path(str(path))).read_text())
-        processes = int(content.get("num_processes", 1))
+        processes = number or int(content.get("num_processes", 1))
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise BadInput(
             f"accelerate_config={path!r} is not a readable accelerate file ({type(error).__name__})."

@@ -16,7 +16,7 @@ from .layout import Layout
 from .memory import Memory, Models
 
 _GIB = 2**30
-_NOT_SHOWN = {"dry_run", "accelerate_config"}
+_NOT_SHOWN = {"dry_run", "accelerate_config", "num_processes"}
 
 
 def configuration(recipe: Recipe) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """The parts of a recipe: dataset and rewards, the config of the trainer, and how the model is loaded."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,14 @@ class RunArguments(ScriptArguments):
         },
     )
     accelerate_config: str | None = field(
-        default=None, metadata={"help": "Accelerate file whose layout a dry run plans for (`trl-klx` starts it)."}
+        default=None,
+        metadata={
+            "help": "Accelerate file, or the name of a shipped one, by which `trl-klx` starts processes and a dry run "
+            "plans."
+        },
+    )
+    num_processes: int | None = field(
+        default=None, metadata={"help": "How many processes `trl-klx` starts. Default: those of accelerate_config."}
     )
 
     def __post_init__(self) -> None:
@@ -88,11 +96,27 @@ class Recipe(NamedTuple):
     model: ModelConfig
 
 
-def starts_no_process(accelerate_config: str) -> str:
-    """The sentence about an accelerate file that is given where it has no effect."""
+def check_processes(run: RunArguments, *, launched: bool) -> None:
+    """Compare what the recipe says about processes with those that there are; `launched` by `trl-klx`.
+
+    Raises:
+        BadInput: they differ, or an accelerate file has no effect.
+    """
+    if run.accelerate_config is not None and not launched:
+        raise BadInput(
+            f"accelerate_config={run.accelerate_config!r} starts processes only by the command `trl-klx`, or as "
+            "`accelerate launch --config_file`: give it there, or plan for it by --dry_run."
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if run.num_processes not in (None, started):
+        raise BadInput(other_number(run.num_processes, started))
+
+
+def other_number(wanted: int | None, started: int) -> str:
+    """The sentence about a number of processes that is not that of the recipe."""
     return (
-        f"accelerate_config={accelerate_config!r} starts processes only on the command line of `trl-klx`, or as "
-        "`accelerate launch --config_file`: give it there, or plan for it by --dry_run."
+        f"num_processes={wanted}, and there would be {started}: start them by the command `trl-klx`, on as many GPUs; "
+        "on a CPU by an accelerate_config with distributed_type: MULTI_GPU and use_cpu: true."
     )
 
 

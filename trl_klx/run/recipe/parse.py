@@ -70,7 +70,7 @@ def known_fields(config: type) -> dict[str, tuple]:
     parts = (RunArguments, config, ModelConfig)
     kinds = {name: kind for part in parts for name, kind in field_kinds(part).items()}
     names = {f.name for part in parts for f in dataclasses.fields(part) if f.init}
-    names -= {name for name, other in RENAMED.items() if other in names}  # of PPO's two for a reward model, one
+    names -= {name for name, other in RENAMED.items() if other in names}  # as two of PPO's
     return {name: kinds[name] for name in sorted(names)} | {"env": (dict,)}
 
 

@@ -96,11 +96,6 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOArguments):
             raise ValueError(
                 f"missing_eos_penalty={self.missing_eos_penalty} needs an answer's end: set stop_token='eos'."
             )
-        if self.sft_model_path is not None:
-            raise ValueError(
-                f"sft_model_path={self.sft_model_path!r} is not read: the policy, and with it the reference, is "
-                "model_name_or_path; remove it."
-            )
         if self.kl_aggregation != "loss_type":
             raise ValueError(
                 f"kl_aggregation={self.kl_aggregation!r} has no effect: PPO's losses are means over the tokens of a "

@@ -89,7 +89,11 @@ class PPOArguments(VLLMArguments):
     model_adapter_name: str | None = _option(None, "Of a policy with several PEFT adapters, the one to train.")
     ref_adapter_name: str | None = _option(None, "Of a policy with several PEFT adapters, the reference.")
     remove_unused_columns: bool = _option(False, "Keep false: reward functions read the dataset's columns.")
-    sft_model_path: str | None = _option(None, "Not read, as in TRL's trainer: the policy is model_name_or_path.")
+    sft_model_path: str | None = _option(
+        None,
+        "In a recipe the policy, another name of model_name_or_path. In Python the trainer does not read it, as TRL's: "
+        "it is given its model.",
+    )
     dataset_num_proc: int | None = _option(
         None, "Not read, as in TRL's trainer: prompts are tokenised as they come up."
     )

@@ -5,27 +5,17 @@ expected gradient under the engine's own distribution is a finite sum, with no s
 """
 
 import dataclasses
-import itertools
-import math
-from collections import Counter
 
 import pytest
 import torch
 import vllm_engine
-from scipy.stats import chi2
+from answers import ANSWERS, IN_SYNC, LENGTH, PROMPT, STALE, drawn_as_reported, engine_scores, error, truths
 from torch import Tensor
-from transformers import PreTrainedModel
-from vllm import SamplingParams
 
 from trl_klx import KLXGRPOTrainer
 from trl_klx.trainers.grpo.batch import sampler_logps_of
 
-PROMPT, LENGTH, ROWS = "ab", 3, 512
-OTHERS = [token for token in range(len(vllm_engine.TOKENS)) if token != 1]
-ANSWERS = [
-    *((*start, 1) for n in range(LENGTH - 1) for start in itertools.product(OTHERS, repeat=n)),
-    *((*start, end) for start in itertools.product(OTHERS, repeat=LENGTH - 1) for end in range(7)),
-]
+ROWS = 512
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
@@ -66,22 +56,13 @@ def test_the_engine_samples_by_the_log_probs_it_reports(trainer: KLXGRPOTrainer,
     engine, prompt = trainer.vllm_generation, trainer.processing_class(PROMPT)["input_ids"]
     kept = {name: getattr(engine, name) for name in settings}
     vars(engine).update(settings)
-    counts, probs = Counter(), {}
+    answers, logps = [], []
     for _ in range(8):
-        _, answers, logps, _ = engine.generate([prompt] * ROWS, None, ROWS)
-        for answer, scores in zip(answers, logps, strict=True):
-            counts[tuple(answer)] += 1
-            probs[tuple(answer)] = math.exp(sum(score[0] for score in scores))
+        _, sampled, scores, _ = engine.generate([prompt] * ROWS, None, ROWS)
+        answers += sampled
+        logps += [[score[0] for score in row] for row in scores]
     vars(engine).update(kept)
-    drawn = counts.total()
-    common = [answer for answer, prob in probs.items() if drawn * prob >= 5]
-    rest, rest_prob = drawn - sum(counts[a] for a in common), max(1 - sum(probs[a] for a in common), 1e-9)
-    distance = sum((counts[a] - drawn * probs[a]) ** 2 / (drawn * probs[a]) for a in common)
-    distance += (rest - drawn * rest_prob) ** 2 / (drawn * rest_prob)
-    assert chi2.sf(distance, len(common)) > 1e-4
-
-
-IN_SYNC, STALE = 0.0, 0.16  # how far the policy moves once the engine has its weights
+    assert drawn_as_reported(answers, logps) > 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +72,8 @@ def behind(trainer: KLXGRPOTrainer, request: pytest.FixtureRequest) -> tuple[dic
     trainer._last_loaded_step = trainer.state.global_step
     vllm_engine.move(trainer.model, request.param, seed=5)  # the engine does not get these
     prompt = trainer.processing_class(PROMPT)["input_ids"]
-    asked = [{"prompt_token_ids": [*prompt, *answer]} for answer in ANSWERS]
-    scored = trainer.vllm_generation.llm.generate(
-        asked, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False
-    )
-    logps = [
-        [scored[n].prompt_logprobs[len(prompt) + t][token].logprob for t, token in enumerate(answer)]
-        for n, answer in enumerate(ANSWERS)
-    ]
-    # The rollout is TRL's own, of these answers: the engine reports the same numbers while it samples.
+    logps, engine_probs = engine_scores(trainer.vllm_generation.llm, prompt)
+    # The rollout is TRL's own, of these answers.
     rows = [*range(len(ANSWERS)), *range(ROWS - len(ANSWERS))]
     stock = trainer.vllm_generation.generate
     trainer.vllm_generation.generate = lambda *_, **__: (
@@ -110,37 +84,9 @@ def behind(trainer: KLXGRPOTrainer, request: pytest.FixtureRequest) -> tuple[dic
     )
     batch = rollout(trainer)
     trainer.vllm_generation.generate = stock
-    engine_probs = torch.tensor([math.exp(sum(values)) for values in logps], dtype=torch.double)
-    assert float(engine_probs.sum()) == pytest.approx(1.0, abs=1e-5)
-    return batch, engine_probs, truths(trainer, prompt, engine_probs), request.param
-
-
-def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """In float64, and without the head that TRL 1.16 puts in: a deepcopy's would still score the original."""
-    copied = type(model)(model.config).double().eval()
-    copied.load_state_dict(model.state_dict())
-    return copied
-
-
-def truths(trainer: KLXGRPOTrainer, prompt: list[int], engine_probs: Tensor) -> dict[str, Tensor]:
-    """The gradients by definition, in float64 by autograd (as `enumeration.targets`)."""
-    policy, reference = (plain_copy(model) for model in (trainer.model, trainer.ref_model))
-    ids = torch.tensor([prompt + list(answer) + [0] * (LENGTH - len(answer)) for answer in ANSWERS])
-    mask = torch.tensor([[t < len(answer) for t in range(LENGTH)] for answer in ANSWERS])
-    logps, ref_logps = (
-        model(ids, attention_mask=torch.ones_like(ids)).logits[:, len(prompt) - 1 : -1].log_softmax(-1)
-        for model in (policy, reference)
-    )
-    probs = (logps.gather(-1, ids[:, len(prompt) :, None])[..., 0] * mask).sum(-1).exp()
-    token_kl = (logps.exp() * (logps - ref_logps.detach())).sum(-1) * mask
-
-    def gradient(weights: Tensor) -> Tensor:
-        objective = (weights[:, None] * token_kl).sum() / LENGTH
-        return torch.cat(
-            [g.flatten() for g in torch.autograd.grad(objective, list(policy.parameters()), retain_graph=True)]
-        )
-
-    return {"P": gradient(probs.detach()), "P_mu": gradient(engine_probs), "KLseq": gradient(probs)}
+    rewards = torch.zeros(len(ANSWERS))
+    truth = truths(trainer.model, trainer.ref_model, prompt, engine_probs, rewards)
+    return batch, engine_probs, {name: gradient / LENGTH for name, gradient in truth.items()}, request.param
 
 
 def expected_gradient(trainer: KLXGRPOTrainer, batch: dict, engine_probs: Tensor) -> Tensor:
@@ -155,10 +101,6 @@ def expected_gradient(trainer: KLXGRPOTrainer, batch: dict, engine_probs: Tensor
         trainer._compute_loss(trainer.model, row).backward()
         total = total + prob * torch.cat([weight.grad.flatten() for weight in trainer.model.parameters()]).double()
     return total
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from vllm.model_executor.layers import utils as layers
 
-from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
+from trl_klx import KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig, KLXPPOTrainer
 
 # Without an engine, which sets variables of distributed runs, and binds its process to some of the cores.
 BEFORE = {name: value for name, value in os.environ.items() if name != "MASTER_PORT"}
@@ -37,14 +38,16 @@ def drive_the_cpu_engine() -> Callable[[], None]:
     does. A trainer sends its weights before its first rollout, so that one engine serves one after the other.
     """
     stock_llm, stock_choice = generation.LLM, layers.dispatch_cpu_unquantized_gemm
-    made: dict[tuple, object] = {}
+    made: dict[tuple, Any] = {}
 
     def undo() -> None:
+        for engine in made.values():  # with that of a recipe's run their process group has ended, too
+            engine.llm_engine.engine_core._finalizer.detach()
         generation.LLM, layers.dispatch_cpu_unquantized_gemm = stock_llm, stock_choice
 
     def llm(**arguments: object) -> object:
         key = arguments["model"], ENGINE["dtype"]
-        if key not in made:
+        if key not in made or not made[key].llm_engine.engine_core._finalizer.alive:  # a recipe's run has ended it
             made[key] = stock_llm(**{**arguments, "dtype": ENGINE["dtype"], "enforce_eager": True})
         return made[key]
 
@@ -87,32 +90,42 @@ def save_model(folder: Path) -> str:
     return str(folder)
 
 
+# A float32 trainer with a colocated engine.
+SETTINGS = {
+    "kl_estimator": "exact",
+    "kl_placement": "loss",
+    "use_vllm": True,
+    "vllm_mode": "colocate",
+    "vllm_max_model_length": 64,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
+
+
+def letters(completions: list[str], **_: Any) -> list[float]:
+    """Answers are paid for their letters `a`."""
+    return [text.count("a") / 3 for text in completions]
+
+
 def make_trainer(model: str, folder: Path, prompts: list[str], **settings: object) -> KLXGRPOTrainer:
-    """A float32 trainer with a colocated engine, whose answers are paid for their letters `a`."""
-    config = {
-        "max_completion_length": 3,
-        "loss_type": "dr_grpo",
-        "beta": 1.0,
-        "kl_estimator": "exact",
-        "kl_placement": "loss",
-        "use_vllm": True,
-        "vllm_mode": "colocate",
-        "vllm_max_model_length": 64,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-    }
-    return KLXGRPOTrainer(
-        model,
-        lambda completions, **_: [text.count("a") / 3 for text in completions],
-        KLXGRPOConfig(str(folder), **(config | settings)),
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=seven_tokens(),
-    )
+    own = {"max_completion_length": 3, "loss_type": "dr_grpo", "beta": 1.0}
+    config = KLXGRPOConfig(str(folder), **(SETTINGS | own | settings))
+    data = Dataset.from_dict({"prompt": prompts})
+    return KLXGRPOTrainer(model, letters, config, train_dataset=data, processing_class=seven_tokens())
+
+
+def make_ppo_trainer(
+    model: str, folder: Path, prompts: list[str], *, peft_config: Any = None, **settings: object
+) -> KLXPPOTrainer:
+    config = KLXPPOConfig(str(folder), **(SETTINGS | {"response_length": 3, "temperature": 1.0} | settings))
+    data = Dataset.from_dict({"prompt": prompts})
+    models = {"model": model, "peft_config": peft_config, "processing_class": seven_tokens()}
+    return KLXPPOTrainer(config, **models, reward_funcs=letters, train_dataset=data)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, Trainer
+from transformers import ProgressCallback
 
 from ..cli.words import CommandLine
 from ..hub.push import HubError, create_repo, push_command
@@ -148,8 +148,11 @@ def _train(trainer: Any, recipe: Recipe) -> None:
         trainer.create_model_card(dataset_name=on_the_hub)
 
 
-def _leave_together(trainer: Trainer) -> None:
+def _leave_together(trainer: Any) -> None:
     """End all processes in order: gloo aborts now and then when one leaves while another still talks."""
     trainer.accelerator.wait_for_everyone()
     time.sleep(0.5 if trainer.accelerator.num_processes > 1 else 0)
+    if getattr(trainer.args, "use_vllm", False) and trainer.args.vllm_mode == "colocate":
+        # Before the process group, without which it fails when Python exits.
+        trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
     trainer.accelerator.end_training()

@@ -38,6 +38,10 @@ CASES: dict[str, dict] = {
     "ppo-exact-both": {"algorithm": "ppo", **EXACT_BOTH, "num_mini_batches": 1, "gradient_accumulation_steps": 2},
     "ppo-exact-both-lora": {"algorithm": "ppo", **EXACT_BOTH, "lora": True, "gradient_checkpointing": True},
 }
+ENGINE = {  # whose log-probs are those of its weights: they are the policy's at every step
+    "ppo-engine": {**CASES["ppo-exact-both"], "use_vllm": True},
+    "ppo-engine-lora": {**CASES["ppo-exact-both-lora"], "use_vllm": True},
+}
 FEW = [name for name in CASES if name.endswith(("exact-both", "dpo-exact"))]
 BY_VERSION = ("grpo-exact-both", "dpo-exact", "ppo-exact-both")  # of each strategy, what is run on TRL's other version
 SAVED = {"save_strategy": "steps", "save_steps": 2}
@@ -51,7 +55,7 @@ COMPARED += ("length/margin_correlation", "probe/mean_length", "probe/entropy")
 
 @cache
 def one_process(name: str) -> dict:
-    return alone(CASES[name])
+    return alone((CASES | ENGINE)[name])
 
 
 def assert_equal_runs(found: list[dict], expected: dict) -> None:
@@ -108,6 +112,18 @@ def test_zero2_equals_one_process(launched: Launched) -> None:
 @pytest.mark.parametrize("launched", launches("zero3"), indirect=True)
 def test_zero3_equals_one_process(launched: Launched) -> None:
     assert_equal_runs(launched.ranks, one_process(launched.name))
+
+
+@pytest.mark.parametrize(
+    "launched",
+    [launch(strategy, name, ENGINE[name]) for strategy in ("fsdp2", "zero3") for name in ENGINE],
+    indirect=True,
+)
+def test_an_engine_gets_weights_that_are_sharded(launched: Launched) -> None:
+    assert_equal_runs(launched.ranks, one_process(launched.name))
+    for entry in launched.ranks[0]["logs"]:
+        if "loss" in entry:
+            assert abs(entry["kl/sampler"]) < 1e-6 and entry["kl/weight_mean"] == pytest.approx(1.0, abs=1e-4)
 
 
 def weight_sums(folder: str) -> list[float]:

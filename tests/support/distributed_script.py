@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
@@ -23,6 +24,7 @@ from peft import LoraConfig
 from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from support import fake_vllm
 from support.quick import make_quick
 from support.tiny import digit_reward, tiny_dataset, tiny_tokenizer
 from support.tiny_dpo import preferences
@@ -94,7 +96,10 @@ def ppo(model: str, output: str, settings: dict, shared: dict) -> Any:
 
     config = KLXPPOConfig(output, **{"response_length": 8, "num_ppo_epochs": 2, "kl_coef": 0.2, **settings})
     # By its path on every launch: what is drawn for its head comes before the adapter's random weights.
-    return FixedPPO(config, model=model, value_model=model, reward_funcs=shared.pop("reward"), **shared)
+    made = FixedPPO(config, model=model, value_model=model, reward_funcs=shared.pop("reward"), **shared)
+    if config.use_vllm:
+        fake_vllm.FakeLLM.made.given = lambda prompt_ids: completions(made, prompt_ids, [])
+    return made
 
 
 def dpo(model: str, output: str, settings: dict, shared: dict) -> Any:
@@ -108,7 +113,13 @@ def dpo(model: str, output: str, settings: dict, shared: dict) -> Any:
 
 def train(model: str, output: str, options: dict) -> dict:
     """Make a run; returns its metrics, the betas it used and a checksum of its final weights."""
-    options = dict(options)
+    with pytest.MonkeyPatch.context() as patch:
+        if options.get("use_vllm"):
+            fake_vllm.install(patch)
+        return _train(model, output, dict(options))
+
+
+def _train(model: str, output: str, options: dict) -> dict:
     processes = options.pop("processes", 1)
     algorithm, lora = options.pop("algorithm", "grpo"), options.pop("lora", False)
     sharding, with_gold = options.pop("sharding", None), options.pop("gold", False)

@@ -149,7 +149,8 @@ def test_the_machine_and_the_models_are_what_the_header_says(path: Path) -> None
     assert "# Outcome: not run." in text
     assert fields["bf16"] is True
     assert fields["gradient_checkpointing"] is True
-    assert "vllm_mode" in fields or algorithm_of(path) != "grpo" or folder == "qwen2.5-7b-qlora"
+    by_vllm = {"qwen2.5-1.5b-lora": ["grpo"], "qwen2.5-7b-full": ["grpo", "ppo"]}
+    assert ("vllm_mode" in fields) is (algorithm_of(path) in by_vllm.get(folder, []))
     for option in ("model_name_or_path", "reward_model_path", "value_model_path"):
         assert fields.get(option, "") in ("", *SHAPES), option
 
@@ -173,7 +174,7 @@ def test_two_steps_on_a_tiny_model(
 ) -> None:
     """The real trainer, built by the recipe's own way, samples, trains two steps and writes a checkpoint."""
     algorithm = algorithm_of(path)
-    replaced = {name: value for name, value in REPLACED.items() if name != "use_vllm" or algorithm == "grpo"}
+    replaced = {name: value for name, value in REPLACED.items() if name != "use_vllm" or algorithm != "dpo"}
     changes = [replaced, SMALLER[algorithm], SHORTER[algorithm], EVERY_STEP, {"output_dir": tmp_path / "run"}]
     weights: list[torch.Tensor] = []
     train = Lifecycle.train
@@ -217,13 +218,11 @@ def test_dry_run_finds_no_problem_of_the_recipe(path: Path, places: dict) -> Non
             assert shape.memory.device < GPU_MEMORY[path.parent.name] * 2**30, layout
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in PATHS if "vllm_mode" in path.read_text()], ids=lambda path: path.parent.name
-)
+@pytest.mark.parametrize("path", recipes([path for path in PATHS if "vllm_mode" in path.read_text()]))
 def test_vllm_may_be_a_server(path: Path, places: dict) -> None:
     """Then it takes no memory of the training's GPUs."""
     accelerate = {"accelerate_config": RECIPES / "accelerate" / f"{LAYOUTS[path.parent.name][0]}.yaml"}
-    plan = make_plan("grpo", argv(path, places["tiny"], accelerate, {"vllm_mode": "server"}))
+    plan = make_plan(algorithm_of(path), argv(path, places["tiny"], accelerate, {"vllm_mode": "server"}))
     own = [problem for problem in plan.problems if not problem.startswith("on this machine: ")]
     assert own == [] or all("prompts and a rollout takes" in problem for problem in own)
     assert plan.memory is not None

@@ -359,7 +359,6 @@ def test_all_problems_are_named_and_not_only_the_first(
         ("grpo", {"accelerate_config": ZERO3, "use_cpu": None}, "wants 8 processes"),
         ("grpo", {"use_vllm": True, "vllm_tensor_parallel_size": 3, "accelerate_config": ZERO3}, "must divide the 8"),
         ("ppo", {"use_vllm": True, "vllm_tensor_parallel_size": 3, "accelerate_config": ZERO3}, "must divide the 8"),
-        ("grpo", {"dtype": "bfloat16", "learning_rate": 1e-6}, "steps of learning_rate=1e-06 are rounded away"),
         ("dpo", {"dataset_name": "INPUTS/data"}, "has no column 'chosen'"),
         ("dpo", {"dataset_name": "INPUTS/data"}, "has no column 'rejected'"),
         ("dpo", {"reward_funcs": ["trl_klx.rewards.exact_match"]}, "has no effect in DPO"),
@@ -384,9 +383,11 @@ def test_each_problem(algorithm: str, changes: dict, said: str, inputs: Path, tm
 @pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"dtype": "bfloat16", **LORA}], ids=["float32", "LoRA"])
 def test_weights_that_can_take_small_steps_are_no_problem(changes: dict, inputs: Path, tmp_path: Path) -> None:
     """PEFT keeps its adapters in float32, and DeepSpeed its own copy."""
-    assert make_plan("grpo", words(inputs, tmp_path, learning_rate=1e-6, **changes)).problems == []
+    plan = make_plan("grpo", words(inputs, tmp_path, learning_rate=1e-6, **changes))
+    assert plan.problems == plan.warnings == []
     half = words(inputs, tmp_path, learning_rate=1e-6, dtype="bfloat16")
-    assert make_plan("grpo", [*half, "--accelerate_config", ZERO3]).problems == []
+    plan = make_plan("grpo", [*half, "--accelerate_config", ZERO3])
+    assert plan.problems == plan.warnings == []
 
 
 def test_conversations_need_a_chat_template(tmp_path: Path, inputs: Path) -> None:
@@ -407,11 +408,12 @@ def test_an_output_folder_with_checkpoints_and_a_full_disk(
     folder.mkdir(parents=True)
     (folder / "kl_state.json").write_text('{"files": []}')
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    problems = make_plan("grpo", argv).problems
-    assert any("holds the checkpoints of another run (the last is checkpoint-4)" in problem for problem in problems)
-    assert any("free: make room" in problem for problem in problems)
-    problems = make_plan("grpo", [*argv, "--resume_from_checkpoint", "last"]).problems
-    assert not any("another run" in problem for problem in problems)
+    plan = make_plan("grpo", argv)
+    assert plan.problems == []
+    assert "holds the checkpoints of another run (the last is checkpoint-4)" in plan.warnings[0]
+    assert "free: make room" in plan.warnings[1]
+    (warned,) = make_plan("grpo", [*argv, "--resume_from_checkpoint", "last"]).warnings
+    assert "another run" not in warned
 
 
 def test_a_hub_that_is_away_is_asked_once(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,11 +421,11 @@ def test_a_hub_that_is_away_is_asked_once(inputs: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     argv = words(inputs, tmp_path, model_name_or_path="nobody/nothing")
     began = time.monotonic()
-    problems = make_plan("grpo", argv).problems
+    plan = make_plan("grpo", argv)
     assert time.monotonic() - began < 20
-    (away,) = (problem for problem in problems if "cannot be reached" in problem)
+    (away,) = (warning for warning in plan.warnings if "cannot be reached" in warning)
     assert "only what is cached of nobody/nothing" in away
-    assert any("model_name_or_path='nobody/nothing' is neither" in problem for problem in problems)
+    assert any("model_name_or_path='nobody/nothing' is neither" in problem for problem in plan.problems)
     assert not constants.HF_HUB_OFFLINE
     assert make_plan("grpo", words(inputs, tmp_path)).problems == []
 

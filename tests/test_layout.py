@@ -37,11 +37,12 @@ ALLOWED = {
         _TRAINING,
     ),
     "trainers/checks": ({"trainers/checkpoints", *_BELOW}, _TRAINING),
+    "trainers/report": ({"hub", *_BELOW}, {*_TRAINING, "rich"}),
     "trainers/exact": ({"kl", "trainers/reference", *_BELOW}, _TRAINING),
     "trainers/shared": (
         {
             *("config", "kl", "monitor/health", "trainers/checkpoints", "trainers/checks", "trainers/reference"),
-            *("hub", "trainers/rewarding", "trainers/session", *_BELOW),
+            *("hub", "trainers/report", "trainers/rewarding", "trainers/session", *_BELOW),
         },
         _TRAINING,
     ),

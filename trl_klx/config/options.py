@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..kl.gradients import gradient_sentence
 from ..kl.term import KLTerm
 from .choices import CHOICES, CONTROLLER_SETTINGS, ESTIMATORS, with_aliases
 from .types import Choices
@@ -92,6 +93,7 @@ class KLArguments:
         10, "Steps in a row that may be skipped because they are not finite (loss, KL, gradient); one more is an error."
     )
     kl_health: bool = _option(True, "Health alarms: warnings about what goes wrong in the run, see docs/health.md.")
+    kl_report: bool = _option(True, "What a run prints when it begins: model, data, processes, precision, KL, output.")
     allow_biased_kl: bool = _option(
         False, "Run a combination that is refused for its gradient, with a warning that names it."
     )
@@ -105,6 +107,34 @@ class KLArguments:
     def kl_coef_name(self) -> str:
         """TRL's name of that field, beta (GRPO, DPO) or kl_coef (PPO)."""
         raise TypeError(f"{type(self).__name__} must name the field that is beta.")
+
+    @property
+    def kl_gradient(self) -> str:
+        """The gradient of the KL, as one sentence."""
+        return self._gradient(acts=self.kl_is_penalised)
+
+    def _gradient(self, *, acts: bool, on_data: bool = False) -> str:
+        if not acts and not self.kl_is_measured:
+            return "There is no KL to the reference, neither penalised nor measured."
+        return gradient_sentence(
+            self.kl_estimator,
+            self.kl_placement if acts else "none",
+            self.kl_credit,
+            self.kl_importance_sampling or "none",
+            direction=self.kl_direction,
+            on_data=on_data,
+        )
+
+    @property
+    def kl_control(self) -> str:
+        """What sets beta, as a clause."""
+        name, start, kind = self.kl_coef_name, self.kl_coef_start, self.kl_controller
+        if kind == "fixed":
+            return f"{name}={start} is fixed"
+        if self.kl_coef_end is not None:
+            return f"{kind} moves {name} from {start} to {self.kl_coef_end}"
+        held = "each group at its own target" if self.kl_target is None else f"{self.kl_target:g} nats"
+        return f"{kind} moves {name} from {start} to hold {held} per {self.kl_target_unit}, read from {self.kl_reading}"
 
     @property
     def kl_is_penalised(self) -> bool:

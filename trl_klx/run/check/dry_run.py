@@ -15,7 +15,6 @@ from transformers import TrainingArguments
 from ...cli.words import CommandLine
 from ...trainers.seams import swapped
 from ..explain.alternatives import advice
-from ..explain.notes import sentence
 from ..recipe.algorithm import Algorithm
 from ..recipe.algorithms import ALGORITHMS
 from ..recipe.arguments import Findings, Recipe, other_number
@@ -23,7 +22,7 @@ from ..recipe.parse import parse
 from ..sources.read import read_inputs, start_problems
 from . import page
 from .layout import Layout, read_layout
-from .machine import check_machine, unreachable
+from .machine import check_machine, run_warnings, unreachable
 from .memory import Memory, Models, count_models, estimate
 from .problems import check_run, rows_of_training
 
@@ -36,7 +35,8 @@ class Plan(NamedTuple):
     models: Models | None
     memory: Memory | None
     rows: int | None  # of the training split
-    problems: list[str]
+    problems: list[str]  # for which a run would stop
+    warnings: list[str]
 
 
 def dry_run(algorithm: Algorithm, words: CommandLine) -> int:
@@ -65,13 +65,12 @@ def make_plan(algorithm: Algorithm | str, words: Iterable[str]) -> Plan:
     for complaint in complaints:
         found.add(complaint)
     if recipe is None:
-        return Plan(None, layout, None, None, None, found.sentences)
+        return Plan(None, layout, None, None, None, found.sentences, [])
     if recipe.run.num_processes not in (None, layout.processes):
         found.add(other_number(recipe.run.num_processes, layout.processes))
     with ExitStack() as held:
         away = unreachable(recipe)
         if away is not None:
-            found.add(f"on this machine: {away}")
             for settings in (constants, datasets.config):  # what is cached is looked at, as with that variable
                 held.enter_context(swapped(settings, HF_HUB_OFFLINE=True))
         held.enter_context(warnings.catch_warnings())
@@ -86,10 +85,11 @@ def make_plan(algorithm: Algorithm | str, words: Iterable[str]) -> Plan:
     on_cpu = False
     with suppress(ValueError):  # neither true nor false: a problem that parsing has found
         on_cpu = line.flag("use_cpu")
-    for problem in check_machine(recipe, layout, models, on_cpu=on_cpu):
+    for problem in check_machine(recipe, layout, on_cpu=on_cpu):
         found.add(f"on this machine: {problem}")
     memory = None if models is None else estimate(algorithm, recipe, models, layout)
-    return Plan(recipe, layout, models, memory, rows, found.sentences)
+    warned = [*filter(None, [away]), *run_warnings(recipe, layout, models)]
+    return Plan(recipe, layout, models, memory, rows, found.sentences, warned)
 
 
 def _print(algorithm: Algorithm, plan: Plan) -> None:
@@ -106,7 +106,7 @@ def _print(algorithm: Algorithm, plan: Plan) -> None:
         for field, value in page.configuration(plan.recipe):
             say(f"  {field}: {value}")
         say("\ngradient")
-        say(f"  {sentence(algorithm, args)}")
+        say(f"  {args.kl_gradient}")
         if args.kl_is_penalised and not algorithm.rows.is_pairs:
             say(f"  {advice(args.kl_term())}")
         say("\nbatches")
@@ -122,5 +122,6 @@ def _print(algorithm: Algorithm, plan: Plan) -> None:
     say()
     if not plan.problems:
         say("no problems found")
-    for number, problem in enumerate(plan.problems, 1):
-        say(f"problem {number}: {problem}")
+    for kind, sentences in (("problem", plan.problems), ("warning", plan.warnings)):
+        for number, text in enumerate(sentences, 1):
+            say(f"{kind} {number}: {text}")

@@ -24,6 +24,7 @@ class Layout:
     offloads_optimizer: bool = False
     offloads_parameters: bool = False
     source: str = "one process"
+    not_started: int = 0  # processes that the file asks for, and accelerate does not start
 
     @property
     def shards_optimizer(self) -> bool:
@@ -70,18 +71,21 @@ def read_layout(path: str | None, wanted: str | int | None = None) -> Layout:
             f"accelerate_config={path!r} is not a readable accelerate file ({type(error).__name__})."
         ) from error
     kind = str(content.get("distributed_type", "NO"))
+    by_mpi = (content.get("mpirun_config") or {}).get("mpirun_hostfile")
+    starts_one = kind == "NO" or (kind == "MULTI_CPU" and not by_mpi)
     deepspeed = content.get("deepspeed_config") or {}
     zero = _zero_of_json(deepspeed["deepspeed_config_file"]) if "deepspeed_config_file" in deepspeed else deepspeed
     offload = {name: str(zero.get(f"offload_{name}_device", "none")) != "none" for name in ("optimizer", "param")}
     fsdp = content.get("fsdp_config") or {}
     return Layout(
-        kind=kind,
-        processes=1 if kind == "NO" else processes,
+        kind="NO" if starts_one else kind,
+        processes=1 if starts_one else processes,
         zero_stage=int(zero.get("zero_stage", 0)) if kind == "DEEPSPEED" else 0,
         fsdp_version=int(fsdp.get("fsdp_version", 1)) if kind == "FSDP" else 0,
         offloads_optimizer=offload["optimizer"],
         offloads_parameters=offload["param"] or bool(fsdp.get("fsdp_offload_params")),
         source=str(file or path),
+        not_started=processes - 1 if starts_one else 0,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants, get_token
 
-from ...trainers.checkpoints.whole import whole_checkpoints
+from ...trainers.checks.begins import earlier_run, lost_steps, starts_one
 from ...trainers.checks.packages import DEEPSPEED
 from ..recipe.arguments import Recipe
 from ..sources.named_models import classifier_paths
@@ -40,7 +40,7 @@ def unreachable(recipe: Recipe) -> str | None:
     return None
 
 
-def check_machine(recipe: Recipe, layout: Layout, models: Models | None, *, on_cpu: bool) -> Iterator[str]:
+def check_machine(recipe: Recipe, layout: Layout, *, on_cpu: bool) -> Iterator[str]:
     """Sentences about what is missing here; `on_cpu` tells whether the recipe itself asks for the CPU."""
     args = recipe.args
     devices = torch.cuda.device_count()
@@ -53,21 +53,24 @@ def check_machine(recipe: Recipe, layout: Layout, models: Models | None, *, on_c
         yield "bf16=true needs a GPU with bf16, and this machine has none: run it elsewhere, or set bf16 to false."
     if layout.kind == "DEEPSPEED" and not DEEPSPEED.is_there:
         yield f"{layout.source} needs DeepSpeed, which is not installed: pip install {DEEPSPEED.pip}."
-    yield from _earlier_run(args)
     if args.push_to_hub and args.hub_token is None and get_token() is None:
         yield "push_to_hub=true needs a token: run `hf auth login`, or set HF_TOKEN."
-    if models is not None:
-        yield from _space(args, models, adapter_only=bool(recipe.model.use_peft))
 
 
-def _earlier_run(args: Any) -> Iterator[str]:
-    folder = Path(args.output_dir)
-    if folder.is_dir() and args.resume_from_checkpoint is None and whole_checkpoints(folder):
-        last = whole_checkpoints(folder)[-1].name
-        yield (
-            f"output_dir={args.output_dir!r} holds the checkpoints of another run (the last is {last}): choose "
-            "another, or continue it with resume_from_checkpoint: last."
-        )
+def run_warnings(recipe: Recipe, layout: Layout, models: Models | None) -> Iterator[str]:
+    """Sentences about what a run here does nevertheless: most of them it is warned of itself as it begins."""
+    args = recipe.args
+    if layout.not_started:
+        yield starts_one(layout.source, layout.processes + layout.not_started)
+    if args.resume_from_checkpoint is None:
+        yield from filter(None, [earlier_run(args.output_dir)])
+    if models is None:
+        return
+    parts = [models.policy] if models.value is None else [models.policy, models.value]
+    trains_16_bits = any(part.trainable and part.trainable_bytes == 2 * part.trainable for part in parts)
+    if trains_16_bits and not layout.shards_optimizer:
+        yield from filter(None, [lost_steps(str(recipe.model.dtype), args.learning_rate)])
+    yield from _space(args, models, adapter_only=bool(recipe.model.use_peft))
 
 
 def _space(args: Any, models: Models, *, adapter_only: bool) -> Iterator[str]:

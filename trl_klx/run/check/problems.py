@@ -11,10 +11,6 @@ from ..recipe.arguments import Findings, Recipe
 from .layout import Layout
 from .memory import Models
 
-# A bfloat16 weight has 8 bits: AdamW's step, about the learning rate, is lost below 1/512 of the weight, for weights of
-# typically 0.02 to 0.1.
-_BFLOAT16_STEPS = 4e-5
-
 
 def rows_of_training(inputs: Inputs, recipe: Recipe, found: Findings) -> int | None:
     """Rows of the training split, where that is known."""
@@ -44,14 +40,6 @@ def check_run(
         yield str(error)
     if rows is not None:
         yield from algorithm.problems(args, rows, layout.processes)
-    if models is not None and layout.kind in ("NO", "MULTI_GPU") and args.learning_rate < _BFLOAT16_STEPS:
-        parts = [models.policy] if models.value is None else [models.policy, models.value]
-        if any(part.trainable and part.trainable_bytes == 2 * part.trainable for part in parts):
-            yield (
-                f"dtype={recipe.model.dtype!r} trains 16-bit weights, in which steps of learning_rate="
-                f"{args.learning_rate} are rounded away: set dtype to float32 (bf16 keeps the speed), or use "
-                "DeepSpeed, which keeps float32 weights."
-            )
     if args.kl_needs_exact and layout.kind == "FSDP" and layout.fsdp_version == 1:
         yield "the exact KL refuses FSDP1: set fsdp_version: 2 in the accelerate file, or kl_estimator k1, k2 or k3."
     if args.kl_needs_exact and models is not None and models.adapts_head:

@@ -18,7 +18,7 @@ from ..recipe.algorithms import ALGORITHMS, algorithm_for
 from ..recipe.arguments import Recipe
 from ..recipe.parse import parse
 from .alternatives import Alternative, advice, alternatives, name_of
-from .notes import notes, sentence
+from .notes import notes
 
 _WIDTH = 116  # of the table; narrower terminals wrap its lines
 _LEGEND = """\
@@ -90,7 +90,7 @@ def _print(console: Console, path: Path, algorithm: Algorithm, recipe: Recipe, r
         console.print(text, markup=False)
 
     say(f"{path}: {algorithm.name.upper()}, {name_of(term)}, {args.kl_controller} {args.kl_coef_name}")
-    say(sentence(algorithm, args))
+    say(args.kl_gradient)
     if refusal:
         say(f"Refused: {refusal}")
     if not on_data and args.kl_placement != "none":

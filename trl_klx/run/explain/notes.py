@@ -3,24 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ...kl.gradients import gradient_sentence
 from ..recipe.algorithm import Algorithm
-
-
-def sentence(algorithm: Algorithm, args: Any) -> str:
-    """The gradient of a recipe's KL, as one sentence."""
-    on_data = algorithm.rows.is_pairs
-    if not args.kl_is_measured and not (on_data and args.kl_is_penalised):
-        return "There is no KL to the reference, neither penalised nor measured."
-    acts = args.kl_in_loss if on_data else args.kl_is_penalised
-    return gradient_sentence(
-        args.kl_estimator,
-        args.kl_placement if acts else "none",
-        args.kl_credit,
-        args.kl_importance_sampling,
-        direction=args.kl_direction,
-        on_data=on_data,
-    )
 
 
 def notes(algorithm: Algorithm, args: Any) -> list[str]:
@@ -35,9 +18,9 @@ def _shared(algorithm: Algorithm, args: Any) -> Iterator[str]:
         yield f"No penalty acts ({name}={start}, kl_placement={placement!r}): the reward alone moves the policy."
         return
     if args.kl_controller == "fixed":
-        yield f"{name}={start} is fixed: the KL ends where reward and penalty balance, which is not known beforehand."
+        yield f"{args.kl_control}: the KL ends where reward and penalty balance, which is not known beforehand."
     elif args.kl_controller in ("linear", "cosine"):
-        yield f"{args.kl_controller}: {name} goes from {start} to {args.kl_coef_end} whatever the KL does."
+        yield f"{args.kl_control}, whatever the KL does."
     elif args.kl_target is not None:
         yield _target(algorithm, args)
     if args.kl_direction == "forward":
@@ -53,12 +36,8 @@ def _shared(algorithm: Algorithm, args: Any) -> Iterator[str]:
 
 def _target(algorithm: Algorithm, args: Any) -> str:
     longest = getattr(args, algorithm.rows.answer_length) if algorithm.rows.answer_length else None
-    text = (
-        f"{args.kl_controller} moves {args.kl_coef_name} from {args.kl_coef_start} to hold {args.kl_target:g} nats per "
-    )
-    text += f"{args.kl_target_unit}, read from {args.kl_reading}"
     if longest and args.kl_target_unit == "token":
-        return f"{text}: up to {args.kl_target * longest:.3g} nats in an answer of {longest} tokens."
+        return f"{args.kl_control}: up to {args.kl_target * longest:.3g} nats in an answer of {longest} tokens."
     if longest:
-        return f"{text}: {args.kl_target / longest:.2g} nats per token in an answer of {longest} tokens."
-    return f"{text}."
+        return f"{args.kl_control}: {args.kl_target / longest:.2g} nats per token in an answer of {longest} tokens."
+    return f"{args.kl_control}."

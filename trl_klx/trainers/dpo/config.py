@@ -103,6 +103,11 @@ class KLXDPOConfig(KLArguments, DPOConfig):
         return self.kl_controls == "beta" or self.kl_in_loss
 
     @property
+    def kl_gradient(self) -> str:
+        """The gradient of the KL that is added, as one sentence."""
+        return self._gradient(acts=self.kl_in_loss, on_data=True)
+
+    @property
     def kl_is_measured(self) -> bool:
         """Whether any KL is computed; the reference itself is always there."""
         return self.kl_on_data or self.kl_probe_steps is not None

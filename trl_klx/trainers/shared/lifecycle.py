@@ -25,11 +25,13 @@ from ...hub.settings import Settings
 from ..checkpoints.own_folders import discard
 from ..checkpoints.pushes import Pushes, agreed_repo, not_pushed
 from ..checkpoints.whole import Checkpoints, read_state, rotate, unreadable
+from ..checks.begins import start_warnings
 from ..checks.noise import settle_noise
 from ..checks.trainable import check_trainable
 from ..errors import CheckpointError
 from ..parts import Part
 from ..reference.resumed import ReferenceKeeper
+from ..report.report import RunReport
 from ..rewarding.gold import GoldWatch
 from ..seams import keep_float32_outputs
 from ..session.applied import AppliedKLCheck, wanted_kl
@@ -98,7 +100,8 @@ class Lifecycle(Trainer):
         self.checkpoints, self.pushes, self.reference = Checkpoints(self), Pushes(self), reference
         self.gold = None if gold_reward_func is None else GoldWatch(self, gold_reward_func)
         gold = [] if self.gold is None else [self.gold]
-        self.parts = (self.checkpoints, self.kl, self.guard, self.reference, self.pushes, *gold, *more)
+        report = [RunReport(self)] if self.args.kl_report else []
+        self.parts = (self.checkpoints, self.kl, self.guard, self.reference, self.pushes, *gold, *more, *report)
         self.add_callback(AppliedKLCheck(self, wanted_kl(self.args) if wanted is None else wanted))
 
     def _watch_health(self, policy: nn.Module, **sources: Any) -> None:
@@ -138,6 +141,8 @@ class Lifecycle(Trainer):
             checkpoint = self.checkpoints.agreed(resume_from_checkpoint)
             for part in self.parts:
                 part.begin()
+            for sentence in start_warnings(self, self._saved_model, resumes=checkpoint is not None):
+                logger.warning(sentence)
             result = super().train(checkpoint, *args, **kwargs)
         # The last step's, which no step looks at.
         self.guard.check_weights(f"after step {self.state.global_step}")

@@ -176,8 +176,12 @@ def test_groups(tmp_path: Path) -> None:
 
 
 def test_a_bounded_weight_and_a_biased_choice(tmp_path: Path) -> None:
-    text = card(tmp_path / "run", beta=0.1, kl_importance_sampling="prefix", kl_is_cap=2.0, kl_value_cap=5.0)
-    assert row(text, "Importance weight") == "prefix, truncate above 2"
+    left_out = {"kl_is_answer_cap": 1.5, "kl_is_veto": 0.1}
+    bounds = {"kl_is_cap": 2.0, "kl_value_cap": 5.0, **left_out}
+    text = card(tmp_path / "run", beta=0.1, kl_importance_sampling="prefix", **bounds)
+    assert row(text, "Importance weight") == "prefix, truncate a token's above 2"
+    reason = "with a geometric mean of the tokens' weights above 1.5 or below 1/1.5"
+    assert row(text, "Answers left out of the KL") == f"{reason}, or with a token whose weight is below 0.1"
     assert row(text, "Bound on a token's KL loss") == "5 nats"
     with pytest.warns(UserWarning, match="zero expected gradient"):
         text = card(tmp_path / "run", beta=0.1, kl_estimator="k1", kl_importance_sampling="none", allow_biased_kl=True)

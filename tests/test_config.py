@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_every_combination_is_accepted_exactly_when_its_gradient_is_a_kls() -> N
     seen = {"accepted": 0, "refused": 0}
     combinations = itertools.product(ESTIMATORS, placements, CHOICES["kl_credit"], CHOICES["kl_importance_sampling"])
     for estimator, placement, credit, weight in combinations:
-        if (placement == "loss" and credit != "return_to_go") or (placement == "reward" and weight != "none"):
+        if (placement == "loss" and credit != "return_to_go") or (placement == "reward" and weight == "token"):
             continue  # dead options, refused for that: see BAD
         names = ("kl_estimator", "kl_placement", "kl_credit", "kl_importance_sampling")
         options = dict(zip(names, (estimator, placement, credit, weight), strict=True))
@@ -37,9 +38,10 @@ def test_every_combination_is_accepted_exactly_when_its_gradient_is_a_kls() -> N
         with pytest.warns(UserWarning, match=r"expected gradient: ") as record:
             Arguments(**options, allow_biased_kl=True)
         assert f"(expected gradient: {gradient.name})" in str(record[0].message)
-    assert seen == {"accepted": 42, "refused": 34}
+    assert seen == {"accepted": 48, "refused": 52}
 
 
+REWARD = {"kl_estimator": "k1", "kl_placement": "reward"}
 GROUPS = {"kl_group_column": "task", "kl_controller": "pid"}
 BAD = [  # options, what the sentence must contain
     ({"kl_estimator": "k1"}, None),  # weighted by default: accepted
@@ -76,7 +78,23 @@ BAD = [  # options, what the sentence must contain
     ({"kl_value_cap": 0}, "kl_value_cap=0 must be a number, more than 0"),
     ({"kl_value_cap": 1.0, "kl_placement": "reward", "kl_estimator": "k1"}, "bend its gradient"),
     ({"kl_credit": "immediate"}, "set kl_placement='reward'"),
-    ({"kl_placement": "reward", "kl_estimator": "k1", "kl_importance_sampling": "token"}, "use kl_placement='both'"),
+    ({**REWARD, "kl_importance_sampling": "token"}, "the policy gradient's ratio is that weight"),
+    ({**REWARD, "kl_importance_sampling": "token"}, "remove it, or set 'prefix'"),
+    ({**REWARD, "kl_importance_sampling": "prefix"}, None),
+    ({**REWARD, "kl_importance_sampling": "prefix", "kl_is_cap": 2.0, "kl_is_mode": "mask"}, None),
+    ({**REWARD, "kl_importance_sampling": "prefix", "kl_aggregation": "token"}, None),
+    ({**REWARD, "kl_aggregation": "token"}, "averages the KL loss and kl_placement='reward' has none"),
+    ({"kl_is_answer_cap": 2.0, "kl_is_veto": 0.1}, None),
+    ({"kl_is_answer_cap": 2.0, "kl_is_veto": 0.1, "kl_estimator": "exact"}, None),
+    ({**REWARD, "kl_importance_sampling": "sequence", "kl_is_answer_cap": "1.5", "kl_is_veto": "1e-3"}, None),
+    ({"kl_is_answer_cap": 1.0}, "kl_is_answer_cap=1.0 must be a number, more than 1"),
+    ({"kl_is_veto": 0.0}, "kl_is_veto=0.0 must be a number, more than 0 and less than 1"),
+    ({"kl_is_veto": 1.0}, "kl_is_veto=1.0 must be a number, more than 0 and less than 1"),
+    ({**REWARD, "kl_is_answer_cap": 2.0}, "kl_importance_sampling='none' has none: remove it, or set"),
+    ({"kl_placement": "none", "kl_is_veto": 0.1}, "kl_is_veto=0.1 leaves out answers by their importance weights"),
+    ({"kl_placement": "both", "kl_is_veto": 0.1}, "would leave answers out of the KL loss alone"),
+    ({"kl_placement": "both", "kl_is_veto": 0.1, "kl_importance_sampling": "prefix"}, None),
+    ({"beta": 0.0, "kl_is_veto": 0.1}, "kl_is_veto=0.1 has no effect at beta=0"),
     ({"kl_target": 0.1}, "kl_target=0.1 has no effect with kl_controller='fixed'"),
     ({"kl_target": 0.1, "kl_controller": "linear", "kl_coef_end": 0.1}, "kl_controller to 'adaptive' or 'pid'"),
     ({"kl_controller": "pid"}, "set kl_target (nats per token)"),
@@ -124,6 +142,7 @@ BAD = [  # options, what the sentence must contain
     ({"kl_target_unit": None}, "kl_target_unit=None does not exist"),
     ({"kl_credit": None}, "kl_credit=None does not exist"),
     ({"kl_placement": "none", "kl_importance_sampling": "token"}, "kl_placement='none' has none"),
+    ({"kl_placement": "none", "kl_importance_sampling": "prefix"}, "kl_placement='none' has none"),
     ({"kl_placement": "none", "kl_aggregation": "token"}, "averages the KL loss"),
     ({"kl_estimator": "exact", "kl_direction": "forward", "kl_signal": "exact"}, "use kl_signal='k3'"),
     ({"kl_health": "maybe"}, "kl_health='maybe' must be true or false"),
@@ -204,13 +223,24 @@ def test_grpo_refuses(tmp_path: Path, options: dict, sentence: str, monkeypatch:
         KLXGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, beta=0.1, report_to=[], **options)
 
 
-def test_config_survives_a_round_trip(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weight", [{}, {"kl_importance_sampling": "prefix"}], ids=["advantages", "loss"])
+def test_config_survives_a_round_trip(tmp_path: Path, weight: dict) -> None:
     """What resolved once resolves to the same again: a checkpoint's arguments can be read back."""
-    settings = {"kl_estimator": "k1", "kl_placement": "reward", "use_cpu": True, "bf16": False, "report_to": []}
+    settings = {**REWARD, **weight, "use_cpu": True, "bf16": False, "report_to": []}
     first = KLXGRPOConfig(str(tmp_path), beta=0.1, **settings)
     names = [name for name in KLArguments.__dataclass_fields__] + ["use_bias_correction_kl"]
     again = KLXGRPOConfig(str(tmp_path), **{**settings, "beta": 0.1, **{name: getattr(first, name) for name in names}})
     assert all(getattr(first, name) == getattr(again, name) for name in names)
+
+
+def test_a_reward_that_is_charged_at_the_update_passes_every_gate(tmp_path: Path) -> None:
+    gates = {"importance_sampling_level": "sequence", "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.5}
+    gates |= {"loss_type": "luspo", "kl_aggregation": "token", "kl_placement": "both"}
+    vllm = {"use_vllm": True, "vllm_importance_sampling_mode": "token_mask"}
+    options = {**gates, **vllm, "kl_importance_sampling": "prefix", "use_cpu": True, "bf16": False, "report_to": []}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        KLXGRPOConfig(str(tmp_path), beta=0.1, **options)
 
 
 def test_group_targets_may_be_json_as_on_a_command_line() -> None:

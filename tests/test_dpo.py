@@ -45,6 +45,8 @@ BAD = [  # options, what the sentence must contain
     ({"kl_importance_sampling": "token"}, "kl_importance_sampling='token' has no meaning for DPO"),
     ({"kl_is_mode": "mask"}, "takes no importance weight"),
     ({"kl_is_cap": 2.0}, "takes no importance weight"),
+    ({"kl_is_answer_cap": 2.0}, "takes no importance weight"),
+    ({"kl_is_veto": 0.1}, "takes no importance weight"),
     ({"kl_aggregation": "token"}, "kl_aggregation='token' has no meaning"),
     ({"kl_group_column": "task"}, "kl_group_column='task' has no meaning"),
     ({"allow_biased_kl": True}, "allow_biased_kl=True has no meaning"),

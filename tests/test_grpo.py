@@ -85,6 +85,8 @@ def dense_logits(model: torch.nn.Module, inputs: dict, temperature: float = 1.0)
         {"kl_estimator": "k1", "kl_placement": "reward"},
         {"kl_estimator": "k1", "kl_placement": "reward", "kl_credit": "immediate"},
         {"kl_estimator": "k3", "kl_placement": "both"},
+        {"kl_estimator": "k1", "kl_placement": "reward", "kl_importance_sampling": "prefix", "num_iterations": 2},
+        {"kl_estimator": "exact", "kl_placement": "both", "kl_importance_sampling": "prefix", "kl_is_veto": 0.5},
         {"kl_estimator": "exact"},
         {"kl_estimator": "exact", "kl_direction": "forward", "kl_value_cap": 0.1},
         {"kl_estimator": "exact", "kl_placement": "both", "kl_controller": "pid", "kl_target": 0.02},

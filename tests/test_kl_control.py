@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from support.tiny import Arguments
 
+from trl_klx.kl.term import KLTerm
 from trl_klx.trainers.session.metrics import Metrics
 from trl_klx.trainers.session.session import KLSession
 
@@ -62,14 +64,29 @@ def test_micro_batches_of_one_step_are_one_reading() -> None:
 
 
 def test_weight_metrics() -> None:
-    weights = torch.tensor([[0.5, 2.0, 50.0]])
     metrics = Metrics(Accelerator(cpu=True))
-    metrics.defer_weights("train", weights, torch.tensor([[1, 1, 0]]), cap=1.5)
-    metrics.settle("train")
-    found = metrics.take("train")
-    assert found["kl/weight_max"] == 2.0
-    assert found["kl/weight_cut"] == 0.5
-    assert found["kl/ess"] == pytest.approx(2.5**2 / (2 * 4.25))
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]])
+    weights = torch.tensor([[0.5, 2.0, 50.0], [1.0, 1.6, 4.0], [9.0, 9.0, 9.0]])
+
+    def found(**term: Any) -> dict[str, float]:
+        metrics.defer_weights("train", weights, mask, KLTerm(**term))
+        metrics.settle("train")
+        return metrics.take("train")
+
+    token = found(weight_cap=1.5)
+    assert set(token) == {"kl/ess", "kl/weight_max", "kl/weight_cut"}
+    assert token["kl/weight_max"] == 4.0
+    assert token["kl/weight_cut"] == pytest.approx(3 / 5)
+    assert token["kl/ess"] == pytest.approx(9.1**2 / (5 * 23.81))
+    # Products of weights without their bound, and the share of tokens whose own weight is above it.
+    prefix = found(weight_level="prefix", weight_cap=1.5)
+    assert prefix["kl/weight_max"] == pytest.approx(6.4)
+    assert prefix["kl/weight_cut"] == pytest.approx(3 / 5)
+    assert found(weight_level="prefix", estimator="exact")["kl/weight_max"] == pytest.approx(1.6)  # of the states
+    # An answer without a token that counts is none.
+    assert found(answer_cap=1.5)["kl/answers_left_out"] == 0.5
+    assert found(veto=0.6, estimator="exact")["kl/answers_left_out"] == 0.5
+    assert found(veto=0.6, answer_cap=1.5)["kl/answers_left_out"] == 1.0
 
 
 def test_state_holds_controller_and_budget(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ BASE: dict[str, Any] = {
     "per_device_train_batch_size": 3,
     "gradient_accumulation_steps": 4,
 }
+MASKED = {"kl_is_cap": 1.2, "kl_is_mode": "mask"}
+LEFT_OUT = {"kl_is_answer_cap": 1.1, "kl_is_veto": 0.8}
 CASES: list[dict[str, Any]] = [
     {"kl_estimator": "k1", "kl_placement": "reward"},
     {"kl_estimator": "k1", "kl_placement": "reward", "kl_credit": "immediate", "whiten_rewards": True},
@@ -47,6 +49,15 @@ CASES: list[dict[str, Any]] = [
     {"kl_estimator": "k3", "kl_placement": "both"},
     {"kl_estimator": "exact", "kl_placement": "both", "whiten_rewards": True},
     {"kl_estimator": "exact", "kl_placement": "loss", "kl_importance_sampling": "prefix"},
+    {"kl_estimator": "k1", "kl_placement": "reward", "kl_importance_sampling": "prefix", "whiten_rewards": True},
+    {"kl_estimator": "k1", "kl_placement": "reward", "kl_importance_sampling": "sequence", "kl_is_cap": 1.1},
+    {"kl_estimator": "k1", "kl_placement": "reward", "kl_importance_sampling": "prefix", "kl_credit": "immediate"},
+    {"kl_estimator": "k1", "kl_placement": "reward", "kl_importance_sampling": "prefix", "kl_credit": "sequence"},
+    {"kl_estimator": "k3", "kl_placement": "both", "kl_importance_sampling": "prefix", "kl_is_cap": 1.1},
+    {"kl_estimator": "exact", "kl_placement": "both", "kl_importance_sampling": "prefix", "whiten_rewards": True},
+    {"kl_estimator": "exact", "kl_placement": "both", "kl_importance_sampling": "prefix", **MASKED},
+    {"kl_estimator": "exact", "kl_placement": "both", "kl_importance_sampling": "prefix", **LEFT_OUT},
+    {"kl_estimator": "exact", "kl_placement": "loss", **LEFT_OUT},
 ]
 
 
@@ -80,9 +91,7 @@ def rewards_of(c: dict, rollout: Any, kl: Tensor, credit: str | None) -> tuple[T
                 rewards[row, t] -= c["kl_coef"] * c["gamma"] * kl[row, places[number + 1]]
     if credit in ("immediate", "sequence"):
         charged = kl * made if credit == "immediate" else (kl * made).sum(1, keepdim=True) * made
-        for row, t in made.nonzero().tolist():
-            others = [charged[other, t] for other in range(len(kl)) if other != row and made[other, t]]
-            direct[row, t] = -c["kl_coef"] * (charged[row, t] - (sum(others) / len(others) if others else 0.0))
+        direct = -c["kl_coef"] * (charged - of_others(charged, made))
     return rewards, direct
 
 
@@ -109,21 +118,57 @@ def advantages_of(
 def kl_loss(
     c: dict, logps: Tensor, policy: Tensor, ref: Tensor, ref_logps: Tensor, sampler: Tensor, made: Tensor
 ) -> Tensor:
-    level = c.get("kl_importance_sampling", "token")
-    log_weights = ((logps - sampler) * made).detach().clamp(max=math.log(c.get("kl_is_cap", float("inf"))))
+    level, own = c.get("kl_importance_sampling", "token"), token_weights(c, logps, sampler, made)
     weights = {
         "none": torch.ones_like(logps),
-        "token": log_weights.exp() if c["kl_estimator"] != "exact" else torch.ones_like(logps),
-        "prefix": log_weights.cumsum(1).exp(),
-        "sequence": log_weights.sum(1, keepdim=True).exp().expand_as(logps),
+        "token": own if c["kl_estimator"] != "exact" else torch.ones_like(logps),
+        "prefix": own.cumprod(1),
+        "sequence": own.prod(1, keepdim=True).expand_as(logps),
     }[level]
-    log_ratio = logps - ref_logps
+    log_ratio, kept = logps - ref_logps, answers_kept(c, logps, sampler, made)
     if c["kl_estimator"] == "exact":
-        weights = weights / log_weights.exp() if level == "prefix" else weights  # of the state, without the token's own
-        return weights * (policy.exp() * (policy - ref)).sum(-1)
+        if level == "prefix":  # of the state, without the token's own
+            weights = torch.cat([torch.ones_like(own[:, :1]), own.cumprod(1)[:, :-1]], 1)
+        return kept * weights * (policy.exp() * (policy - ref)).sum(-1)
     if level == "none":
         return penalty(c, log_ratio, log_ratio)
-    return weights * log_ratio**2 / 2  # the gradient that every weighted estimator has
+    return kept * weights * log_ratio**2 / 2  # the gradient that every weighted estimator has
+
+
+def token_weights(c: dict, logps: Tensor, sampler: Tensor, made: Tensor) -> Tensor:
+    ratios, cap = ((logps - sampler) * made).detach().exp(), c.get("kl_is_cap", math.inf)
+    return torch.where(ratios <= cap, ratios, 0.0 if c.get("kl_is_mode") == "mask" else cap)
+
+
+def answers_kept(c: dict, logps: Tensor, sampler: Tensor, made: Tensor) -> Tensor:
+    log_ratios = ((logps - sampler) * made).detach()
+    mean, smallest = log_ratios.sum(1) / made.sum(1), log_ratios.exp().amin(1)
+    kept = (mean.abs() <= math.log(c.get("kl_is_answer_cap", math.inf))) & (smallest >= c.get("kl_is_veto", 0.0))
+    return kept.unsqueeze(1)
+
+
+def charged(c: dict, kl: Tensor, weights: Tensor, made: Tensor, credit: str) -> tuple[Tensor, Tensor]:
+    """What each token is charged for at an update, times its own weight; and the weight of a baseline there."""
+    total, own = torch.zeros_like(kl), torch.zeros_like(kl)
+    for row in range(len(kl)):
+        places = [t for t in range(kl.size(1)) if made[row, t]]
+        for n, t in enumerate(places):
+            whole = c["kl_importance_sampling"] == "sequence"
+            own[row, t] = weights[row, places if whole else places[: n + 1]].prod()
+            for m, s in enumerate(places):
+                if {"return_to_go": m >= n, "future": m > n, "immediate": m == n, "sequence": True}[credit]:
+                    after = m if c["kl_estimator"] == "exact" else m + 1  # the exact KL is that of a state
+                    used = places if whole or credit == "sequence" else places[: max(after, n + 1)]
+                    total[row, t] += weights[row, used].prod() * kl[row, s]
+    return total, own
+
+
+def of_others(values: Tensor, made: Tensor) -> Tensor:
+    means = torch.zeros_like(values)
+    for row, t in made.nonzero().tolist():
+        others = [values[other, t] for other in range(len(values)) if other != row and made[other, t]]
+        means[row, t] = sum(others) / len(others) if others else 0.0
+    return means
 
 
 def second_implementation(
@@ -135,7 +180,11 @@ def second_implementation(
         sampler, ref_logps = chosen(start, rollout), chosen(ref_all, rollout)
         values = state_values(value, rollout) * rollout.mask
         kl = penalty(c, sampler - ref_logps, (start.exp() * (start - ref_all)).sum(-1))
-        rewards, direct = rewards_of(c, rollout, kl, credit)
+        at_update = c.get("kl_importance_sampling") in ("prefix", "sequence") and credit is not None
+        rewards, direct = rewards_of(c, rollout, kl, None if at_update else credit)
+        if at_update:
+            of_rollout, _ = charged(c, kl, torch.ones_like(kl), rollout.mask, credit)
+            baseline = of_others(of_rollout, rollout.mask)
         advantages, returns, scale = advantages_of(c, rollout, rewards, direct, values)
     parameters = [*policy.parameters(), *value.parameters()]
     for rows in steps:
@@ -150,6 +199,12 @@ def second_implementation(
         if c["kl_placement"] in ("loss", "both"):
             term = kl_loss(c, logps, now, ref_all[rows], ref_logps[rows], sampler[rows], part.mask)
             loss = loss + c["kl_coef"] * scale * term
+        if at_update:
+            of_policy = (now.exp() * (now - ref_all[rows])).sum(-1)
+            kl = penalty(c, logps - ref_logps[rows], of_policy).detach()
+            slope, own = charged(c, kl, token_weights(c, logps, sampler[rows], part.mask), part.mask, credit)
+            kept = answers_kept(c, logps, sampler[rows], part.mask)
+            loss = loss + c["kl_coef"] * scale * kept * (slope - own * baseline[rows]) * logps
         gradients = torch.autograd.grad((loss * part.mask).sum() / part.mask.sum(), parameters, allow_unused=True)
         found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
         norm = float(torch.sqrt(sum(g.square().sum() for g in found)))  # type: ignore[arg-type]
@@ -180,4 +235,6 @@ def test_a_step_equals_the_second_implementation(tmp_path: Path, options: dict) 
     error = sum(float((b - a).square().sum()) for a, b in zip(ours, after, strict=True)) ** 0.5
     assert size > 0.1
     assert error < 2e-6 * size
-    assert made.state.log_history[0]["policy/clipfrac_avg"] > 0.02  # the clip is at work
+    log = made.state.log_history[0]
+    assert log["policy/clipfrac_avg"] > 0.02  # the clip is at work
+    assert log.get("kl/weight_cut", 1.0) > 0.02 and log.get("kl/answers_left_out", 0.5) > 0.02

@@ -265,13 +265,15 @@ class Enumerated:
     def found(self, rollout: Rollout | None = None) -> Tensor:
         """Expected gradient of the trainer's first update over answers that the engine gives."""
         experience = self.made._shape(self.rollout if rollout is None else rollout)
+        if experience.kl_baseline is not None:  # others of all answers there are would tell which this one is
+            experience = replace(experience, kl_baseline=experience.kl_baseline.mean(0) * self.mask)
         # The loss is a sum over the tokens of all answers: each counts by its answer's probability.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ppo_trainer, "masked_sum", lambda values, mask: (self.probs[:, None] * values * mask).sum())
             loss = self.made._loss(self.made.model, experience, torch.arange(len(ANSWERS_OF_2))).loss
         return gradient(loss, self.policy)
 
-    def wanted(self, placement: str, weights: str = "sequence") -> Tensor:
+    def wanted(self, placement: str, weights: str = "sequence", *, has_reward: bool = True) -> Tensor:
         """Gradient of E[reward] - kl_coef KL, negated; with `weights` "token" that of the KL in the engine's states."""
         policy, ref = self.all_of(self.policy), self.all_of(self.reference)
         logps, coef = chosen(policy, self) * self.mask, PURE["kl_coef"]
@@ -279,7 +281,7 @@ class Enumerated:
         reward = torch.tensor(reward_of(ANSWERS_OF_2), dtype=torch.double)
         of_states = self.probs if weights == "token" else probs if placement != "loss" else probs.detach()
         kl = ((policy.exp() * (policy - ref)).sum(-1) * self.mask).sum(1)
-        return gradient(coef * (of_states * kl).sum() - (probs * reward).sum(), self.policy)
+        return gradient(coef * (of_states * kl).sum() - has_reward * (probs * reward).sum(), self.policy)
 
 
 def gradient(loss: Tensor, model: PreTrainedModel) -> Tensor:
@@ -297,6 +299,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
         ({"kl_estimator": "k1", "kl_placement": "reward"}, ("reward",)),
         ({"kl_estimator": "exact", "kl_placement": "both", "kl_importance_sampling": "prefix"}, ("both",)),
         ({"kl_estimator": "k3", "kl_placement": "both", "kl_importance_sampling": "sequence"}, ("both",)),
+        ({"kl_estimator": "k1", "kl_placement": "reward", "kl_importance_sampling": "prefix"}, ("reward",)),
         ({"kl_estimator": "k3", "kl_placement": "loss", "kl_importance_sampling": "prefix"}, ("loss",)),
         ({"kl_estimator": "exact", "kl_placement": "loss", "kl_importance_sampling": "prefix"}, ("loss",)),
         ({"kl_estimator": "k3", "kl_placement": "loss"}, ("loss", "token")),

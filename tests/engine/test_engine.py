@@ -130,13 +130,12 @@ def test_the_kl_in_the_loss_has_its_gradient_under_the_engine(
 
 
 @pytest.mark.parametrize("behind", [IN_SYNC, STALE], indirect=True)
-@pytest.mark.parametrize("placement", ["reward", "both"])
-def test_the_kl_in_the_reward_has_its_gradient_under_the_engine(
-    trainer: KLXGRPOTrainer, behind: tuple, placement: str, monkeypatch: pytest.MonkeyPatch
+def test_the_kl_in_the_advantages_has_its_gradient_under_the_engine(
+    trainer: KLXGRPOTrainer, behind: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where TRL's sequence ratio cuts nothing off: its default drops answers above 3, and with them their KL."""
     batch, engine_probs, truth, moved = behind
-    term = dataclasses.replace(trainer.kl_term, estimator="k1", weight_level="prefix", placement=placement)
+    term = dataclasses.replace(trainer.kl_term, estimator="k1", weight_level="none", placement="reward")
     monkeypatch.setattr(trainer, "kl_term", term)
     mask = batch["completion_mask"]
     log_ratio = ((batch["old_per_token_logps"] - batch["sampling_per_token_logps"]) * mask).sum(-1, keepdim=True)
@@ -153,12 +152,31 @@ def test_the_kl_in_the_reward_has_its_gradient_under_the_engine(
 
     default, uncorrected = off_by(batch["importance_sampling_ratio"]), off_by(torch.ones_like(ratio))
     kl = float((probs * ratio * log_ratio).sum())
-    print(f"{placement}, {kl:.2g} nats behind: default {default:.2g}, correction off {uncorrected:.2g}")
+    print(f"{kl:.2g} nats behind: default {default:.2g}, correction off {uncorrected:.2g}")
     assert (default > 0.05) == bool(moved) and uncorrected > 5e-4
     if moved:
         assert off_by(ratio) < 1e-4 and uncorrected > 0.1
     else:
         assert default < 1e-4
+
+
+@pytest.mark.parametrize("behind", [IN_SYNC, STALE], indirect=True)
+@pytest.mark.parametrize(("estimator", "placement"), [("k1", "reward"), ("k3", "both"), ("exact", "both")])
+@pytest.mark.parametrize("level", ["prefix", "sequence"])
+def test_the_kl_that_is_charged_at_the_update_has_its_gradient_whatever_trls_ratio(
+    trainer: KLXGRPOTrainer,
+    behind: tuple,
+    estimator: str,
+    placement: str,
+    level: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch, engine_probs, truth, _ = behind
+    term = dataclasses.replace(trainer.kl_term, estimator=estimator, weight_level=level, placement=placement)
+    monkeypatch.setattr(trainer, "kl_term", term)
+    own = {"advantages": torch.zeros(ROWS), "kl_baseline": 0.3 * batch["completion_mask"]}
+    own["importance_sampling_ratio"] = torch.full_like(batch["importance_sampling_ratio"], 0.2)
+    assert error(expected_gradient(trainer, {**batch, **own}, engine_probs), truth["KLseq"]) < 1e-4
 
 
 @pytest.mark.parametrize("correction", ["off", *MODES])

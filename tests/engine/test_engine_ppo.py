@@ -77,6 +77,9 @@ def behind(trainer: KLXPPOTrainer, request: pytest.FixtureRequest) -> tuple[Roll
 def gradient(trainer: KLXPPOTrainer, rollout: Rollout, probs: Tensor) -> Tensor:
     """Of the first update's loss: the sum over all answers of the engine's probability times that of the answer."""
     experience = trainer._shape(rollout)
+    if experience.kl_baseline is not None:  # others of all answers there are would tell which this one is
+        of_places = experience.kl_baseline.mean(0) * rollout.mask
+        experience = dataclasses.replace(experience, kl_baseline=of_places)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo_trainer, "masked_sum", lambda values, mask: (probs[:, None] * values * mask).sum())
         loss = trainer._loss(trainer.model, experience, torch.arange(len(ANSWERS))).loss
@@ -90,6 +93,7 @@ def gradient(trainer: KLXPPOTrainer, rollout: Rollout, probs: Tensor) -> Tensor:
         for moved in (IN_SYNC, STALE)
         for case in (
             ("reward", "k1", "token", "KLseq"),
+            ("reward", "k1", "prefix", "KLseq"),
             ("both", "exact", "prefix", "KLseq"),
             ("loss", "exact", "token", "P_mu"),
             ("loss", "exact", "prefix", "P"),
@@ -111,6 +115,7 @@ def test_reward_and_kl_have_their_gradient_under_the_engine(
     rollout, probs, truth, moved = behind
     term = dataclasses.replace(trainer.kl_term, estimator=estimator, weight_level=level, placement=placement)
     changed = {"kl_term": term, "kl_in_loss": term.in_loss, "kl_in_reward": term.in_reward}
+    changed["kl_at_update"] = term.reward_at_update
     for name, value in changed.items():
         monkeypatch.setattr(trainer, name, value)
     wanted = COEF * truth[target] - truth["reward"]

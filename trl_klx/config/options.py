@@ -38,11 +38,27 @@ class KLArguments:
     )
     kl_importance_sampling: str | None = _option(
         None,
-        "Weight pi/mu on the KL loss, mu being the policy that really sampled: none, token, prefix or sequence. "
-        "Default: token, as TRL's use_bias_correction_kl.",
+        "Weight pi/mu on the KL, mu being the policy that really sampled: none, token, prefix or sequence. token "
+        "weighs the KL loss alone; with prefix or sequence a KL in the reward is made of the present policy at every "
+        "update, as a loss of its own. Default: token, as TRL's use_bias_correction_kl, and none with the KL in the "
+        "reward.",
     )
-    kl_is_mode: str = _option("truncate", "What happens to weights above kl_is_cap: truncate or mask.")
-    kl_is_cap: float | None = _option(None, "Largest importance weight on the KL. None: no bound, as TRL.")
+    kl_is_mode: str = _option("truncate", "What happens to a token's weight above kl_is_cap: truncate or mask.")
+    kl_is_cap: float | None = _option(
+        None,
+        "Largest importance weight of a token, of which prefix and sequence weights are products. None: no bound, as "
+        "TRL.",
+    )
+    kl_is_answer_cap: float | None = _option(
+        None,
+        "Answers whose geometric mean of pi/mu is above this, or below its inverse, are left out of the KL (not of the "
+        "reward), which biases it. kl/answers_left_out is their share. None: none is.",
+    )
+    kl_is_veto: float | None = _option(
+        None,
+        "Answers with a token whose pi/mu is below this are left out of the KL (not of the reward), which biases it. "
+        "kl/answers_left_out is their share. None: none is.",
+    )
     kl_aggregation: str = _option(
         "loss_type",
         "How the KL loss is averaged: loss_type follows TRL's loss; token takes the mean over all tokens of the batch, "
@@ -189,6 +205,8 @@ class KLArguments:
             weight_level=given.kl_importance_sampling or "none",
             weight_mode=given.kl_is_mode,
             weight_cap=given.kl_is_cap,
+            answer_cap=given.kl_is_answer_cap,
+            veto=given.kl_is_veto,
             value_cap=given.kl_value_cap,
             direction=given.kl_direction,
         )

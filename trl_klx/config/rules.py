@@ -14,7 +14,8 @@ from .choices import CHOICES, CONTROLLER_SETTINGS, check_number, unknown
 from .options import KLArguments
 
 # Fields that mean nothing without a KL.
-_NEED_KL = ("kl_estimator", "kl_placement", "kl_credit", "kl_direction", "kl_is_cap", "kl_value_cap")
+_NEED_KL: tuple[str, ...] = ("kl_estimator", "kl_placement", "kl_credit", "kl_direction", "kl_value_cap")
+_NEED_KL += ("kl_is_cap", "kl_is_answer_cap", "kl_is_veto")
 # What to use instead of a refused combination, by estimator and placement.
 _REMEDY = {
     ("k1", "loss"): "kl_estimator='k2' (same value, right gradient), or kl_importance_sampling='token'",
@@ -47,16 +48,36 @@ def _check_numbers(args: KLArguments) -> None:
 
 
 def _check_dead_options(args: KLArguments) -> None:
-    if args.kl_placement in ("none", "reward") and args.kl_importance_sampling != "none":
+    term = args.kl_term()
+    if args.kl_placement == "none" and args.kl_importance_sampling != "none":
         raise ValueError(
-            f"kl_importance_sampling={args.kl_importance_sampling!r} weights the KL loss and kl_placement="
-            f"{args.kl_placement!r} has none: remove it (the policy gradient's own correction weights a KL in the "
-            "reward), or use kl_placement='both'."
+            f"kl_importance_sampling={args.kl_importance_sampling!r} weights a KL penalty and kl_placement='none' has "
+            "none: remove it."
         )
-    if args.kl_aggregation == "token" and args.kl_placement in ("none", "reward"):
+    if args.kl_placement == "reward" and args.kl_importance_sampling == "token":
+        raise ValueError(
+            "kl_importance_sampling='token' weights the KL loss and kl_placement='reward' has none (the policy "
+            "gradient's ratio is that weight): remove it, or set 'prefix', which charges for the KL at every update "
+            "anew."
+        )
+    if args.kl_aggregation == "token" and not (term.in_loss or term.reward_at_update):
         raise ValueError(
             f"kl_aggregation='token' averages the KL loss and kl_placement={args.kl_placement!r} has none: remove it."
         )
+    _check_weight_bounds(args)
+    if args.kl_credit != "return_to_go" and args.kl_placement in ("none", "loss"):
+        raise ValueError(
+            f"kl_credit={args.kl_credit!r} sets how the reward is charged and kl_placement={args.kl_placement!r} "
+            "has no KL in the reward: remove it, or set kl_placement='reward'."
+        )
+    if args.kl_value_cap is not None and args.kl_placement in ("none", "reward"):
+        raise ValueError(
+            f"kl_value_cap={args.kl_value_cap} bounds the value of the KL loss and kl_placement="
+            f"{args.kl_placement!r} has none: remove it (a bound on the reward would bend its gradient)."
+        )
+
+
+def _check_weight_bounds(args: KLArguments) -> None:
     if args.kl_is_cap is not None and args.kl_importance_sampling == "none":
         raise ValueError(
             f"kl_is_cap={args.kl_is_cap} bounds an importance weight and kl_importance_sampling='none' has none: "
@@ -69,16 +90,18 @@ def _check_dead_options(args: KLArguments) -> None:
         )
     if args.kl_is_mode == "mask" and args.kl_is_cap is None:
         raise ValueError("kl_is_mode='mask' drops the weights above kl_is_cap: set kl_is_cap, for example 2.0.")
-    if args.kl_credit != "return_to_go" and args.kl_placement in ("none", "loss"):
-        raise ValueError(
-            f"kl_credit={args.kl_credit!r} sets how the reward is charged and kl_placement={args.kl_placement!r} "
-            "has no KL in the reward: remove it, or set kl_placement='reward'."
-        )
-    if args.kl_value_cap is not None and args.kl_placement in ("none", "reward"):
-        raise ValueError(
-            f"kl_value_cap={args.kl_value_cap} bounds the value of the KL loss and kl_placement="
-            f"{args.kl_placement!r} has none: remove it (a bound on the reward would bend its gradient)."
-        )
+    for name in ("kl_is_answer_cap", "kl_is_veto"):
+        value = getattr(args, name)
+        if value is not None and args.kl_importance_sampling == "none":
+            raise ValueError(
+                f"{name}={value} leaves out answers by their importance weights and kl_importance_sampling='none' has "
+                "none: remove it, or set kl_importance_sampling='prefix'."
+            )
+        if value is not None and (args.kl_placement, args.kl_importance_sampling) == ("both", "token"):
+            raise ValueError(
+                f"{name}={value} would leave answers out of the KL loss alone, and kl_placement='both' has a part in "
+                "the reward, which kl_importance_sampling='token' does not reach: set kl_importance_sampling='prefix'."
+            )
 
 
 def _check_exact_only_options(args: KLArguments) -> None:

@@ -40,7 +40,7 @@ RANGES = {
     "(0, 1]": "kl_gain_min top_p vllm_gpu_memory_utilization",
     "[0, 1)": "adam_beta1 adam_beta2 lora_dropout label_smoothing_factor",
     "[0, 1]": "min_p ld_alpha top_entropy_quantile ref_model_mixup_alpha gamma lam",
-    "(0, 1)": "test_split_size",
+    "(0, 1)": "test_split_size kl_is_veto",
     "[0, 0.5]": "label_smoothing",
     "[1, inf)": "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"
     " num_generations_eval max_completion_length generation_batch_size steps_per_generation num_iterations lora_r"
@@ -48,6 +48,7 @@ RANGES = {
     " dataset_num_proc eval_accumulation_steps torch_empty_cache_steps ddp_bucket_cap_mb ddp_timeout"
     " dataloader_prefetch_factor num_mini_batches num_ppo_epochs response_length local_rollout_forward_batch_size"
     " total_episodes ref_model_sync_steps num_processes",
+    "(1, inf)": "kl_is_answer_cap",
     "[2, inf)": "num_generations",
     "[-1, inf)": "top_k",
     "[0, 4294967295]": "seed data_seed",

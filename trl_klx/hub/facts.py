@@ -107,6 +107,8 @@ def kl_rows(kl: RecordedKL, history: list[dict], reference: str) -> list[tuple[s
     if kl.kl_budget is not None:
         unit = "" if isinstance(kl.kl_budget, str) else " nats per sequence"
         rows.append(("Budget", f"{kl.kl_budget}{unit}; beyond it: {kl.kl_budget_action}"))
+    if kl.kl_term().leaves_answers_out:
+        rows.append(("Answers left out of the KL", _left_out(kl)))
     if kl.kl_value_cap is not None:
         rows.append(("Bound on a token's KL loss", f"{kl.kl_value_cap:g} nats"))
     return [*rows, ("Reference model", reference)]
@@ -118,7 +120,14 @@ def _weight(kl: RecordedKL) -> str:
         return f"{level}: none is applied, because an exact KL averages over the policy's tokens itself"
     if level == "none" or kl.kl_is_cap is None:
         return level
-    return f"{level}, {kl.kl_is_mode} above {kl.kl_is_cap:g}"
+    return f"{level}, {kl.kl_is_mode} a token's above {kl.kl_is_cap:g}"
+
+
+def _left_out(kl: RecordedKL) -> str:
+    cap, veto = kl.kl_is_answer_cap, kl.kl_is_veto
+    parts = [] if cap is None else [f"with a geometric mean of the tokens' weights above {cap:g} or below 1/{cap:g}"]
+    parts += [] if veto is None else [f"with a token whose weight is below {veto:g}"]
+    return ", or ".join(parts)
 
 
 def _coefficient(kl: RecordedKL, history: list[dict]) -> str:

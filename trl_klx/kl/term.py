@@ -80,9 +80,27 @@ class KLTerm:
         """Expected on-policy gradient (with direction "reverse")."""
         return expected_gradient(self.estimator, self.placement, self.reward_credit, self.weighted)
 
+    @property
+    def leaves_answers_out(self) -> bool:
+        return self.answer_cap is not None or self.veto is not None
+
+    @property
+    def depends_on_sampler(self) -> bool:
+        """Whether it matters to the penalty at an update which policy sampled the answers."""
+        return self.takes_weights or self.leaves_answers_out
+
+    def unbounded_weights(self, token_weights: Tensor, mask: Tensor) -> Tensor:
+        """(B, T) what the KL is weighted by if nothing bounds the tokens' weights; these, where it takes none."""
+        before = self.estimator == "exact" and not self.reward_at_update
+        return weight_products(token_weights, mask, level=self._level, before=before)
+
+    def kept(self, token_weights: Tensor, mask: Tensor) -> Tensor:
+        """(B, 1) bool: which answers count, by the unbounded weights of their tokens."""
+        return answers_kept(token_weights, mask, geometric_cap=self.answer_cap, veto=self.veto)
+
     def weights(self, logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Tensor | None:
         """(B, T) what the KL loss is weighted by, bounded; None where it is weighted by nothing."""
-        if not (self.takes_weights or self._leaves_answers_out):
+        if not self.depends_on_sampler:
             return None
         kept, bounded = self._corrected(logps, sampler_logps, mask)
         if not self.takes_weights:
@@ -158,19 +176,33 @@ class KLTerm:
         slope = torch.where(kept & mask.bool(), slope, 0.0)
         return torch.where(mask.bool(), value_with_slope(logps, slope, slope), 0.0)
 
+    def at_update(
+        self,
+        logps: Tensor,
+        ref_logps: Tensor,
+        mask: Tensor,
+        *,
+        sampler_logps: Tensor | None = None,
+        exact: Tensor | None = None,
+        baseline: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """All that an update adds to the loss, by placement: `loss` and, where `reward_at_update`, `credit_loss`."""
+        given = logps, ref_logps, mask
+        losses = {}
+        if self.in_loss:
+            losses["loss"] = self.loss(*given, sampler_logps=sampler_logps, exact=exact)
+        if self.reward_at_update:
+            losses["reward"] = self.credit_loss(*given, sampler_logps=sampler_logps, exact=exact, baseline=baseline)
+        return losses
+
     def _corrected(self, logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1) answers that count, and (B, T) the bounded weights pi/mu of their tokens."""
         of_tokens = importance_weights(logps, sampler_logps, mask)
-        kept = answers_kept(of_tokens, mask, geometric_cap=self.answer_cap, veto=self.veto)
-        return kept, bounded_weights(of_tokens, mode=self.weight_mode, cap=self.weight_cap)
+        return self.kept(of_tokens, mask), bounded_weights(of_tokens, mode=self.weight_mode, cap=self.weight_cap)
 
     @property
     def _level(self) -> WeightLevel:
         return "token" if self.weight_level == "none" else self.weight_level
-
-    @property
-    def _leaves_answers_out(self) -> bool:
-        return self.answer_cap is not None or self.veto is not None
 
     @property
     def credit_kind(self) -> Credit:

@@ -62,9 +62,10 @@ class _PPO(Algorithm):
             )
         if args.use_vllm and args.kl_is_penalised:
             yield from vllm_notes(args)
-        if args.gamma < 1 and term.in_reward:
+        in_advantages = term.in_reward and not term.reward_at_update
+        if args.gamma < 1 and in_advantages:
             yield f"gamma={args.gamma} discounts later tokens' KL: the gradient moves from KLseq towards P."
-        if args.lam < 1 and term.in_reward:
+        if args.lam < 1 and in_advantages:
             yield f"lam={args.lam}: a KL in the reward is unbiased only as far as the value model predicts it."
         if args.whiten_rewards and term.in_reward:
             yield "whiten_rewards=true divides reward and KL by one number, so kl_coef keeps its meaning."

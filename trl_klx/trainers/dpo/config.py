@@ -20,6 +20,8 @@ _NO_MEANING = {
     "kl_importance_sampling": "its data comes from no policy whose log-probs are known",
     "kl_is_mode": "its KL takes no importance weight",
     "kl_is_cap": "its KL takes no importance weight",
+    "kl_is_answer_cap": "its KL takes no importance weight",
+    "kl_is_veto": "its KL takes no importance weight",
     "kl_aggregation": "its KL is the mean over the completion tokens of a batch",
     "kl_group_column": "its KL is measured on the probe's prompts, which have no groups",
     "kl_group_targets": "its KL is measured on the probe's prompts, which have no groups",

@@ -3,9 +3,10 @@
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from ...kl import kl_estimate, last_token_index, masked_sum
+from ...kl import kl_estimate, last_token_index, leave_one_out_baseline, masked_sum
 from ...monitor.metrics import finite
 from ..exact.tokens import AnswerTokens
 from ..shared.engine import with_trainers
@@ -68,6 +69,17 @@ def ref_states_of(inputs: dict) -> tuple[list[Tensor], AnswerTokens]:
     return [each.hidden for each in states], AnswerTokens(loss_mask(inputs).bool(), counts, scored)
 
 
+def baseline_of_others(accelerator: Accelerator, credit: Tensor, mask: Tensor, group_size: int) -> Tensor:
+    """(B, C) `leave_one_out_baseline` where the answers to one prompt may lie on several processes."""
+    rows, length = credit.shape
+    both = torch.stack([credit, mask.to(credit.dtype)], dim=1)
+    if accelerator.num_processes > 1:
+        both = accelerator.gather(accelerator.pad_across_processes(both, dim=2))
+    start = accelerator.process_index * rows
+    all_credit, all_mask = both.unbind(1)
+    return leave_one_out_baseline(all_credit, all_mask, group_size)[start : start + rows, :length]
+
+
 def with_cut_answers(mask: Tensor, ids: Tensor, pad_token_id: int) -> Tensor:
     """(B, C) all tokens of the answers: TRL masks one that is cut off as a whole (`mask_truncated_completions`).
 
@@ -127,18 +139,17 @@ def health_metrics(sums: dict[str, float], *, behind_mask: bool) -> dict[str, fl
     return finite({"kl/masked": sums["hidden"] / sums["answers"], "kl/masked_share": share})
 
 
-def sampler_logps_of(policy_logps: Tensor, inputs: dict) -> Tensor:
-    """(B, C) log-probs under the policy that really sampled; `policy_logps` itself where that is the policy.
+def sampler_logps_of(policy_logps: Tensor, inputs: dict) -> Tensor | None:
+    """(B, C) log-probs under the policy that really sampled; None where that is the policy as it is.
 
     The inference engine's own, where TRL has them; NaN there marks tokens it could not score, which fall back to the
     trainer's.
     """
     trainer_logps = inputs.get("old_per_token_logps")
-    trainer_logps = policy_logps if trainer_logps is None else trainer_logps
     engine_logps = inputs.get("sampling_per_token_logps")
     if engine_logps is None:
         return trainer_logps
-    return with_trainers(engine_logps, trainer_logps)
+    return with_trainers(engine_logps, policy_logps if trainer_logps is None else trainer_logps)
 
 
 def scored_by_sampler(inputs: dict, mask: Tensor) -> Tensor:

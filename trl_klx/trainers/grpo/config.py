@@ -103,7 +103,8 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
 
     def _check_reward_reaches_every_token(self) -> None:
         """Refuse TRL options that gate or average the advantages, and with them the KL that is subtracted there."""
-        if self.kl_placement not in ("reward", "both") or self.allow_biased_kl:
+        term = self.kl_term()
+        if not term.in_reward or term.reward_at_update or self.allow_biased_kl:
             return
         epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         gates = {
@@ -120,7 +121,7 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} acts on the advantages ({effect}) and kl_placement="
                     f"{self.kl_placement!r} puts the KL there, so its gradient would be wrong: use "
-                    f"kl_placement='loss', or leave {name} at its default."
+                    f"kl_importance_sampling='prefix' (a loss of its own), kl_placement='loss', or {name}'s default."
                 )
         if self.kl_placement == "both" and self.kl_aggregation == "token" and self.loss_type != "dapo":
             raise ValueError(
@@ -133,7 +134,8 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
         if corrected is None:
             return
         meaning = "token" if corrected else "none"
-        if corrected and self.kl_placement in ("none", "reward"):
+        term = self.kl_term()
+        if corrected and not (term.in_loss or term.reward_at_update):
             raise ValueError(
                 f"use_bias_correction_kl=True weights the KL loss and kl_placement={self.kl_placement!r} has none: "
                 "remove it."

@@ -1,7 +1,8 @@
 """GRPO with a chosen KL: `KLXGRPOTrainer`.
 
 TRL's loss is computed by TRL, with its own KL switched off; ours is added to it. A KL in the reward is subtracted from
-the advantages after TRL has normalised them. A rollout keeps its credit in nats, and the loss multiplies it by beta: a
+the advantages after TRL has normalised them, or, with prefix and sequence weights, is a loss of its own that is made of
+the present policy at every update. A rollout keeps credit and baseline in nats, and the loss multiplies them by beta: a
 controller's new beta acts at once, also on answers that several optimizer steps use.
 
 Shape legend: B answers, P prompt tokens, C completion tokens, H hidden.
@@ -16,7 +17,7 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
 from ...config.names import trainer_with_old_names
-from ...kl import importance_weights, kl_estimate, leave_one_out_baseline
+from ...kl import importance_weights, kl_estimate
 from ...kl.estimators import SAMPLED_ESTIMATORS
 from ..checks.start import check_start, config_for
 from ..exact.forward import ExactKLForward, exact_kl_between
@@ -26,7 +27,7 @@ from ..reference.build import reference_as_given
 from ..reference.resumed import ReferenceKeeper
 from ..rewarding.gold import GOLD, check_gold_reward
 from ..seams import check_trl_version, swapped
-from ..session.applied import KL_IN_LOSS, KL_IN_REWARD, KL_MEASURED, check_rollout, not_applied
+from ..session.applied import KL_IN_REWARD, KL_MEASURED, REACHED, check_rollout, not_applied
 from ..session.coefficient import KLCoefficient
 from ..session.groups import group_names
 from ..session.metrics import PooledSums
@@ -39,6 +40,7 @@ from .batch import (
     VISION_INPUTS,
     RefStates,
     attention_to_cut_answers,
+    baseline_of_others,
     health_metrics,
     health_sums,
     loss_mask,
@@ -184,7 +186,9 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
             batch["kl_groups"] = groups
         self._score_reference(batch)
         if in_reward:
-            batch["kl_credit"] = self._credit(batch, tape.one())
+            credit, baseline = self._credit(batch, tape.one())
+            at_update = self.kl_term.reward_at_update
+            batch |= {"kl_baseline": baseline} if at_update else {"kl_credit": credit - baseline}
         return batch
 
     def _score_reference(self, batch: dict) -> None:
@@ -212,8 +216,9 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         return answers or 1
 
     @torch.no_grad()
-    def _credit(self, batch: dict, policy: Scoring | None) -> Tensor:
-        """(B, C) KL credit of each token minus its leave-one-out baseline, in nats; times -beta it is an advantage.
+    def _credit(self, batch: dict, policy: Scoring | None) -> tuple[Tensor, Tensor]:
+        """(B, C) KL credit of each token and its leave-one-out baseline, in nats; a difference times -beta is an
+        advantage.
 
         `policy` is TRL's own scoring of the policy as it is now; where TRL makes none the answers are scored here.
         """
@@ -226,15 +231,7 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
             kept = policy.hidden, policy.tokens, *ref_states_of(batch)
             exact = self._exact.of_hidden_states(*kept, at_once=self._rows_at_once)
         credit = self.kl_term.credit(policy.logps, ref_logps, mask, exact=exact)
-        # The answers to one prompt may lie on several processes.
-        accelerator, (rows, length) = self.accelerator, credit.shape
-        both = torch.stack([credit, mask.to(credit.dtype)], dim=1)
-        if accelerator.num_processes > 1:
-            both = accelerator.gather(accelerator.pad_across_processes(both, dim=2))
-        all_credit, all_mask = both.unbind(1)
-        start = accelerator.process_index * rows
-        baseline = leave_one_out_baseline(all_credit, all_mask, self._group_size)
-        return credit - baseline[start : start + rows, :length]
+        return credit, baseline_of_others(self.accelerator, credit, mask, self._group_size)
 
     def _ask(self, batch: dict, *, grad: bool) -> Ask:
         """For the exact KL of the policy, where one is wanted."""
@@ -266,21 +263,23 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
             loss = super()._compute_loss(model, penalised)
         policy = self._applied(tape.one())
         self.sampling.tell_what_changed(policy.logps.detach(), inputs, mask)
-        token_weights, weights = self._importance_weights(policy.logps.detach(), inputs, mask)
-        self._measure(policy, inputs, mask, token_weights, weights)
-        if not (self.kl_term.in_loss and self.args.kl_is_penalised):
-            return loss
-        self.kl.reached.add(KL_IN_LOSS)
-        per_token_kl = self.kl_term.loss(
-            policy.logps,
-            inputs["ref_per_token_logps"],
-            mask,
-            sampler_logps=sampler_logps_of(policy.logps.detach(), inputs),
-            exact=policy.exact,
-        )
-        kl_loss = self._aggregate(self._beta_of(inputs) * per_token_kl, mask, inputs)
-        self.metrics.defer(self.mode, "kl/loss", kl_loss * self._accumulation)
-        return loss + kl_loss
+        sampler_logps = sampler_logps_of(policy.logps.detach(), inputs)
+        self._measure(policy, inputs, mask, sampler_logps)
+        return self._with_kl(loss, policy, inputs, mask, sampler_logps) if self.args.kl_is_penalised else loss
+
+    def _with_kl(
+        self, loss: Tensor, policy: Scoring, inputs: dict, mask: Tensor, sampler_logps: Tensor | None
+    ) -> Tensor:
+        """TRL's loss with what the KL adds to it."""
+        given = {"sampler_logps": sampler_logps, "exact": policy.exact, "baseline": inputs.get("kl_baseline")}
+        losses = self.kl_term.at_update(policy.logps, inputs["ref_per_token_logps"], mask, **given)
+        for placement, per_token in losses.items():
+            self.kl.reached.add(REACHED[placement])
+            kl_loss = self._aggregate(self._beta_of(inputs) * per_token, mask, inputs)
+            loss = loss + kl_loss
+            if placement == "loss":
+                self.metrics.defer(self.mode, "kl/loss", kl_loss * self._accumulation)
+        return loss
 
     def _beta_of(self, inputs: dict) -> Tensor | float:
         """Beta, (B, 1) where it differs by group."""
@@ -300,41 +299,24 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         return {**inputs, "advantages": advantages - self._beta_of(inputs) * inputs["kl_credit"]}
 
-    def _importance_weights(self, logps: Tensor, inputs: dict, mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(B, C) untruncated weights of policy over sampler, of the tokens and on the loss.
-
-        None where both are the same, and on a loss that takes none.
-        """
-        sampler_logps = sampler_logps_of(logps, inputs)
-        if sampler_logps is logps:
-            return None, None
-        of_tokens = importance_weights(logps, sampler_logps, mask, level="token")
-        level = self.kl_term.weight_level
-        if not self.kl_term.takes_weights or level == "none":
-            return of_tokens, None
-        if level == "token":
-            return of_tokens, of_tokens
-        return of_tokens, importance_weights(logps, sampler_logps, mask, level=level)
-
     @property
     def _is_first_use(self) -> bool:
         """Whether the policy has not been trained on the answers of this micro-batch (`num_iterations`)."""
         earlier_uses = self._step // self.args.micro_batches_per_rollout % self.num_iterations
         return not self.model.training or earlier_uses == 0
 
-    def _measure(
-        self, policy: Scoring, inputs: dict, mask: Tensor, token_weights: Tensor | None, weights: Tensor | None
-    ) -> None:
+    def _measure(self, policy: Scoring, inputs: dict, mask: Tensor, sampler_logps: Tensor | None) -> None:
         """Take the KL into the statistics: of the policy's own tokens, in the states of whoever sampled them.
 
         An exact KL averages over these tokens itself; the estimates are weighted.
         """
         logps, ref_logps = policy.logps.detach(), inputs["ref_per_token_logps"]
         sampled = {name: kl_estimate(logps, ref_logps, name) for name in SAMPLED_ESTIMATORS if name in self.kl.names}
-        if token_weights is not None:
+        if sampler_logps is not None:
+            token_weights = importance_weights(logps, sampler_logps, mask)
             sampled = {name: weighted(token_weights, values) for name, values in sampled.items()}
-            own = self.kl, self.metrics, self.mode, self.args
-            measure_sampler(*own, logps, inputs, mask, token_weights, weights, is_first_use=self._is_first_use)
+            own = self.kl, self.metrics, self.mode, self.args, self.kl_term
+            measure_sampler(*own, logps, inputs, mask, token_weights, is_first_use=self._is_first_use)
         exact = {} if policy.exact is None else {"exact": policy.exact.detach()}
         self.kl.measure(self.mode, sampled | exact, mask, inputs["kl_prompts"], inputs.get("kl_groups"))
         if self.model.training:

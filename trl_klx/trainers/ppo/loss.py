@@ -78,6 +78,7 @@ class Batch:
     returns: Tensor
     values: Tensor  # of the value model as it was then
     engine_ratio: Tensor | None = None  # bounded ratio of that policy to the engine that sampled
+    kl_baseline: Tensor | None = None  # nats, of the KL in the reward where it is charged at the update
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,7 @@ class Experience:
     returns: Tensor
     scale: Tensor
     engine_ratio: Tensor | None  # (B, T) bounded ratio of policy to engine; None where the policy itself sampled
+    kl_baseline: Tensor | None  # (B, T) nats; None where no KL in the reward is charged at the updates
 
     def batch(self, index: Tensor) -> Batch:
         """Of some answers only; an `index` on the CPU waits for no device."""
@@ -125,6 +126,7 @@ class Experience:
             returns=self.returns[index],
             values=self.rollout.values[index],
             engine_ratio=None if self.engine_ratio is None else self.engine_ratio[index],
+            kl_baseline=None if self.kl_baseline is None else self.kl_baseline[index],
         )
 
 
@@ -135,7 +137,7 @@ class LossOutputs:
     loss: Tensor
     tokens: Tensor  # how many count
     sums: dict[str, Tensor]  # metrics, summed over these tokens
-    weights: tuple[Tensor, Tensor] | None = None  # (B, T) importance weights of the KL loss, where it takes any; mask
+    weights: tuple[Tensor, Tensor] | None = None  # (B, T) of the tokens, where the KL depends on the sampler; mask
 
 
 def padded(ids: Sequence[Sequence[float]], fill: int, side: str, device: Any) -> tuple[Tensor, Tensor]:

@@ -173,7 +173,8 @@ class PPOSampler:
             ref_logps, hidden = self._reference_scores(part)
         ref_hidden = None if hidden is None else list(hidden.split(part.counts))
         scores = self.scores(trainer.model, part, ref_hidden)
-        learns_exact = trainer.mode == "train" and trainer.kl_in_loss and trainer.kl_term.estimator == "exact"
+        at_update = trainer.kl_in_loss or trainer.kl_at_update
+        learns_exact = trainer.mode == "train" and at_update and trainer.kl_term.estimator == "exact"
         return Rollout(
             **vars(part),
             old_logps=scores.logps,
@@ -267,8 +268,8 @@ class PPOSampler:
         trainer.kl.weight_mean.add(mode, weights, scored, rollout.prompts)
         if args.vllm_importance_sampling_correction:
             self._pool({"kl/ratio_cut": cut_ratios(old_logps, engine_logps, mask, args)})
-        if mode == "eval" or not (trainer.kl_in_loss and trainer.kl_term.takes_weights):  # else of those on the loss
-            trainer.metrics.defer_weights(mode, weights, mask, cap=args.kl_is_cap)
+        if mode == "eval" or not (args.kl_is_penalised and trainer.kl_term.depends_on_sampler):  # else at the updates
+            trainer.metrics.defer_weights(mode, weights, mask, trainer.kl_term)
         return weights
 
     def _pool(self, sums: dict[str, tuple[Tensor, Tensor]]) -> None:

@@ -23,11 +23,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from ...config.names import trainer_with_old_names
 from ...hub.papers import PAPERS
 from ...kl import fill_masked, importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
-from ...kl.importance import weight_products
 from ..exact.scored_head import Entropy, scored_heads
 from ..reference.resumed import ReferenceKeeper
 from ..seams import check_trl_version
-from ..session.applied import KL_IN_LOSS, KL_IN_REWARD
+from ..session.applied import KL_IN_REWARD, REACHED
 from ..session.coefficient import KLCoefficient
 from ..shared.engine import policy_ratio
 from ..shared.lifecycle import Lifecycle
@@ -54,6 +53,12 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
     `kl_placement="both"`, for the KL after it, while the loss charges its own. Whitening divides advantages and KL
     loss by one number, the standard deviation of the advantages, so that `kl_coef` weighs reward against KL alike in
     every placement.
+
+    With `kl_importance_sampling="prefix"` or "sequence" the KL in the reward is a loss of its own, made of the present
+    policy at every update: `KLTerm.credit_loss`. No value model predicts it, no gamma or lam discounts it, nothing
+    clips it: its gradient is exact however often a rollout is used and whatever sampled it, unless the weights are
+    bounded. What stays approximate is the gradient of the *reward*: the clipped surrogate in the states of the sampler,
+    and GAE, which is unbiased for lam = 1, and below it as far as the value model is right.
 
     Args:
         args: the config.
@@ -120,6 +125,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         self.kl_term = term = args.kl_term()
         self.kl_in_reward = args.kl_is_penalised and term.in_reward
         self.kl_in_loss = args.kl_is_penalised and term.in_loss
+        self.kl_at_update = args.kl_is_penalised and term.reward_at_update
         made.rewards.rewards = [self.frozen(r) if isinstance(r, nn.Module) else r for r in made.rewards.rewards]
         heads = scored_heads(
             self, self.model.policy, temperature=args.temperature, with_exact=bool(args.kl_needs_exact)
@@ -155,7 +161,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
             return self.sampler.rollout(rows).without_unscored()
 
     def _watch(self, rollout: Rollout) -> None:
-        """All that advantages and their whitening are made of."""
+        """All that advantages, their whitening and the baseline of a KL are made of."""
         watched = [(POLICY, rollout.old_logps), (VALUES, rollout.values)]
         of_kl = [(REFERENCE, rollout.ref_logps), (KL, rollout.exact)] if self.kl_in_reward else []
         for what, values in [*watched, *of_kl]:
@@ -178,7 +184,16 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         ratio = None
         if rollout.engine_logps is not None:
             ratio = policy_ratio(rollout.old_logps, rollout.engine_logps, mask, self.args)
-        return Experience(rollout, advantages, returns, scale, ratio)
+        return Experience(rollout, advantages, returns, scale, ratio, self._kl_baseline(rollout))
+
+    def _kl_baseline(self, rollout: Rollout) -> Tensor | None:
+        """(B, T) mean KL credit of the *other* answers at each token, where the KL in the reward is charged at the
+        updates.
+        """
+        if rollout.ref_logps is None or not self.kl_at_update:
+            return None
+        credit = self.kl_term.credit(rollout.old_logps, rollout.ref_logps, rollout.mask, exact=rollout.exact)
+        return leave_one_out_baseline(credit, rollout.mask, len(credit))
 
     def _shape_rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """(B, T) reward after each token, which the value model learns to predict; and credit for the advantages alone.
@@ -186,6 +201,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         The score comes with the last token that the policy produced. Credit "return_to_go" charges a token's KL as a
         reward; "future" charges it one token earlier, so that the return holds the KL after the token; "immediate" and
         "sequence" are not sums of later rewards: they go to the advantages directly, minus a leave-one-out baseline.
+        What is charged at the updates is in neither.
         """
         mask, term = rollout.mask, self.kl_term
         last = last_token_index(mask).unsqueeze(1)
@@ -193,7 +209,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         rewards = torch.zeros_like(rollout.old_logps)
         rewards = rewards.scatter(1, last.clamp(min=0), paid.to(rewards.dtype))
         charged, direct = torch.zeros_like(rewards), torch.zeros_like(rewards)
-        if rollout.ref_logps is not None and self.kl_in_reward:
+        if rollout.ref_logps is not None and self.kl_in_reward and not self.kl_at_update:
             self.kl.reached.add(KL_IN_REWARD)
             coef, credit_kind = self.kl.coef_of(rollout.groups), term.credit_kind
             penalty = term.penalty(rollout.old_logps, rollout.ref_logps, mask, exact=rollout.exact)
@@ -266,28 +282,28 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         value_error, value_metrics = value_loss(scores.values, batch, self._clipping)
         per_token = per_token + self.args.vf_coef * value_error - self.args.entropy_coef * scores.entropy
         metrics = policy_metrics | value_metrics | {"policy/entropy_avg": scores.entropy}
-        weights = None
-        if part.ref_logps is not None and self.kl_in_loss:
-            self.kl.reached.add(KL_IN_LOSS)
-            token_weights = importance_weights(scores.logps, part.sampler_logps, part.mask)
-            weights = self._kl_weights(token_weights, part, is_first_use=is_first_use)
-            given = {"sampler_logps": part.sampler_logps, "exact": scores.exact}
-            kl = self.kl_term.loss(scores.logps, part.ref_logps, part.mask, **given)
-            self.guard.watch(KL, kl, part.mask)
-            metrics["kl/loss"] = self.kl.coef_of(part.groups) * (experience.scale * kl)
-            per_token = per_token + metrics["kl/loss"]
+        used = None
+        if part.ref_logps is not None and (self.kl_in_loss or self.kl_at_update):
+            given = {"sampler_logps": part.sampler_logps, "exact": scores.exact, "baseline": batch.kl_baseline}
+            for placement, kl in self.kl_term.at_update(scores.logps, part.ref_logps, part.mask, **given).items():
+                self.kl.reached.add(REACHED[placement])
+                self.guard.watch(KL, kl, part.mask)
+                charged = self.kl.coef_of(part.groups) * (experience.scale * kl)
+                per_token = per_token + charged
+                if placement == "loss":
+                    metrics["kl/loss"] = charged
+            used = self._weights_used(scores.logps, part, is_first_use=is_first_use)
         sums = {name: masked_sum(values.detach(), part.mask) for name, values in metrics.items()}
-        used = None if weights is None else (weights, part.mask)
         return LossOutputs(masked_sum(per_token, part.mask), part.mask.sum(), sums, used)
 
-    def _kl_weights(self, token_weights: Tensor, part: Rollout, *, is_first_use: bool) -> Tensor | None:
-        """(B, T) unbounded weights of the policy over the one that sampled; None where the KL loss takes none."""
-        level = self.kl_term.weight_level
-        if level == "none" or not self.kl_term.takes_weights:
+    def _weights_used(self, policy_logps: Tensor, part: Rollout, *, is_first_use: bool) -> tuple[Tensor, Tensor] | None:
+        """(B, T) weights of the tokens, and their mask; None where the KL does not depend on what sampled."""
+        if not self.kl_term.depends_on_sampler:
             return None
+        token_weights = importance_weights(policy_logps, part.sampler_logps, part.mask)
         if is_first_use and part.engine_logps is None:  # those of an engine were measured when it had sampled
             self.kl.weight_mean.add("train", token_weights, part.mask, part.prompts)
-        return weight_products(token_weights, part.mask, level=level)
+        return token_weights, part.mask
 
     def _optimizer_step(self, model: Any) -> None:
         """What transformers' loop does at the end of a step. (DeepSpeed's engine has stepped in the backward.)"""
@@ -305,7 +321,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         used = [output.weights for output in outputs if output.weights is not None]
         if used:
             weights, masks = (torch.cat(tensors) for tensors in zip(*used, strict=True))
-            self.metrics.defer_weights("train", weights, masks, cap=self.args.kl_is_cap)
+            self.metrics.defer_weights("train", weights, masks, self.kl_term)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")

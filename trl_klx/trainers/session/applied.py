@@ -14,6 +14,7 @@ from ..errors import RunError
 # What may be missing, as the KL's code notes it in `KLSession.reached`.
 KL_IN_LOSS = "a KL in the loss"
 KL_IN_REWARD = "a KL in the reward"
+REACHED = {"loss": KL_IN_LOSS, "reward": KL_IN_REWARD}
 KL_MEASURED = "a measured KL"
 KL_ON_DATA = "the exact KL on the data"
 STEP_ENDED = "the end of the step, where beta moves"

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ...kl import effective_sample_size, fill_masked
+from ...kl.term import KLTerm
 from ...monitor.metrics import finite
 from ...monitor.moments import KLSummary, prompt_sums, sequence_rows, summarise
 
@@ -76,17 +77,27 @@ class Metrics:
         flat = torch.stack([torch.stack([total.float(), count.float()]) for total, count in sums.values()])
         self._sums[mode].append(_Sums(tuple(sums), flat))
 
-    def defer_weights(self, mode: str, weights: Tensor, mask: Tensor, *, cap: float | None = None) -> None:
-        """Log `kl/ess` (mean over processes) and `kl/weight_max` (largest anywhere) of untruncated importance weights.
+    def defer_weights(self, mode: str, token_weights: Tensor, mask: Tensor, term: KLTerm) -> None:
+        """Log `kl/ess` (mean over processes) and `kl/weight_max` (largest anywhere) of the weights on a KL, unbounded.
+
+        With a cap on the tokens' weights also `kl/weight_cut`, the share of tokens above it; where answers are left out
+        of the KL, `kl/answers_left_out`, their share.
 
         Args:
             mode: see the module.
-            weights: (B, T).
+            token_weights: (B, T) unbounded weights of the tokens, of which those of `term` are products.
             mask: (B, T) tokens that count.
-            cap: `kl_is_cap`; with one, `kl/weight_cut` is the share of tokens whose weight is above it.
+            term: what the KL is.
         """
-        if cap is not None:
-            self.pool(mode, {"kl/weight_cut": ((fill_masked(weights, mask) > cap).sum(), mask.bool().sum())})
+        sums, weights = {}, term.unbounded_weights(token_weights, mask)
+        if term.weight_cap is not None:
+            above = fill_masked(token_weights, mask) > term.weight_cap
+            sums["kl/weight_cut"] = above.sum(), mask.bool().sum()
+        if term.leaves_answers_out:
+            counted = mask.bool().any(-1, keepdim=True)
+            sums["kl/answers_left_out"] = (counted & ~term.kept(token_weights, mask)).sum(), counted.sum()
+        if sums:
+            self.pool(mode, sums)
         largest = fill_masked(weights, mask).amax() if weights.numel() else weights.new_zeros(())
         self.defer(mode, "kl/ess", effective_sample_size(weights, mask))
         self.defer(mode, "kl/weight_max", largest, largest=True)

@@ -15,12 +15,12 @@ _SAYS = {
 
 
 def reward_correction(args: Any) -> str | None:
-    """How right the KL in the reward of a recipe is where vLLM samples; None where there is none.
+    """How right the KL in the advantages of a recipe is where vLLM samples; None where there is none.
 
     The figures are enumerated on small policies: see `trl_klx.kl.sampling`.
     """
     term = args.kl_term()
-    if not (args.use_vllm and args.kl_is_penalised and term.in_reward):
+    if not (args.use_vllm and args.kl_is_penalised and term.in_reward) or term.reward_at_update:
         return None
     kind, mode = _kind_of(args), args.vllm_importance_sampling_mode
     low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max

@@ -2,9 +2,11 @@
 
 python scripts/benchmark_controllers.py --output controllers.json
 
-Plants, courses and figures are those of `trl_klx/control/plants.py`. All controllers have default
-settings where their name gives none, and meet the same plants and noise. `trl-klx controllers` compares settings on
-them; this script adds a PID with constant gains, and ours without each of its parts.
+Plants, courses and figures are those of `trl_klx/control/plants.py`; the second table is of plants that were fitted to
+real runs (`trl_klx/control/learners.py`), its figures those of `control_bench/figures.py`, of the true KL. All
+controllers have default settings where their name gives none, and meet the same plants and noise. `trl-klx
+controllers` compares settings on the first; this script adds a PID with constant gains, and ours without each of its
+parts.
 """
 
 import argparse
@@ -14,10 +16,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from control_bench.figures import figures
 from rich.console import Console
+from rich.table import Table
 
 from trl_klx.cli.controllers_command import add_plant_options, figures_table, plants_of
 from trl_klx.control import Controller, PIDController, make_controller
+from trl_klx.control.learners import FITTED, make_learners, simulate
 from trl_klx.control.plants import WINDOW, Figures, phase_figures, run_courses
 
 
@@ -64,6 +70,48 @@ def make(name: str, beta: float, target: float) -> Controller:
     return kind(beta, target=target, **settings)
 
 
+UPDATES = 150  # on plants that learn
+
+
+def on_learners(name: str, kind: str, count: int, seed: int) -> dict[str, float]:
+    """How a controller holds plants near one that was fitted to a run."""
+    plants = make_learners(count, seed=seed, names=[kind])
+    controllers = [make(name, beta, target) for beta, target in zip(plants.beta, plants.target, strict=True)]
+    relative, _ = simulate(plants, controllers, UPDATES, seed + 1)
+    still = [0.0] * UPDATES
+    found = [figures({"level": 1.0, "every": 1, "kl": list(kls), "kl_se": still}) for kls in relative.T]
+    there = [one for one in found if one.crossed is not None]
+    if not there:
+        return {"crossed": 0.0}
+    highest = [one.overshoot for one in there]
+    return {
+        "crossed": len(there) / count,
+        "crossed at": float(np.median([one.crossed for one in there])),
+        "within 25 %": float(np.mean([one.within for one in there])),
+        "highest mean, median": float(np.median(highest)),
+        "highest mean, 90 %": float(np.quantile(highest, 0.9)),
+        "lowest mean, median": float(np.median([one.undershoot for one in there])),
+        "lowest mean, 10 %": float(np.quantile([one.undershoot for one in there], 0.1)),
+    }
+
+
+def learners_table(results: dict[str, dict[str, dict[str, float]]]) -> Table:
+    table = Table(title=f"Plants near those fitted to real runs, {UPDATES} updates")
+    columns = list(max((found for kinds in results.values() for found in kinds.values()), key=len))
+    for column in ("plant, controller", *columns):
+        table.add_column(column, justify="left" if column.startswith("plant") else "right")
+    for kind in FITTED:
+        for name, kinds in results.items():
+            cells = [kinds[kind].get(column, math.nan) for column in columns]
+            texts = [
+                f"{cell:.0f}" if column == "crossed at" else f"{cell:.2f}"
+                for column, cell in zip(columns, cells, strict=True)
+            ]
+            table.add_row(f"{kind}, {name}", *texts)
+        table.add_section()
+    return table
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Figures]:
     args = parse(arguments)
     plants = plants_of(args)
@@ -72,9 +120,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Figures]:
         courses = run_courses(plants, partial(make, name), seed=args.seed + 1)
         results[name] = phase_figures(courses, args.window)
     title = f"{args.plants} plants, seed {args.seed}"
-    Console(width=None if sys.stdout.isatty() else 140).print(figures_table(results, title=title, window=args.window))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(figures_table(results, title=title, window=args.window))
+    learning = {
+        name: {kind: on_learners(name, kind, max(1, args.plants // 5), args.seed) for kind in FITTED}
+        for name in args.controllers
+    }
+    console.print(learners_table(learning))
     if args.output:
-        Path(args.output).write_text(json.dumps({"settings": vars(args), "figures": results}, indent=2) + "\n")
+        written = {"settings": vars(args), "figures": results, "learners": learning}
+        Path(args.output).write_text(json.dumps(written, indent=2) + "\n")
     return results
 
 

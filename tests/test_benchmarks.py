@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from support.loading import load
+from support.loading import load, load_part
 from support.tiny import save_tiny
 from torch.utils.flop_counter import FlopCounterMode
 
+from trl_klx.control.learners import fitted
 from trl_klx.control.plants import PHASES
 from trl_klx.tasks.starter import make_problems
 
@@ -175,63 +176,109 @@ def test_the_plain_pid_of_the_benchmarks_gives_its_anchor() -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny_starter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A starter folder with a tiny, untrained model and a few problems."""
-    folder = tmp_path_factory.mktemp("starter")
-    save_tiny(folder / "model")
-    (folder / "data").mkdir()
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder `runs` with a starter whose model is tiny and untrained, and a few problems."""
+    runs = tmp_path_factory.mktemp("runs")
+    save_tiny(runs / "starter" / "model")
+    (runs / "starter" / "data").mkdir()
     for split, problems, rows in zip(("train", "test"), make_problems(), (160, 16), strict=True):
         lines = [json.dumps(problem) for problem in problems[:rows]]
-        (folder / "data" / f"{split}.jsonl").write_text("\n".join(lines))
-    return folder
+        (runs / "starter" / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    return runs
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+@pytest.mark.parametrize("task", ["grpo", "ppo"])
 def test_benchmark_of_control_in_training(
-    algorithm: str,
-    tiny_starter: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    task: str, tiny_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every controller trains; a finished run is not repeated, one that an interruption cut short is."""
     benchmark = load("scripts/benchmark_control_training.py")
-    arguments = ["--starter", str(tiny_starter), "--output_dir", str(tmp_path), "--algorithms", algorithm]
-    arguments += ["--seeds", "3", "--grpo_steps", "3", "--ppo_steps", "3", "--picture", str(tmp_path / "p.png")]
-    arguments += ["--controllers", *benchmark.CONTROLLERS]
-    runs = benchmark.main(arguments)
+    arguments = ["--tasks", task, "--runs", str(tiny_runs), "--traces", str(tmp_path / "traces"), "--steps", "6"]
+    arguments += ["--seeds", "3", "--controllers", *benchmark.CONTROLLERS, "--levels", "0.4"]
+    traces = benchmark.main([*arguments, "--picture", str(tmp_path / "p.png")])
     shown = capsys.readouterr().out
-    assert [run["controller"] for run in runs] == list(benchmark.CONTROLLERS)
-    for run in runs:
-        assert f"{algorithm}, {run['controller']}" in shown
-        assert len(run["kl"]) == len(run["coef"]) == len(run["step"]) == 1  # a log of all three steps
-        assert run["kl"][0] >= 0 and 0 <= run["accuracy"] <= 1  # untrained, it may earn nothing and stay where it is
-    coefs = {run["controller"]: run["coef"][0] for run in runs}
-    assert coefs["pid"] < coefs["plain pid"] < coefs["adaptive"] < coefs["fixed"]
+    assert [key.controller for key in traces] == list(benchmark.CONTROLLERS)
+    for key, trace in traces.items():
+        assert f"{task}, {key.controller}" in shown
+        assert len(trace["kl"]) == len(trace["kl_se"]) == len(trace["coef"]) == len(trace["reward"]) == 6
+        assert trace["every"] == 1 and trace["kl"][0] == 0  # untrained, it may earn nothing and stay where it is
+    (fixed, adaptive, _) = traces.values()
+    assert set(fixed["coef"]) == {0.4} and fixed["start"] == 0.4  # the level
+    assert adaptive["coef"][-1] < adaptive["start"] != 0.4
     assert (tmp_path / "p.png").stat().st_size > 0
-    lines = tmp_path / "runs.jsonl"
+    lines = tmp_path / "traces" / f"{task}.jsonl"
     lines.write_text(lines.read_text()[:-100])  # in the middle of the last run's line
     made = []
-    monkeypatch.setattr(benchmark, "run", lambda *task: made.append(task[:3]) or runs[-1])
-    assert benchmark.main(arguments) == runs
-    assert made == [(algorithm, list(benchmark.CONTROLLERS)[-1], 3)]
-    assert benchmark.main(arguments) == runs and len(made) == 1
+    monkeypatch.setattr(benchmark, "run", lambda key, *rest: made.append(key) or traces[key])
+    assert benchmark.main(arguments) == traces
+    assert [key.controller for key in made] == ["pid"]
+    assert benchmark.main(arguments) == benchmark.main([*arguments, "--show"]) == traces and len(made) == 1
+
+
+def test_the_benchmark_names_each_run_once() -> None:
+    benchmark = load("scripts/benchmark_control_training.py")
+    keys = benchmark.wanted(benchmark.parse(["--tasks", "grpo", "stories", "--seeds", "0", "1"]))
+    assert len(keys) == len(set(keys)) == 4 + 4 + 2 * (3 + 2)
+    assert {key.seed for key in keys if key.controller == "fixed"} == {0}
+    for name, task in benchmark.TASKS.items():
+        recipe = benchmark.recipe_of(task, "pid", 0.7, 5, 11, Path("elsewhere"))
+        assert (recipe["kl_controller"], recipe["kl_target"], recipe["seed"], recipe["max_steps"]) == (
+            "pid",
+            0.7,
+            5,
+            11,
+        )
+        assert recipe["kl_target_unit"] == "sequence" and recipe[task.coef] > 0, name
+        assert recipe["model_name_or_path"].startswith("elsewhere/")
+        fixed = benchmark.recipe_of(task, "fixed", 0.7, 5, 11, Path("elsewhere"))
+        assert fixed[task.coef] == 0.7 and "kl_target" not in fixed
+
+
+def a_trace(relative: list[float], level: float = 0.4, reward: float = 0.5, error: float = 0.1) -> dict:
+    kls = [value * level for value in relative]
+    errors, rewards = [error * level] * len(kls), [reward] * len(kls)
+    return {"level": level, "every": 1, "kl": kls, "kl_se": errors, "reward": rewards}
 
 
 def test_figures_of_a_run_by_hand() -> None:
-    benchmark = load("scripts/benchmark_control_training.py")
-    relative = [0.1, 0.6, 0.9, 1.5, 1.1, 0.8, 1.2, 1.0, 2.0, 1.1, 0.9, 1.0]
-    steps = [5 * (place + 1) for place in range(12)]
-    run = {"step": steps, "kl": [value * benchmark.TARGET for value in relative]}
-    found = benchmark.figures(run, window=20)
-    # Means over 25 steps: 0.1 0.35 0.53 0.78 0.84 0.98 1.1 1.12 1.22 1.22 1.24 1.2
-    assert found.settled == 20
-    assert found.share_settled == pytest.approx(7 / 9)
-    assert found.share_last_half == pytest.approx(5 / 6)
-    assert found.overshoot == pytest.approx(0.24)
-    assert found.mean_last_half == pytest.approx((1.2 + 1.0 + 2.0 + 1.1 + 0.9 + 1.0) / 6)
-    never = benchmark.figures({"step": steps, "kl": [0.1] * 12}, window=20)
-    assert never == (None, None, 0.0, None, pytest.approx(0.1 / benchmark.TARGET))
+    figures = load_part("control_bench.figures")
+    relative = [0.1, 0.6, 0.9, 1.5, 1.1, 0.8, 1.2, 1.0, 2.0, 1.1, 0.9, 1.0, 0.0]
+    found = figures.figures(a_trace(relative))
+    # Means of five from the fifth step on: 0.84 0.98 1.1 1.12 1.22 1.22 1.24 1.2 1.0
+    assert (found.crossed, found.within, found.stays) == (5, 1.0, 0)
+    assert found.single == pytest.approx(7 / 9)
+    assert found.possible == pytest.approx(math.erf(2.5 / math.sqrt(2)))
+    assert (found.overshoot, found.undershoot) == (pytest.approx(1.24), pytest.approx(0.84))
+    late = figures.figures(a_trace([0.1] * 5 + [1.0] * 5 + [2.0] * 5 + [1.0] * 7))
+    # 0.28 0.46 0.64 0.82 1.0 1.2 1.4 1.6 1.8 2.0 1.8 1.6 1.4 1.2 1.0 1.0 1.0
+    assert (late.crossed, late.within, late.stays) == (9, pytest.approx(7 / 14), 10)
+    assert figures.figures(a_trace([0.1] * 12)) == (None,) * 7
+    assert figures.figures(a_trace([1.0] * 8 + [3.0] * 5)).stays is None
+    coarse = {**a_trace([0.5, 0.8, 1.2, 1.4]), "every": 5}
+    assert figures.figures(coarse)[:2] == (10, pytest.approx(2 / 3))
+
+
+def test_the_frontier_lies_between_fixed_betas() -> None:
+    figures = load_part("control_bench.figures")
+    fixed = [a_trace([1.0] * 10, level=kl, reward=reward) for kl, reward in ((4.0, 0.9), (1.0, 0.5))]
+    mine = a_trace([0.3] * 8 + [2.0] * 2, level=1.0, reward=0.65)  # the last fifth counts
+    assert figures.over_frontier(mine, fixed) == pytest.approx(0.65 - 0.7)
+    assert figures.over_frontier(a_trace([9.0] * 10, level=1.0), fixed) is None
+
+
+def test_a_fit_finds_the_plant_that_made_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit = load_part("control_bench.fit")
+    plant = fit.follow(fitted("stories pid"), fit.betas_of(made := {"coef": [0.1] * 60, "start": 0.1, "every": 1}))
+    made |= {"task": "stories", "controller": "pid", "level": 12.8, "seed": 0, "steps": 60, "seconds": 1}
+    made |= {"kl": plant[:, 0].tolist(), "kl_se": (0.1 * plant[:, 0]).tolist(), "reward": [0.5] * 60}
+    assert fit.misfit(plant, made)[0] == pytest.approx(0, abs=1e-12)
+    assert fit.misfit(2 * plant, made)[0] == pytest.approx(math.log(2))
+    (tmp_path / "stories.jsonl").write_text(json.dumps(made))
+    best = fit.main(["--traces", str(tmp_path), "--count", "300", "--rows"])
+    assert [kind for kind, _ in best] == ["simulated", "learning"]
+    (_, learnt) = best.values()
+    assert fit.misfit(fit.follow(learnt, fit.betas_of(made)), made)[0] < 0.15
+    assert "learning, stories, pid 12.8: 0." in capsys.readouterr().out
 
 
 def test_benchmark_of_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

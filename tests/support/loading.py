@@ -1,5 +1,6 @@
 """Scripts and recipes' files as modules: they are in no package."""
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -18,3 +19,10 @@ def load(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def load_part(name: str) -> ModuleType:
+    """A module of a package in `scripts`, such as "control_bench.figures"."""
+    if str(ROOT / "scripts") not in sys.path:
+        sys.path.append(str(ROOT / "scripts"))
+    return importlib.import_module(name)

@@ -31,7 +31,7 @@ TRACES = Path(__file__).parent / "control_bench" / "traces"
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["grpo", "ppo", "stories"])
+    parser.add_argument("--tasks", nargs="+", help=f"of {', '.join(TASKS)}; with --show of the traces. Default: all")
     parser.add_argument("--controllers", nargs="+", choices=CONTROLLERS, default=["fixed", "pid"])
     parser.add_argument("--levels", nargs="+", type=float, help="targets (of fixed: betas) in place of the task's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of fixed betas only the first")
@@ -40,14 +40,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--traces", type=Path, default=TRACES, help="folder of the traces, read and added to")
     parser.add_argument("--picture", type=Path, help="where to draw KL and beta over the steps")
     parser.add_argument("--show", action="store_true", help="train nothing")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    unknown = set(args.tasks or ()) - set(TASKS)
+    if unknown and not args.show:
+        parser.error(f"--tasks {' '.join(sorted(unknown))}: give some of {', '.join(TASKS)}")
+    return args
 
 
 def wanted(args: argparse.Namespace) -> list[Key]:
     """The runs that the arguments ask for, seed by seed."""
     keys = []
     for seed in args.seeds:
-        for name in args.tasks:
+        for name in args.tasks or TASKS:
             task = TASKS[name]
             for controller in args.controllers:
                 if controller == "fixed" and seed != args.seeds[0]:
@@ -74,7 +78,7 @@ def main(arguments: list[str] | None = None) -> dict[Key, Trace]:
             traces[key] = run(key, TASKS[key.task], args.runs)
             add_trace(args.traces, traces[key])
         print(f"{number} of {len(keys)}: {' '.join(map(str, key))}: {traces[key]['seconds']} s", flush=True)
-    shown = {key: trace for key, trace in traces.items() if key.task in args.tasks}
+    shown = {key: trace for key, trace in traces.items() if args.tasks is None or key.task in args.tasks}
     Console(width=None if sys.stdout.isatty() else 180).print(control_table(shown))
     if args.picture:
         draw(shown, args.picture)

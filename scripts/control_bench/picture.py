@@ -44,7 +44,8 @@ def draw(traces: dict[Key, Trace], path: Path) -> None:
     axes[0][0].set_ylim(bottom=0)
     axes[0][0].set_ylabel("KL over target")
     axes[1][0].set_ylabel("beta")
-    axes[0][0].legend(fontsize="small")
+    lines = [plt.Line2D([], [], color=color, label=name) for name, color in colors.items()]
+    axes[0][0].legend(handles=lines, fontsize="small")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

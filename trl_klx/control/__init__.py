@@ -1,4 +1,4 @@
-"""Controllers of beta (`controllers`), and simulated plants to try them on (`plants`). Plain Python, no torch."""
+"""Controllers of beta (`controllers`), and plants to try them on: simulated (`plants`) and learning (`learners`)."""
 
 from .controllers import (
     KINDS,

@@ -207,7 +207,6 @@ def test_trl_switch_keeps_its_meaning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"kl_estimator": "exact", "sync_ref_model": True}, "sync_ref_model=false"),
         ({"use_liger_kernel": True}, "use_liger_kernel=true computes TRL's loss"),
         ({"kl_placement": "both", "importance_sampling_level": "sequence"}, "averages them over the answer"),
         ({"kl_placement": "both", "top_entropy_quantile": 0.5}, "drops them on low-entropy tokens"),

@@ -430,7 +430,7 @@ def test_probe_measures_length_and_entropy(tmp_path: Path) -> None:
     trainer = dpo_trainer(tiny_model(), tmp_path, max_steps=1, **PROBE)
     batches = trainer._probe.sample(trainer.model, 0)
     for batch in batches:
-        trainer._probe.values(trainer.model, trainer.ref_model, nullcontext(), batch)
+        trainer._probe.values(trainer.model, trainer.ref_model, nullcontext, batch, trainer.reference)
     with torch.no_grad():
         logps = [
             trainer.model(input_ids=b.input_ids, attention_mask=b.attention_mask).logits[:, :-1].log_softmax(-1)

@@ -488,7 +488,7 @@ def test_packed_weights_are_not_judged(algorithm: str, tmp_path: Path) -> None:
 
 @pytest.mark.situation("probes DPO's KL under FSDP1", "refused")
 def test_fsdp1_leaves_nothing_to_sample_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trl_klx.trainers.dpo.trainer.is_fsdp1", lambda trainer: True)
+    monkeypatch.setattr("trl_klx.trainers.dpo.trainer.is_flattened", lambda accelerator: True)
     with pytest.raises(ValueError, match=r"kl_probe_steps=1 .*fsdp_version 2, DDP or DeepSpeed, or remove it"):
         make("dpo", tmp_path)
 

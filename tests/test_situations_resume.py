@@ -437,38 +437,81 @@ def test_a_recipe_that_starts_from_its_checkpoint(
 
 
 SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.6, **FIXED}
-K3 = {"kl_estimator": "k3", "kl_placement": "loss"}  # the exact KL refuses a reference that moves
+MOVED_KINDS = {"full": None, "fresh adapter": {**LORA, "init_lora_weights": True}, "trained adapter": LORA}
+
+
+def moving(algorithm: str, folder: Path, kind: str, model: Any = None, **options: Any) -> Any:
+    """A trainer of five steps whose reference moves after the second and the fourth."""
+    given: dict[str, Any] = {"model": tiny_model() if model is None else model}
+    if kind == "fresh adapter":
+        given["peft_config"] = LoraConfig(**MOVED_KINDS[kind])
+    elif kind == "trained adapter" and model is None:
+        given["model"] = get_peft_model(tiny_model(), LoraConfig(**MOVED_KINDS[kind]))
+    return make(algorithm, folder, max_steps=5, **given, **{**SYNC, **options})
+
+
+def moved_weights(trainer: Any) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.reference._parameters().values()]
 
 
 @pytest.mark.situation("resumes a run with sync_ref_model", "right")
-@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
-def test_a_moved_reference_is_put_back(algorithm: str, tmp_path: Path) -> None:
-    options = {"max_steps": 5, **SYNC, **(K3 if algorithm == "grpo" else {})}
-    whole = make(algorithm, tmp_path, save_strategy="steps", save_steps=3, **options)
+@pytest.mark.parametrize("kind", MOVED_KINDS)
+@all_algorithms
+def test_a_moved_reference_is_put_back(algorithm: str, kind: str, tmp_path: Path) -> None:
+    whole = moving(algorithm, tmp_path, kind, save_strategy="steps", save_steps=3)
+    start = moved_weights(whole)
     whole.train()
-    moved = [parameter.clone() for parameter in whole.ref_model.parameters()]
-    assert not same(moved, list(tiny_model().parameters()))
-    for model in (tiny_model(), loaded(tmp_path / "checkpoint-3")):  # what moved is in the checkpoint
-        again = make(algorithm, tmp_path / "more", model=model, **options)
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-        assert same(list(again.ref_model.parameters()), moved)
-        assert same(weights(again), weights(whole))
-        assert again.kl.budget.kl == whole.kl.budget.kl
+    moved, origin = moved_weights(whole), whole.reference.moving._origin
+    assert not same(moved, start)
+    assert same(origin, start)
+    again = moving(algorithm, tmp_path / "more", kind)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same(moved_weights(again), moved)
+    assert same(again.reference.moving._origin, origin)
+    assert same(weights(again), weights(whole))
+    assert again.kl.budget.kl == whole.kl.budget.kl
+    logs = [[entry for entry in run.state.log_history if "loss" in entry] for run in (again, whole)]
+    kls = [[{k: v for k, v in entry.items() if k.startswith("kl")} for entry in log[-2:]] for log in logs]
+    assert kls[0] == kls[1]
+    assert kls[0][0]["kl/origin"] != kls[0][0]["kl/sequence"]
 
 
-@pytest.mark.situation("trains with sync_ref_model and a sharded reference, and resumes", "refused")
-def test_a_moved_reference_that_is_sharded(
+@pytest.mark.situation("resumes with sync_ref_model and a policy loaded from the checkpoint", "refused")
+@all_algorithms
+def test_the_start_is_not_the_checkpoint(algorithm: str, tmp_path: Path) -> None:
+    """What moved is in the checkpoint, and the start is not: without the KL to it, any policy will do."""
+    for options in ({}, {"kl_origin": False}):
+        moving(algorithm, tmp_path, "full", save_strategy="steps", save_steps=3, **options).train()
+        again = moving(algorithm, tmp_path / "more", "full", loaded(tmp_path / "checkpoint-3"), **options)
+        if options:
+            again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+            assert again.state.global_step == 5
+        else:
+            with pytest.raises(CheckpointError, match="the reference is the checkpoint's own policy, and not the one"):
+                again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+@pytest.mark.situation("trains with a reference that moves under FSDP1", "refused")
+def test_a_moved_reference_that_is_flattened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from trl_klx.trainers.reference import resumed as resumed_reference
+    for module in ("moving", "resumed"):
+        monkeypatch.setattr(f"trl_klx.trainers.reference.{module}.is_flattened", lambda accelerator: True)
+    with pytest.raises(ValueError, match="moves the reference weight by weight, and fsdp_version=1"):
+        moving("grpo", tmp_path, "full")
+    callback = Moves()  # nothing of ours moves this one
+    callback.trainer = make("grpo", tmp_path, max_steps=1, callbacks=[callback], **FIXED, **EVERY_STEP)
+    callback.trainer.train()
+    assert "checkpoint-1 cannot be resumed from: the reference has moved" in caplog.text
 
-    monkeypatch.setattr(resumed_reference, "is_sharded", lambda model: True)
-    options = {"max_steps": 3, **SYNC, **K3}
-    make("grpo", tmp_path, **options, **EVERY_STEP).train()
-    assert "checkpoint-2 cannot be resumed from: the reference has moved" in caplog.text
-    assert "checkpoint-1 cannot" not in caplog.text
-    with pytest.raises(CheckpointError, match=r"does not hold it, or not for a sharded model.*before step 2"):
-        make("grpo", tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+@pytest.mark.situation("resumes a run with a reference that moves from there on", "right")
+def test_a_reference_that_moves_from_a_checkpoint_on(tmp_path: Path) -> None:
+    make("grpo", tmp_path, max_steps=5, **STEPS, **FIXED).train()
+    again = moving("grpo", tmp_path / "more", "full", ref_model_sync_steps=1)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    half = [0.4 * old + 0.6 * new for old, new in zip(tiny_model().parameters(), weights(again), strict=True)]
+    torch.testing.assert_close(moved_weights(again), half, rtol=0, atol=1e-6)  # once, after the fifth step
 
 
 class Moves(TrainerCallback):
@@ -498,14 +541,16 @@ def test_a_reference_that_the_user_moves(tmp_path: Path) -> None:
 
 @pytest.mark.situation("resumes with sync_ref_model from a checkpoint that does not hold the reference", "refused")
 def test_a_moved_reference_that_is_lost(tmp_path: Path) -> None:
-    make("grpo", tmp_path, max_steps=2, **EVERY_STEP, **SYNC, **K3).train()
-    path = tmp_path / "checkpoint-2" / STATE_FILE
+    make("grpo", tmp_path, max_steps=2, **EVERY_STEP, **SYNC).train()
+    folder = tmp_path / "checkpoint-2"
+    path = folder / STATE_FILE
     state = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in state.items() if k not in ("reference", "files")}))
-    os.remove(tmp_path / "checkpoint-2" / "reference.pt")
-    with pytest.raises(CheckpointError, match=r"sync_ref_model had moved the reference by step 2.*before step 2, or"):
-        make("grpo", tmp_path, max_steps=3, **SYNC, **K3).train(resume_from_checkpoint=str(path.parent))
-    early = make("grpo", tmp_path / "more", max_steps=3, **SYNC, **K3)  # where it had not moved yet
+    os.remove(folder / "reference.pt")
+    for left_out in (["files"], ["files", "reference"]):
+        path.write_text(json.dumps({k: v for k, v in state.items() if k not in left_out}))
+        with pytest.raises(CheckpointError, match=r"had moved the reference by step 2.*before step 2, or"):
+            make("grpo", tmp_path, max_steps=3, **SYNC).train(resume_from_checkpoint=str(folder))
+    early = make("grpo", tmp_path / "more", max_steps=3, **SYNC)  # where it had not moved yet
     early.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert early.state.global_step == 3
 

@@ -105,6 +105,20 @@ class KLArguments:
         "Estimators to log with standard errors, also at beta 0: k1, k2, k3, exact. Default: kl_estimator and k1, k3 "
         "where the reference is there anyway. In bf16 exact makes the others true too (docs/choosing.md, section 4).",
     )
+    sync_ref_model: bool = _option(
+        False, "Move the reference towards the policy every ref_model_sync_steps steps, an adapter's too."
+    )
+    ref_model_mixup_alpha: float = _option(
+        0.6, "Share of the policy in the moved reference, weight by weight: alpha * policy + (1 - alpha) * reference."
+    )
+    ref_model_sync_steps: int = _option(
+        512, "Steps between two moves of the reference; 1 makes it an exponential moving average. PPO: rollouts."
+    )
+    kl_origin: bool | None = _option(
+        None,
+        "Measure the KL to the start too where the reference moves (kl/origin, k3): a forward pass per rollout and, "
+        "without an adapter, one more copy of the weights. Default: true with sync_ref_model.",
+    )
     max_skipped_steps: int = _option(
         10, "Steps in a row that may be skipped because they are not finite (loss, KL, gradient); one more is an error."
     )
@@ -161,6 +175,16 @@ class KLArguments:
     def kl_is_measured(self) -> bool:
         """Whether the reference is needed at all."""
         return self.kl_is_penalised or self.kl_placement == "none" or bool(self.kl_monitor) or bool(self.kl_budget)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference is in memory during training."""
+        return self.kl_is_measured
+
+    @property
+    def kl_has_origin(self) -> bool:
+        """Whether the KL to the start is measured beside that to a reference that moves."""
+        return self.sync_ref_model and self.kl_is_measured and self.kl_origin is not False
 
     @property
     def kl_logged_estimators(self) -> tuple[str, ...]:

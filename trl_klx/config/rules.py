@@ -187,6 +187,30 @@ def _check_kl_is_on(args: KLArguments) -> None:
             )
 
 
+def _check_moving_reference(args: KLArguments) -> None:
+    if not args.sync_ref_model:
+        if args.kl_origin:
+            raise ValueError(
+                "kl_origin=true has no effect with sync_ref_model=false: the reference stays the start, to which the "
+                "KL is measured anyway; remove it."
+            )
+        return
+    if not args.has_reference:
+        raise ValueError(
+            "sync_ref_model=true moves a reference and none is in memory: give the KL a coefficient or measure it "
+            "(kl_placement='none'), in DPO without precompute_ref_log_probs; or set sync_ref_model=false."
+        )
+    if args.ref_model_mixup_alpha == 0:
+        raise ValueError("ref_model_mixup_alpha=0 moves the reference by nothing: raise it, or remove sync_ref_model.")
+    if args.kl_origin and not args.kl_has_origin:
+        raise ValueError("kl_origin=true has no effect in DPO without a probe: set kl_probe_steps, or remove it.")
+    if args.kl_origin is False and args.kl_budget is not None:
+        raise ValueError(
+            f"kl_budget={args.kl_budget} bounds the KL to the start and kl_origin=false does not measure it: remove "
+            "kl_origin."
+        )
+
+
 def _check_gradient(args: KLArguments) -> None:
     """Refuse what does not have a KL's gradient; the verdict comes from the table that the tests prove."""
     if args.kl_placement == "none":
@@ -212,6 +236,7 @@ _RULES = (
     _check_dead_options,
     _check_exact_only_options,
     _check_groups,
+    _check_moving_reference,
     _check_controller,
     _check_gradient,
     _check_kl_is_on,

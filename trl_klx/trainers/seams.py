@@ -67,6 +67,7 @@ OVERRIDDEN = {
 # Attributes that `swapped` puts in while TRL's code runs, and why.
 SWAPPED = {
     "beta": "of the trainer: 0 switches TRL's own KL off; of its config: at 0 TRL would build no reference (GRPO)",
+    "sync_ref_model": "of the config: TRL's callback is not added, which knows no adapter and saves nothing",
     "mask_truncated_completions": "up to 1.14: TRL would mask answers that end with another end token (GRPO)",
     "reward_funcs": "checked ones, or the gold reward alone (GRPO)",
     "reward_processing_classes": "of the gold reward (GRPO)",

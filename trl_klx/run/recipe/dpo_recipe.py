@@ -37,9 +37,6 @@ class _DPO(Algorithm):
         pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
         return Batches([f"a step: {pairs} pairs"], pairs, uses_rest=True)
 
-    def loads_reference(self, args: Any) -> bool:
-        return not args.precompute_ref_log_probs
-
     def notes(self, args: Any) -> Iterator[str]:
         yield (
             f"DPO's own loss holds the policy near the reference with beta={args.beta}, on the log-ratios of the "

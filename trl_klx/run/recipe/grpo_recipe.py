@@ -79,8 +79,6 @@ class _GRPO(Algorithm):
                 "policies). "
                 "'dapo' and 'dr_grpo' keep its direction."
             )
-        if args.sync_ref_model:
-            yield "sync_ref_model=true moves the reference after the policy: a KL to a moving target bounds nothing."
         rounded = rounded_target(args)
         if rounded is not None:
             yield rounded

@@ -6,11 +6,12 @@ import dataclasses
 from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 
+from ...config.options import KLArguments
 from .arguments import RunArguments
 
-_LAST = "training (transformers)"
+_KL, _LAST = "KL (trl_klx)", "training (transformers)"
 # As they are printed; the fields of TRL's algorithm come before the last.
-_ORDER = ("positional arguments", "options", "KL (trl_klx)", "data, rewards and run", "model", _LAST)
+_ORDER = ("positional arguments", "options", _KL, "data, rewards and run", "model", _LAST)
 
 
 def help_parser(program: str, config: type) -> argparse.ArgumentParser:
@@ -48,10 +49,12 @@ def _group_of(name: str, config: type) -> str | None:
     for title, owner in (("data, rewards and run", RunArguments), ("model", ModelConfig), (_LAST, TrainingArguments)):
         if name in {field.name for field in dataclasses.fields(owner)}:
             return title
+    if name in {field.name for field in dataclasses.fields(KLArguments)}:  # TRL has some of them, without an adapter
+        return _KL
     algorithm = config.__bases__[-1]  # the algorithm's own options: TRL's config, and in PPO `PPOArguments`
     if name in {field.name for field in dataclasses.fields(algorithm)}:
         title = algorithm.__name__.removesuffix("Config").removesuffix("Arguments")
         return f"{title} (TRL)" if algorithm.__module__.startswith("trl.") else title
     if name in {field.name for field in dataclasses.fields(config)}:
-        return "KL (trl_klx)"
+        return _KL
     return None

@@ -115,6 +115,16 @@ class KLXDPOConfig(KLArguments, DPOConfig):
         return self.kl_on_data or self.kl_probe_steps is not None
 
     @property
+    def has_reference(self) -> bool:
+        """Whether a reference is in memory during training: DPO's own loss needs one."""
+        return not self.precompute_ref_log_probs
+
+    @property
+    def kl_has_origin(self) -> bool:
+        """Whether the probe measures the KL to the start, beside that to a reference that moves."""
+        return super().kl_has_origin and self.kl_probe_steps is not None
+
+    @property
     def kl_logged_estimators(self) -> tuple[str, ...]:
         """Estimators that the probe measures."""
         if self.kl_probe_steps is None:

@@ -29,8 +29,10 @@ from ...kl import kl_estimate, masked_sum
 from ...kl.estimators import SAMPLED_ESTIMATORS
 from ..exact.forward import ExactKLForward
 from ..exact.tokens import AnswerTokens
+from ..reference.resumed import ReferenceKeeper
 from ..seams import FUSED_LM_HEAD
 from ..session.metrics import PooledSums
+from ..session.session import ORIGIN
 from ..shared.generation import end_tokens, generating_with
 
 
@@ -168,14 +170,20 @@ class KLProbe:
 
     @torch.no_grad()
     def values(
-        self, policy: nn.Module, reference: nn.Module, as_reference: AbstractContextManager[Any], batch: ProbeBatch
+        self,
+        policy: nn.Module,
+        reference: nn.Module,
+        as_reference: Callable[[], AbstractContextManager[Any]],
+        batch: ProbeBatch,
+        keeper: ReferenceKeeper,
     ) -> dict[str, Tensor]:
         """(B, L-1) KL in nats per token by estimator, at temperature 1; what `batch.target_mask` masks is garbage.
 
         Args:
             policy: the model as the trainer calls it, in eval mode.
-            reference: likewise; the policy itself where PEFT makes it the reference while `as_reference` is entered.
+            reference: likewise; the policy itself where PEFT makes it the reference while `as_reference()` is entered.
             batch: from `sample`.
+            keeper: knows whether the KL to the start of the run is wanted (`ORIGIN`).
         """
         mask = batch.target_mask
         hidden: AbstractContextManager[list[Tensor]] = nullcontext([])
@@ -183,14 +191,19 @@ class KLProbe:
         tokens = None if self._exact is None else AnswerTokens.of(mask)
         if self._exact is not None and tokens is not None:
             hidden = self._exact.hidden_states(tokens)
-        with as_reference, hidden as ref_hidden:
+        with as_reference(), hidden as ref_hidden:
             ref_logps = token_logps(reference, batch)
+        with as_reference():
+            origin_logps = keeper.origin_logps(ref_logps, lambda: token_logps(reference, batch))
         if self._exact is not None and tokens is not None:
             exact = self._exact.exact_kl(policy, tokens, ref_hidden, with_grad=False)
         with exact as exact_kl:
             logps = token_logps(policy, batch)
         self._sums.add(answers=mask.any(-1).sum(), tokens=mask.sum(), surprise=-masked_sum(logps, mask))
-        sampled = {name: kl_estimate(logps, ref_logps, name) for name in SAMPLED_ESTIMATORS if name in self._estimators}
+        wanted = [name for name in SAMPLED_ESTIMATORS if name in self._estimators]
+        sampled: dict[str, Tensor] = {name: kl_estimate(logps, ref_logps, name) for name in wanted}
+        if origin_logps is not None:
+            sampled[ORIGIN] = kl_estimate(logps, origin_logps, "k3")
         return sampled | ({"exact": exact_kl[0]} if exact_kl else {})
 
     def answer_metrics(self) -> dict[str, float]:

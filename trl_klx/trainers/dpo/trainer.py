@@ -22,11 +22,13 @@ from ..checks.inputs import check_inputs, check_kept, check_lengths
 from ..checks.rows import PAIRS
 from ..checks.start import check_start, config_for
 from ..checks.vocabulary import check_pairs, check_vocabularies, known_tokens, token_count
-from ..exact.forward import ExactKLForward, exact_kl_between, is_fsdp1
+from ..exact.forward import ExactKLForward, exact_kl_between
 from ..exact.tokens import AnswerTokens
 from ..reference.adapters import as_reference, trainable_as_before
 from ..reference.build import reference_is_a_copy
+from ..reference.moving import MovingReference
 from ..reference.resumed import ReferenceKeeper, print_of
+from ..reference.shards import is_flattened
 from ..seams import check_reference_head, check_trl_version, check_virtual_tokens, swapped
 from ..session.applied import KL_IN_LOSS, KL_ON_DATA, the_only
 from ..session.coefficient import KLCoefficient
@@ -97,7 +99,8 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
         check_virtual_tokens(model, kwargs.get("peft_config"))
         # Precomputed log-probs need no second model; an adapter is copied for them nevertheless.
         wanted = ref_model is None and not (args.precompute_ref_log_probs and isinstance(model, PreTrainedModel))
-        with reference_is_a_copy(model, kwargs.get("peft_config"), wanted=wanted, trl_module=dpo_trainer):
+        models = model, kwargs.get("peft_config")
+        with reference_is_a_copy(args, *models, wanted=wanted, trl_module=dpo_trainer):
             known, self._vocabulary = known_tokens(model, args, processing_class)
             data = data_collator, train_dataset, eval_dataset, known
             super().__init__(model, ref_model, args, *data, *positional, **kwargs)
@@ -111,7 +114,8 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
         given = print_of(self.model, self.accelerator) if is_used_up else None
         self._pairs = PairStatistics(self.accelerator, is_watched=args.kl_health)
         wanted_kl = ({KL_ON_DATA} if args.kl_on_data else set()) | ({KL_IN_LOSS} if args.kl_in_loss else set())
-        keeper = ReferenceKeeper(self, is_an_argument=True, given=given)
+        moving = MovingReference(self) if args.sync_ref_model else None
+        keeper = ReferenceKeeper(self, is_an_argument=True, given=given, moving=moving)
         self._hold_parts(keeper, wanted=wanted_kl, more=[self._pairs])
         self.kl_term = args.kl_term()
         self._exact: ExactKLForward | None = None
@@ -136,7 +140,7 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
         return streams if dispatches is None else bool(dispatches)
 
     def _make_probe(self) -> KLProbe:
-        if is_fsdp1(self):
+        if is_flattened(self.accelerator):
             raise ValueError(
                 f"kl_probe_steps={self.args.kl_probe_steps} samples from the policy, whose weights fsdp_version=1 "
                 "flattens: use fsdp_version 2, DDP or DeepSpeed, or remove it."
@@ -277,7 +281,7 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
             ) as unwrapped:
                 batches = self._probe.sample(unwrapped, self.state.global_step)
             for batch in batches:
-                values = self._probe.values(self.model, self._reference_model, as_ref(), batch)
+                values = self._probe.values(self.model, self._reference_model, as_ref, batch, self.reference)
                 self.kl.measure(mode, values, batch.target_mask, batch.prompts)
             for name, value in self._probe.answer_metrics().items():
                 self.metrics.add(mode, name, value)

@@ -25,6 +25,7 @@ from ...kl import chunked_exact_kl, chunked_exact_kl_from_logits
 from ...kl.exact import Direction
 from ...kl.logits import LogitTransform
 from ..reference.build import causal_lm
+from ..reference.shards import is_flattened
 from ..seams import FUSED_LM_HEAD, swapped
 from .fused import FusedScores
 from .head import (
@@ -58,14 +59,9 @@ def exact_kl_between(trainer: Any, policy: nn.Module, *, temperature: float, dir
     return exact
 
 
-def is_fsdp1(trainer: Trainer) -> bool:
-    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    return plugin is not None and plugin.fsdp_version != 2
-
-
 def check_not_flat(trainer: Trainer) -> None:
     """Raise ValueError under FSDP1, which flattens the head into one parameter with others."""
-    if is_fsdp1(trainer):
+    if is_flattened(trainer.accelerator):
         raise ValueError(
             "fsdp_version=1 flattens the output head, which the exact KL reads: use fsdp_version 2, DDP or DeepSpeed, "
             "or kl_estimator k1, k2 or k3 (in DPO kl_coef 0 and no kl_probe_steps)."

@@ -28,8 +28,9 @@ from ...kl.exact import Direction
 from ...kl.logits import LogitTransform
 from ...kl.masking import places_of
 from ..reference.build import causal_lm
+from ..reference.shards import is_flattened
 from ..seams import swapped
-from .forward import check_not_flat, is_fsdp1
+from .forward import check_not_flat
 from .head import are_close, check_heads, not_called, place_of_forward, unknown_transform, whole
 
 Entropy = Literal["none", "measured", "trained"]
@@ -260,7 +261,7 @@ def scored_heads(
     """
     if with_exact:
         check_not_flat(trainer)
-    causal, is_flat = causal_lm(policy), is_fsdp1(trainer)
+    causal, is_flat = causal_lm(policy), is_flattened(trainer.accelerator)
     reference = causal if trainer.ref_model is None else causal_lm(trainer.accelerator.unwrap_model(trainer.ref_model))
     if with_exact:
         check_heads(causal, reference)

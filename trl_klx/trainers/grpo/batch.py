@@ -1,5 +1,6 @@
 """Which tensors of a GRPO batch mean what. Shape legend: B answers, P prompt tokens, C completion tokens."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -7,9 +8,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ...kl import kl_estimate, last_token_index, leave_one_out_baseline, masked_sum
+from ...kl.estimators import SAMPLED_ESTIMATORS
 from ...monitor.metrics import finite
 from ..exact.tokens import AnswerTokens
-from ..shared.engine import with_trainers
+from ..session.session import ORIGIN
+from ..shared.engine import weighted, with_trainers
 
 # Model inputs of vision-language models that TRL carries from the rollout to the loss.
 VISION_INPUTS = (
@@ -137,6 +140,23 @@ def health_metrics(sums: dict[str, float], *, behind_mask: bool) -> dict[str, fl
         return {}
     share = sums["hidden"] / max(sums["hidden"] + sums["seen"], 1e-30)
     return finite({"kl/masked": sums["hidden"] / sums["answers"], "kl/masked_share": share})
+
+
+def sampled_kls(policy_logps: Tensor, inputs: dict, names: Sequence[str], weights: Tensor | None) -> dict[str, Tensor]:
+    """(B, C) sampled estimates of the KL to the reference by name and, where it is wanted, of that to the start.
+
+    Args:
+        policy_logps: (B, C).
+        inputs: a micro-batch.
+        names: of estimators, among them those to take.
+        weights: (B, C) of policy to sampler; None where they are the same.
+    """
+    ref_logps = inputs["ref_per_token_logps"]
+    wanted = [name for name in SAMPLED_ESTIMATORS if name in names]
+    found: dict[str, Tensor] = {name: kl_estimate(policy_logps, ref_logps, name) for name in wanted}
+    if inputs.get("origin_per_token_logps") is not None:
+        found[ORIGIN] = kl_estimate(policy_logps, inputs["origin_per_token_logps"], "k3")
+    return found if weights is None else {name: weighted(weights, values) for name, values in found.items()}
 
 
 def sampler_logps_of(policy_logps: Tensor, inputs: dict) -> Tensor | None:

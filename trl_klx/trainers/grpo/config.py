@@ -95,11 +95,6 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
                 "use_liger_kernel=true computes TRL's loss in a fused kernel with its own k3 KL: set it to false, or "
                 "install trl>=1.16, where it only swaps layers."
             )
-        if self.kl_needs_exact and self.sync_ref_model:
-            raise ValueError(
-                "sync_ref_model=true changes the reference between its scoring and the loss, which an exact KL cannot "
-                "follow: use kl_estimator k1, k2 or k3, or sync_ref_model=false."
-            )
 
     def _check_reward_reaches_every_token(self) -> None:
         """Refuse TRL options that gate or average the advantages, and with them the KL that is subtracted there."""

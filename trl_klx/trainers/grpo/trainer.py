@@ -17,13 +17,13 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
 from ...config.names import trainer_with_old_names
-from ...kl import importance_weights, kl_estimate
-from ...kl.estimators import SAMPLED_ESTIMATORS
+from ...kl import importance_weights
 from ..checks.start import check_start, config_for
 from ..exact.forward import ExactKLForward, exact_kl_between
 from ..exact.tokens import AnswerTokens
 from ..reference.adapters import as_reference
 from ..reference.build import reference_as_given
+from ..reference.moving import MovingReference
 from ..reference.resumed import ReferenceKeeper
 from ..rewarding.gold import GOLD, check_gold_reward
 from ..seams import check_trl_version, swapped
@@ -32,7 +32,6 @@ from ..session.coefficient import KLCoefficient
 from ..session.groups import group_names
 from ..session.metrics import PooledSums
 from ..session.prompts import RolloutPrompts
-from ..shared.engine import weighted
 from ..shared.lifecycle import Lifecycle
 from ..shared.step_guard import KL, POLICY, REFERENCE, REWARDS
 from .aggregation import TOKEN_MEANS, mean_as_trl
@@ -45,6 +44,7 @@ from .batch import (
     health_sums,
     loss_mask,
     ref_states_of,
+    sampled_kls,
     sampler_logps_of,
 )
 from .checked import CheckedGRPOTrainer
@@ -97,7 +97,9 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         data = train_dataset, eval_dataset, processing_class
         with reference_as_given(args, model, kwargs.get("peft_config")):
             super().__init__(model, reward_funcs, args, *data, *positional, **kwargs)
-        self._hold_parts(ReferenceKeeper(self, in_policy=args.kl_is_measured), kl_groups, gold_reward_func)
+        moving = MovingReference(self, self._reuses_rollout) if args.sync_ref_model else None
+        keeper = ReferenceKeeper(self, in_policy=args.kl_is_measured, moving=moving)
+        self._hold_parts(keeper, kl_groups, gold_reward_func)
         self._prompts = RolloutPrompts(self.accelerator)
         self.kl_term = args.kl_term()
         self._exact: ExactKLForward | None = None
@@ -199,9 +201,15 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         with as_reference(policy) if self.ref_model is None else nullcontext():
             scoring = self._score(model, batch, Ask(hidden=tokens is not None, tokens=tokens))
-        batch["ref_per_token_logps"] = scoring.logps
+            ask = Ask(tokens=tokens)
+            origin_logps = self.reference.origin_logps(scoring.logps, lambda: self._score(model, batch, ask).logps)
+        batch |= {"ref_per_token_logps": scoring.logps, "origin_per_token_logps": origin_logps}
         if tokens is not None and scoring.hidden is not None:
             batch["ref_hidden_states"] = list(map(RefStates, scoring.hidden, tokens.scored))
+
+    def _reuses_rollout(self) -> bool:
+        """Whether the next step trains on answers of the rollout in use (TRL's own condition)."""
+        return self._step % (self.args.micro_batches_per_rollout * self.num_iterations) != 0
 
     def _drop_ref_states(self) -> None:
         """Free the reference's hidden states of the last rollout, which TRL keeps until it has the next."""
@@ -311,10 +319,9 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         An exact KL averages over these tokens itself; the estimates are weighted.
         """
         logps, ref_logps = policy.logps.detach(), inputs["ref_per_token_logps"]
-        sampled = {name: kl_estimate(logps, ref_logps, name) for name in SAMPLED_ESTIMATORS if name in self.kl.names}
-        if sampler_logps is not None:
-            token_weights = importance_weights(logps, sampler_logps, mask)
-            sampled = {name: weighted(token_weights, values) for name, values in sampled.items()}
+        token_weights = None if sampler_logps is None else importance_weights(logps, sampler_logps, mask)
+        sampled = sampled_kls(logps, inputs, self.kl.names, token_weights)
+        if token_weights is not None:
             own = self.kl, self.metrics, self.mode, self.args, self.kl_term
             measure_sampler(*own, logps, inputs, mask, token_weights, is_first_use=self._is_first_use)
         exact = {} if policy.exact is None else {"exact": policy.exact.detach()}

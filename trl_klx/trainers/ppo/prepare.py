@@ -142,6 +142,11 @@ def _with_adapter(
             raise ValueError(f"{option}={name!r} is not one of the policy's adapters, {', '.join(policy.peft_config)}.")
     if trained is not None:
         policy.set_adapter(trained)
+    if reference is not None and args.sync_ref_model:
+        raise ValueError(
+            f"ref_adapter_name={reference!r} is a reference that stays and sync_ref_model=true moves one: remove one "
+            "of the two; without ref_adapter_name a copy of the trained adapter is moved."
+        )
     if reference == active_adapter(policy):
         raise ValueError(
             f"ref_adapter_name={reference!r} is the adapter that is trained: load it once more by another name."

@@ -79,6 +79,7 @@ class Rollout(Rewarded):
     ref_logps: Tensor | None  # (B, T); None where no KL is measured
     ref_hidden: list[Tensor] | None  # (n, H) of the n tokens of each answer that count, where the loss has an exact KL
     exact: Tensor | None  # (B, T) exact KL, where it is measured
+    origin_logps: Tensor | None  # (B, T) of the start of the run, where the KL to it is measured
 
     @property
     def sampler_logps(self) -> Tensor:

@@ -16,6 +16,7 @@ from ..exact.scored_head import Asked, Entropy, ScoredHead
 from ..reference.adapters import as_reference
 from ..rewarding.functions import RewardFunctions, finite_rewards
 from ..session.prompts import prompt_numbers
+from ..session.session import ORIGIN
 from ..shared.engine import cut_ratios, engine_kl, weighted
 from ..shared.generation import until_stop
 from ..shared.step_guard import REWARDS
@@ -168,9 +169,10 @@ class PPOSampler:
 
     def _scored(self, part: Rewarded) -> Rollout:
         """Answers as policy, value model and reference score them now."""
-        trainer, ref_logps, hidden = self._trainer, None, None
+        trainer, ref_logps, hidden, origin_logps = self._trainer, None, None, None
         if trainer.args.kl_is_measured:
-            ref_logps, hidden = self._reference_scores(part)
+            ref_logps, hidden = self._reference_scores(part, keeps_hidden=trainer.args.kl_needs_exact)
+            origin_logps = trainer.reference.origin_logps(ref_logps, lambda: self._reference_scores(part)[0])
         ref_hidden = None if hidden is None else list(hidden.split(part.counts))
         scores = self.scores(trainer.model, part, ref_hidden)
         at_update = trainer.kl_in_loss or trainer.kl_at_update
@@ -182,6 +184,7 @@ class PPOSampler:
             ref_logps=ref_logps,
             ref_hidden=ref_hidden if learns_exact else None,  # the largest tensor of all
             exact=scores.exact,
+            origin_logps=origin_logps,
         )
 
     def scores(
@@ -198,10 +201,10 @@ class PPOSampler:
         values = fill_masked(output.state_values.float(), part.mask)
         return Scores(output.logps, values, output.get("entropy"), output.get("exact"))
 
-    def _reference_scores(self, part: Rewarded) -> tuple[Tensor, Tensor | None]:
-        """(B, T) log-probs and, where the exact KL needs them, the (N, H) hidden states of the tokens that count."""
+    def _reference_scores(self, part: Rewarded, *, keeps_hidden: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(B, T) log-probs and, for an exact KL, the (N, H) hidden states of the tokens that count."""
         trainer, model, reference = self._trainer, self._trainer.model, self._trainer.ref_model
-        asked = self._asked(self._ref_head, part, keeps_hidden=trainer.args.kl_needs_exact)
+        asked = self._asked(self._ref_head, part, keeps_hidden=keeps_hidden)
         with _uncompiled():
             if reference is None:
                 with as_reference(trainer.policy, trainer.args.ref_adapter_name):
@@ -248,6 +251,8 @@ class PPOSampler:
             values: dict[str, Tensor] = {name: of_policy(kl_estimate(logps, rollout.ref_logps, name)) for name in names}
             if rollout.exact is not None:
                 values["exact"] = rollout.exact
+            if rollout.origin_logps is not None:
+                values[ORIGIN] = of_policy(kl_estimate(logps, rollout.origin_logps, "k3"))
             trainer.kl.measure(trainer.mode, values, mask, rollout.prompts, rollout.groups)
             kl = values[trainer.kl_term.estimator]
             sums["objective/kl"] = (masked_sum(kl, mask), rows)

@@ -24,6 +24,7 @@ from ...config.names import trainer_with_old_names
 from ...hub.papers import PAPERS
 from ...kl import fill_masked, importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
 from ..exact.scored_head import Entropy, scored_heads
+from ..reference.moving import MovingReference
 from ..reference.resumed import ReferenceKeeper
 from ..seams import check_trl_version
 from ..session.applied import KL_IN_REWARD, REACHED
@@ -120,7 +121,13 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         own = {"optimizers": optimizers, "callbacks": callbacks}
         super().__init__(args, made.model, made.reference, made.tokenizer, **data, **own)
         self.reward_func_names, adapter = made.rewards.names, args.ref_adapter_name
-        keeper = ReferenceKeeper(self, is_an_argument=True, in_policy=args.kl_is_measured, adapter=adapter)
+        keeper = ReferenceKeeper(
+            self,
+            is_an_argument=True,
+            in_policy=args.kl_is_measured,
+            adapter=adapter,
+            moving=MovingReference(self) if args.sync_ref_model else None,
+        )
         self._hold_parts(keeper, made.kl_groups, gold_reward_func, more=[] if self.engine is None else [self.engine])
         self.kl_term = term = args.kl_term()
         self.kl_in_reward = args.kl_is_penalised and term.in_reward

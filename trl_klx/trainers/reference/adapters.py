@@ -1,7 +1,7 @@
 """The reference of a policy that came with an adapter: a frozen copy of the adapter, under a name of its own."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -120,7 +120,14 @@ def match_reference(policy: PeftModel) -> None:
             tensor.requires_grad_(False)
 
 
-def _counterpart(key: str, name: str, tensors: dict[str, Tensor]) -> str | None:
+def copied_parameters(policy: PeftModel, name: str | None) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """The weights of the adapter "ref" by their names, each with that of the adapter `name` which it is a copy of."""
+    named = dict(policy.named_parameters())
+    sources = {key: _counterpart(key, name, named) for key in named} if name is not None else {}
+    return {key: (named[key], named[source]) for key, source in sources.items() if source is not None}
+
+
+def _counterpart(key: str, name: str, tensors: Mapping[str, Tensor]) -> str | None:
     """The tensor of adapter `name` that `key`, one of "ref", is a copy of. An adapter's name is a part of the path."""
     parts = key.split(".")
     for place, part in enumerate(parts):

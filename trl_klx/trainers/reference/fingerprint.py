@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .build import causal_lm
+from .shards import is_flattened
 
 _CHUNK = 2**24  # weights whose squares are in memory at a time
 
@@ -23,8 +23,8 @@ def fingerprint(parameters: Iterable[nn.Parameter], accelerator: Accelerator) ->
     split over processes do not matter. bfloat16 and float32 weights of one file have the same bits there, whichever
     of the two they are loaded in; float16 has others, and its fingerprint begins with its name.
     """
-    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1:
-        return None  # flat shards, in which nothing is found again
+    if is_flattened(accelerator):
+        return None
     read = [parameter for parameter in parameters if _is_plain(parameter)]
     if not read:
         return None
@@ -66,11 +66,6 @@ def lasting_parameters(model: Any, adapters: Iterable[str], adapter: str | None)
         if id(parameter) not in left_out and not parts & {*others, "lora_A"} and not is_policys:
             kept.append(parameter)
     return kept
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds a part of the model only."""
-    return any(hasattr(p, "ds_tensor") or isinstance(p.data, DTensor) for p in model.parameters())
 
 
 def _is_plain(parameter: Any) -> bool:

@@ -1,6 +1,7 @@
 """A resumed run has the reference that it had: the fingerprint of a still one is compared, a moved one is put back."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from peft import PeftModel
+from torch import Tensor, nn
 
 from ...hub.settings import without_path
 from ..checkpoints.whole import read_state, resolve_checkpoint
 from ..errors import CheckpointError
 from ..parts import Part
-from .adapters import REF_ADAPTER
-from .fingerprint import differ, fingerprint, is_sharded, lasting_parameters
+from .adapters import REF_ADAPTER, active_adapter, copied_parameters
+from .fingerprint import differ, fingerprint, lasting_parameters
+from .moving import MovingReference
+from .shards import is_flattened, let_go, put, whole
 
-MOVED_REFERENCE = "reference.pt"  # in a checkpoint: the weights that sync_ref_model has moved
+MOVED_REFERENCE = "reference.pt"  # in a checkpoint: the weights of a reference that has moved
 logger = get_logger(__name__)
 
 
@@ -31,6 +35,7 @@ class ReferenceKeeper(Part):
         in_policy: whether a PEFT policy, with all but one adapter off, is the reference where there is no other model.
         adapter: the adapter of such a policy that is the reference, if not the one named "ref".
         given: the fingerprint of the policy as it was given, where that was the reference and is not kept.
+        moving: what moves the reference (`sync_ref_model`); None: nothing of ours does.
     """
 
     def __init__(
@@ -41,12 +46,15 @@ class ReferenceKeeper(Part):
         in_policy: bool = True,
         adapter: str | None = None,
         given: str | None = None,
+        moving: MovingReference | None = None,
     ) -> None:
         self._trainer, self._accelerator = trainer, trainer.accelerator
         self._is_an_argument, self._in_policy, self._adapter, self._given = is_an_argument, in_policy, adapter, given
+        self.moving = moving
         self._first_print: str | None = None  # of the reference when training began, and at the last checkpoint
         self._seen_print: str | None = None
         self._has_moved = False
+        self._origin_print = self._print() if moving is not None and moving.keeps_origin else None
 
     @property
     def _model(self) -> Any:
@@ -56,31 +64,43 @@ class ReferenceKeeper(Part):
 
     def begin(self) -> None:
         self._first_print = self._print()
+        if self.moving is not None:
+            self.moving.moved_through = 0
+
+    def origin_logps(self, ref_logps: Tensor, score: Callable[[], Tensor]) -> Tensor | None:
+        """Log-probs under the start of the run: see `MovingReference.origin_logps`; None without one."""
+        return None if self.moving is None else self.moving.origin_logps(ref_logps, score)
 
     def saving(self, folder: Path) -> None:
         self._seen_print = self._print()
         # By sync_ref_model, or by a callback of the user's.
         self._has_moved |= self._moves or self._seen_print != self._first_print
-        reference = self._model
-        if not self._has_moved or reference is None:
+        if not self._has_moved:
             return
-        if self._is_sharded(reference):
+        if is_flattened(self._accelerator):
             logger.warning(
-                f"{folder} cannot be resumed from: the reference has moved (sync_ref_model), and it is sharded and not "
-                "saved. Use DDP or ZeRO-2, or sync_ref_model=false."
+                f"{folder} cannot be resumed from: the reference has moved, and fsdp_version=1 flattens it, so that it "
+                "is not saved. Use fsdp_version 2, DDP or DeepSpeed."
             )
-        elif self._trainer.args.should_save:
-            torch.save(reference.state_dict(), folder / MOVED_REFERENCE)
+            return
+        weights = ((name, whole(parameter)) for name, parameter in self._parameters().items())
+        saved = {name: weight.cpu() for name, weight in weights if self._trainer.args.should_save}
+        if saved:
+            torch.save(saved, folder / MOVED_REFERENCE)
 
     @property
     def _moves(self) -> bool:
         """Whether `sync_ref_model` has moved the reference by now."""
-        args, step = self._trainer.args, self._trainer.state.global_step
-        moves = self._trainer.ref_model is not None and getattr(args, "sync_ref_model", False)  # PPO has no such field
-        return moves and step >= args.ref_model_sync_steps
+        return self.moving is not None and self.moving.moved_through > 0
 
-    def _is_sharded(self, model: Any) -> bool:
-        return self._trainer.is_fsdp_enabled or is_sharded(model)
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """What may move of the reference: a model, or the adapter "ref" of the policy."""
+        reference, policy = self._model, self._trainer._saved_model
+        if reference is not None:
+            return dict(reference.named_parameters())
+        if not isinstance(policy, PeftModel) or REF_ADAPTER not in policy.peft_config:
+            return {}
+        return {name: copy for name, (copy, _) in copied_parameters(policy, active_adapter(policy)).items()}
 
     def _print(self) -> str | None:
         """The fingerprint of the reference as it is; None where there is none. Call on every process."""
@@ -99,7 +119,10 @@ class ReferenceKeeper(Part):
         owner = self._trainer._saved_model if self._model is None else self._model
         budget = self._trainer.kl.budget
         kl = budget.kl if math.isfinite(budget.kl) else None
-        return {"reference": {"weights": self._seen_print, "kl": kl, "name": without_path(owner.name_or_path)}}
+        kept = {"weights": self._seen_print, "kl": kl, "name": without_path(owner.name_or_path)}
+        if self.moving is not None:
+            kept |= {"origin": self._origin_print, "moved_through": self.moving.moved_through}
+        return {"reference": kept}
 
     def load(self, state: dict[str, Any], checkpoint: Path, run: Path | None) -> None:
         """Put a moved reference back, and refuse another one than the checkpoint's. Call on every process.
@@ -109,31 +132,49 @@ class ReferenceKeeper(Part):
         """
         known = state.get("reference")
         if known is not None:
-            weights, name = str(known["weights"]), str(known["name"])
+            weights, name, origin = str(known["weights"]), str(known["name"]), known.get("origin")
             kl = math.nan if known["kl"] is None else float(known["kl"])
-        self._put_back(checkpoint)
+            if origin is not None and self._origin_print is not None and differ(self._origin_print, str(origin)):
+                raise CheckpointError(self._another_reference(checkpoint, self._origin_print, kl, name))
+        self._put_back(checkpoint, known or {})
         now = self._print()
         if known is not None and now is not None and differ(now, weights):
             raise CheckpointError(self._another_reference(checkpoint, now, kl, name))
 
-    def _put_back(self, checkpoint: Path) -> None:
-        moved, reference = checkpoint / MOVED_REFERENCE, self._model
-        if reference is not None and moved.is_file() and not self._is_sharded(reference):
-            try:
-                reference.load_state_dict(torch.load(moved, map_location="cpu", mmap=True, weights_only=True))
-            except Exception as error:  # torch raises a different class for each way in which a file can be wrong
-                reason = " ".join(str(error).split())[:200]
-                raise CheckpointError(
-                    f"{moved} is not the reference of this run ({type(error).__name__}: {reason}): resume from another "
-                    "checkpoint."
-                ) from error
+    def _put_back(self, checkpoint: Path, known: dict[str, Any]) -> None:
+        args, step = self._trainer.args, self._trainer.state.global_step
+        had_moved = False
+        if self.moving is not None:
+            through = known.get("moved_through")  # unknown: of a run that moved nothing, or too old to say so
+            self.moving.moved_through = step if through is None else int(through)
+            had_moved = step >= args.ref_model_sync_steps if not known else bool(through)
+        moved, parameters = checkpoint / MOVED_REFERENCE, self._parameters()
+        if parameters and moved.is_file() and not is_flattened(self._accelerator):
+            if self.moving is not None:
+                self.moving.keep_origin()
+            self._read(moved, parameters)
             self._has_moved = True
-        elif self._moves:
+        elif had_moved:
             raise CheckpointError(
-                f"sync_ref_model had moved the reference by step {self._trainer.state.global_step}, and {checkpoint} "
-                "does not hold it, or not for a sharded model: resume from a checkpoint before step "
-                f"{self._trainer.args.ref_model_sync_steps}, or start the run again."
+                f"sync_ref_model had moved the reference by step {step}, and {checkpoint} does not hold it: resume "
+                f"from a checkpoint before step {args.ref_model_sync_steps}, or start the run again."
             )
+
+    def _read(self, path: Path, parameters: dict[str, nn.Parameter]) -> None:
+        """Write the weights of a file into the reference."""
+        for model in (self._model, self._trainer._saved_model):
+            if model is not None:
+                let_go(model)
+        try:
+            weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            for name, parameter in parameters.items():
+                put(parameter, weights[name])
+        except Exception as error:  # torch raises a different class for each way in which a file can be wrong
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{path} is not the reference of this run ({type(error).__name__}: {reason}): resume from another "
+                "checkpoint."
+            ) from error
 
     def _another_reference(self, checkpoint: Path, now: str, kl: float, name: str) -> str:
         is_own = self._model is not None and print_of(self._trainer._saved_model, self._accelerator) == now

@@ -60,6 +60,11 @@ def check_gold_reward(args: Any, gold_reward_func: Any) -> None:
             f"gold_reward_func={gold_reward_func!r} must be one plain function, called as a reward function: wrap a "
             "model, a coroutine or several functions in one."
         )
+    if config.kl_origin is False:
+        raise ValueError(
+            "gold_reward_func is followed against the KL to the start, which kl_origin=false does not measure: remove "
+            "kl_origin."
+        )
     if not config.kl_is_measured:
         raise ValueError(
             f"gold_reward_func is followed against the KL, which is not measured at {config.kl_coef_name}=0: measure "
@@ -114,9 +119,10 @@ class GoldWatch(Part):
         if not self.monitor.is_measuring:
             return {}
         # Evaluation of another dataset, under another name, is not a point of the run's curve.
-        kl = found.get("kl/sequence") if evaluation == "eval" else None
+        name = "kl/origin" if "kl/origin" in found else "kl/sequence"
+        kl = found.get(name) if evaluation == "eval" else None
         step = self._trainer.state.global_step
-        numbers = self.monitor.end_evaluation(step, kl, found.get("kl/sequence_se"))
+        numbers = self.monitor.end_evaluation(step, kl, found.get(f"{name}_se"))
         if f"rewards/{GOLD}/mean" not in numbers:
             raise RunError(
                 f"at step {step} gold_reward_func gave no answer of the evaluation a finite reward: look at what it "

@@ -1,4 +1,4 @@
-"""How far the policy may go from the reference in a run, and which checkpoint is the last within that budget."""
+"""How far the policy may go from its start in a run, and which checkpoint is the last within that budget."""
 
 import logging
 import math
@@ -22,10 +22,11 @@ class KLBudget:
     Args:
         limit: nats per sequence; None where there is no budget, or none yet (`kl_budget: auto`, see `set_limit`).
         ends_run: whether training ends beyond it.
+        to: what the KL is to, in words.
     """
 
-    def __init__(self, limit: float | None, *, ends_run: bool) -> None:
-        self.limit, self._ends_run = limit, ends_run
+    def __init__(self, limit: float | None, *, ends_run: bool, to: str = "the reference") -> None:
+        self.limit, self._ends_run, self._to = limit, ends_run, to
         self._sum = self._weight = 0.0
         self._checkpointed = 0.0  # smoothed KL at which the last checkpoint was asked for
         self.exceeded = False
@@ -115,7 +116,7 @@ class KLBudget:
             else "no checkpoint was written within the budget"
         )
         return (
-            f"The KL to the reference has reached {self.kl:.3g} nats per sequence (smoothed), beyond "
+            f"The KL to {self._to} has reached {self.kl:.3g} nats per sequence (smoothed), beyond "
             f"kl_budget={self.limit:g}; {consequence}; {kept}."
         )
 

@@ -27,6 +27,7 @@ from .metrics import PromptMean, add_sums, named
 logger = get_logger(__name__)
 
 _ALL = ""  # the name of the one group where there are none
+ORIGIN = "origin"  # among the values by estimator: k3 of the KL to the start, where the reference moves
 
 
 class KLSession(Part):
@@ -44,6 +45,7 @@ class KLSession(Part):
     def __init__(self, args: KLArguments, accelerator: Accelerator, groups: tuple[str, ...] = ()) -> None:
         self._args, self._accelerator = args, accelerator
         self.names, self.groups = args.kl_logged_estimators, groups
+        self._columns = (*self.names, *((ORIGIN,) if args.kl_has_origin else ()))
         has_target = args.kl_controller in CONTROLLER_SETTINGS["kl_target"]
         self._steered = groups if groups and has_target else (_ALL,)
         self._configured = _coef_in(args)
@@ -75,7 +77,8 @@ class KLSession(Part):
         self._coefs = dict.fromkeys(self._steered, self._start)
         self.controllers: dict[str, Controller] = {}
         limit = None if isinstance(self._args.kl_budget, str) else self._args.kl_budget  # auto: not known yet
-        self.budget = KLBudget(limit, ends_run=self._args.kl_budget_action == "stop")
+        to = "the start" if self._args.kl_has_origin else "the reference"
+        self.budget = KLBudget(limit, ends_run=self._args.kl_budget_action == "stop", to=to)
         self.reached: set[str] = set()  # what of the KL this run's code has computed: see `applied.py`
         self._is_first = True  # whether the next reading is of the policy before its first update
 
@@ -160,12 +163,13 @@ class KLSession(Part):
     ) -> None:
         """Add a batch of per-token KL values, (B, T) by estimator name, to the statistics of `mode` (train or eval).
 
+        Where the reference moves, `ORIGIN` is one more name.
         `prompts`, (B,), are integers, equal for the answers to one prompt, on whatever process they are; `groups`,
         (B,), are the places of the rows' groups in `self.groups`.
         """
         if mode == "train":
             self.reached.add(KL_MEASURED)
-        rows = sequence_rows({name: values[name] for name in self.names}, mask, prompts)
+        rows = sequence_rows({name: values[name] for name in self._columns}, mask, prompts)
         group = torch.zeros_like(prompts) if groups is None else groups
         self._window[mode].append(torch.cat([group.to(rows).unsqueeze(1), rows], dim=1))
 
@@ -191,7 +195,7 @@ class KLSession(Part):
             return self._step_unmeasured()
         for name, part in sums.items():
             add_sums(self._pools, name, part)
-        whole = summarise(sums[_ALL], self.names)
+        whole = summarise(sums[_ALL], self._columns)
         metrics = {"kl/coef": self.coef, **self._first_metrics(whole)}
         if not self.groups and self._args.kl_target is not None:
             error = self._reading(sums[_ALL]) - self._args.kl_target
@@ -205,13 +209,14 @@ class KLSession(Part):
         for name, controller in self.controllers.items():
             if name in sums:  # a group that no answer of the step belongs to waits
                 self._coefs[name] = controller.update(self._reading(sums[name]), n=sequence_count(sums[name]))
-        if self.budget.read(whole[self._args.kl_reading].per_sequence):
+        far = whole[ORIGIN if ORIGIN in whole else self._args.kl_reading]
+        if self.budget.read(far.per_sequence):
             logger.warning(self.budget.message())
         return finite(metrics)
 
     def _reading(self, sums: Tensor) -> float:
         """The KL in the target's unit."""
-        summary = summarise(sums, self.names)[self._args.kl_reading]
+        summary = summarise(sums, self._columns)[self._args.kl_reading]
         return summary.per_token if self._args.kl_target_unit == "token" else summary.per_sequence
 
     def _first_metrics(self, summary: dict[str, KLSummary]) -> dict[str, float]:
@@ -241,6 +246,7 @@ class KLSession(Part):
 
         In nats per token: `kl` (of the configured estimator, or of `kl_reading` where that is not measured) and
         `kl/<estimator>`; per sequence: `kl/sequence`; of each group both, `kl_groups/<group>/token` and `/sequence`.
+        Of the KL to the start, where the reference moves: `kl/origin`, per sequence, and `kl/origin_token`.
         Each with its standard error (`_se`), for which all answers to one prompt are one. `kl/sequences` and
         `kl_groups/<group>/sequences` count answers. What there is too little data for is left out.
         """
@@ -255,15 +261,19 @@ class KLSession(Part):
         means = of_sampler | named(data, self._data_mean.take(mode))
         if not sums:
             return means
-        summary = summarise(sums[_ALL], self.names)
+        summary = summarise(sums[_ALL], self._columns)
+        origin = summary.pop(ORIGIN, None)
         headline = self._args.kl_estimator if self._args.kl_estimator in summary else self._args.kl_reading
         out = {"kl": summary[headline].per_token, "kl_se": summary[headline].per_token_se}
         for estimator, numbers in summary.items():
             forward = estimator == "exact" and self._args.kl_direction == "forward"
             name = "exact_forward" if forward else estimator
             out |= {f"kl/{name}": numbers.per_token, f"kl/{name}_se": numbers.per_token_se}
+        if origin is not None:
+            out |= {"kl/origin": origin.per_sequence, "kl/origin_se": origin.per_sequence_se}
+            out |= {"kl/origin_token": origin.per_token, "kl/origin_token_se": origin.per_token_se}
         for group, part in sums.items():
-            reading = summarise(part, self.names)[self._args.kl_reading]
+            reading = summarise(part, self._columns)[self._args.kl_reading]
             place = "kl" if group == _ALL else f"kl_groups/{group}"
             out |= {f"{place}/sequence": reading.per_sequence, f"{place}/sequence_se": reading.per_sequence_se}
             out[f"{place}/sequences"] = sequence_count(part)

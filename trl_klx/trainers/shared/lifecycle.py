@@ -102,6 +102,8 @@ class Lifecycle(Trainer):
         gold = [] if self.gold is None else [self.gold]
         report = [RunReport(self)] if self.args.kl_report else []
         self.parts = (self.checkpoints, self.kl, self.guard, self.reference, self.pushes, *gold, *more, *report)
+        if reference.moving is not None:
+            self.add_callback(reference.moving)
         self.add_callback(AppliedKLCheck(self, wanted_kl(self.args) if wanted is None else wanted))
 
     def _watch_health(self, policy: nn.Module, **sources: Any) -> None:

@@ -42,6 +42,13 @@ ENGINE = {  # whose log-probs are those of its weights: they are the policy's at
     "ppo-engine": {**CASES["ppo-exact-both"], "use_vllm": True},
     "ppo-engine-lora": {**CASES["ppo-exact-both-lora"], "use_vllm": True},
 }
+MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+MOVED: dict[str, dict] = {
+    "grpo-exact-moving": {**EXACT_BOTH, **MOVING},
+    "grpo-exact-moving-lora": {**EXACT_BOTH, **MOVING, "lora": True},
+    "dpo-moving": {"algorithm": "dpo", "kl_controller": "pid", "kl_target": 0.01, **MOVING},
+    "ppo-exact-moving-lora": {"algorithm": "ppo", **EXACT_BOTH, **MOVING, "lora": True},
+}
 FEW = [name for name in CASES if name.endswith(("exact-both", "dpo-exact"))]
 BY_VERSION = ("grpo-exact-both", "dpo-exact", "ppo-exact-both")  # of each strategy, what is run on TRL's other version
 SAVED = {"save_strategy": "steps", "save_steps": 2}
@@ -50,12 +57,12 @@ ALWAYS = ("loss", "grad_norm", "kl/coef")
 COMPARED = (*ALWAYS, "reward", "kl", "kl/sequence", "kl/sequence_se", "kl/error", "kl/loss", "policy/approxkl_avg")
 COMPARED += ("loss/value_avg", "policy/entropy_avg", "reward_std", "episode", "kl/data_exact", "log_ratio/margin")
 COMPARED += ("kl/start", "kl/masked", "kl/masked_share", "length/chosen", "length/margin_slope", "log_ratio/start")
-COMPARED += ("length/margin_correlation", "probe/mean_length", "probe/entropy")
+COMPARED += ("kl/origin", "kl/origin_token", "length/margin_correlation", "probe/mean_length", "probe/entropy")
 
 
 @cache
 def one_process(name: str) -> dict:
-    return alone((CASES | ENGINE)[name])
+    return alone((CASES | ENGINE | MOVED)[name])
 
 
 def assert_equal_runs(found: list[dict], expected: dict) -> None:
@@ -124,6 +131,28 @@ def test_an_engine_gets_weights_that_are_sharded(launched: Launched) -> None:
     for entry in launched.ranks[0]["logs"]:
         if "loss" in entry:
             assert abs(entry["kl/sampler"]) < 1e-6 and entry["kl/weight_mean"] == pytest.approx(1.0, abs=1e-4)
+
+
+def moved(strategy: str) -> list:
+    return [launch(strategy, name, {**options, **SAVED, "resumed_after": 2}) for name, options in MOVED.items()]
+
+
+@pytest.mark.parametrize("launched", [*moved("ddp"), *moved("fsdp2"), *moved("zero3")], indirect=True)
+def test_a_reference_that_moves(launched: Launched) -> None:
+    """As in one process; and resumed from a checkpoint, bit for bit as without the interruption."""
+    assert_equal_runs(launched.ranks, one_process(launched.name))
+    for rank in launched.ranks:
+        again = rank["again"]
+        assert again["weights"] == rank["weights"]
+        assert again["reference"] == rank["reference"] != []
+        assert again["betas"][-2:] == rank["betas"][-2:]
+        for mine, theirs in zip(again["logs"][-3:-1], rank["logs"][-3:-1], strict=True):
+            assert kl_of(mine) == kl_of(theirs)
+        assert again["logs"][-2]["kl/origin"] != again["logs"][-2]["kl/sequence"]
+
+
+def kl_of(entry: dict) -> dict:
+    return {name: value for name, value in entry.items() if name.startswith("kl")}
 
 
 def weight_sums(folder: str) -> list[float]:

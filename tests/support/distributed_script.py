@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from support.quick import make_quick
 from support.tiny import digit_reward, tiny_dataset, tiny_tokenizer
 from support.tiny_dpo import preferences
 from trl_klx import KLXDPOConfig, KLXDPOTrainer, KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig, KLXPPOTrainer
+from trl_klx.trainers.reference.shards import whole
 
 GLOBAL_BATCH, GROUP = 12, 4  # three prompts; on two processes, the answers to the second lie on both
 
@@ -111,15 +113,15 @@ def dpo(model: str, output: str, settings: dict, shared: dict) -> Any:
     return KLXDPOTrainer(model, args=config, **{**shared, **data})
 
 
-def train(model: str, output: str, options: dict) -> dict:
+def train(model: str, output: str, options: dict, checkpoint: str | None = None) -> dict:
     """Make a run; returns its metrics, the betas it used and a checksum of its final weights."""
     with pytest.MonkeyPatch.context() as patch:
         if options.get("use_vllm"):
             fake_vllm.install(patch)
-        return _train(model, output, dict(options))
+        return _train(model, output, dict(options), checkpoint)
 
 
-def _train(model: str, output: str, options: dict) -> dict:
+def _train(model: str, output: str, options: dict, checkpoint: str | None) -> dict:
     processes = options.pop("processes", 1)
     algorithm, lora = options.pop("algorithm", "grpo"), options.pop("lora", False)
     sharding, with_gold = options.pop("sharding", None), options.pop("gold", False)
@@ -155,15 +157,40 @@ def _train(model: str, output: str, options: dict) -> dict:
         raise RuntimeError(f"{trainer.accelerator.num_processes} processes run, {processes} were asked for")
     if sharding and trainer.accelerator.distributed_type != sharding:
         raise RuntimeError(f"{trainer.accelerator.distributed_type} runs, {sharding} was asked for")
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     return {
         "logs": trainer.state.log_history,
         "betas": [*(entry["kl/coef"] for entry in trainer.state.log_history if "kl/coef" in entry), trainer.kl.coef],
         "gold": followed(trainer),
         "steps": trainer.state.global_step,
-        "weights": [float(parameter.detach().double().square().sum()) for parameter in trainable],
+        "weights": sums(trainable),
+        "reference": sums(trainer.reference._parameters().values()),
     }
+
+
+def sums(parameters: Iterable[Any]) -> list[float]:
+    """The squares of each weight, summed up; of whole weights."""
+    return [float(whole(parameter).double().square().sum()) for parameter in parameters]
+
+
+def train_and_resume(model: str, output: str, options: dict) -> dict:
+    """A run and, with the option `resumed_after`, as "again" what follows the checkpoint of that step once more."""
+    step = options.pop("resumed_after", None)
+    result = train(model, output, options)
+    if step is not None:
+        forget()
+        again = {**options, "save_strategy": "no"}
+        result["again"] = train(model, f"{output}/again", again, f"{output}/checkpoint-{step}")
+    return result
+
+
+def forget() -> None:
+    """Nothing of a run is left for the next in this process."""
+    gc.collect()
+    unset_hf_deepspeed_config()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def main(model: str, runs: str) -> None:
@@ -179,15 +206,12 @@ def main(model: str, runs: str) -> None:
         output = Path(run["output"])
         output.mkdir(parents=True, exist_ok=True)
         try:
-            result = train(model, run["output"], run["options"])
+            result = train_and_resume(model, run["output"], run["options"])
         except BaseException:
             (output / f"failed{rank}").write_text(traceback.format_exc())
             os._exit(1)
         (output / f"rank{rank}.json").write_text(json.dumps(result))
-        gc.collect()
-        unset_hf_deepspeed_config()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget()
         os.environ.clear()
         os.environ.update(variables)
     torch.distributed.barrier()

@@ -258,11 +258,15 @@ def test_alarms_pictures_badges_versions_and_a_moving_reference(tmp_path: Path) 
     (folder / "kl_control.png").write_bytes(b"")
     (folder / "versions.json").write_text(json.dumps({"trl": "1.12.0", "trl_klx": "0.1.0"}))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    text = card(folder, beta=0.1, sync_ref_model=True, ref_model_sync_steps=64)
+    moving = {"sync_ref_model": True, "ref_model_sync_steps": 64, "kl_budget": 4.0}
+    origin = {"kl/origin": 3.0, "kl/origin_se": 0.5, "kl/origin_token": 0.25}
+    text = card(folder, beta=0.1, history=[{"step": 1, "kl/k3": 0.1, "kl/sequence": 1.2, **origin}], **moving)
+    assert "| k3, to the start of the run | 0.25 | 3 ± 0.5 |" in text
+    assert row(text, "Budget") == "4.0 nats per sequence from the start; beyond it: stop"
     assert "Health alarms of the run: runaway at step 2." in text
     assert "![kl_control.png](kl_control.png)" in text
     assert "- TRL: 1.12.0\n" in text
-    assert "moved towards the policy every 64 steps" in row(text, "Reference model")
+    assert "moved by 0.6 of the way to the policy every 64 steps" in row(text, "Reference model")
     assert '[{"role": "user", "content": question}]' in text
     badge = '[<img src="https://example.org/b.svg"/>](https://example.org/run)'
     (folder / "README.md").write_text(f"---\ntags: [trl]\n---\n\n{badge} \n")

@@ -194,6 +194,11 @@ def test_estimates_grow_with_what_they_estimate(inputs: Path, tmp_path: Path) ->
     assert 0 < exact["exact KL"] < parts(kl_estimator="exact", max_completion_length=128)["exact KL"]
     assert "reference" in parts()
     assert "reference" not in parts(beta=0.0)
+    moving, start = parts(sync_ref_model=True), "the start, for kl/origin"
+    assert moving[start] == moving["reference"]
+    assert not {start, "the reference's adapter"} & (set(parts(sync_ref_model=True, kl_origin=False)) | set(parts()))
+    adapters = parts(sync_ref_model=True, **LORA)
+    assert adapters["the reference's adapter"] == 2 * adapters["gradients"]
     assert parts(gradient_checkpointing=False)["activations"] > parts(gradient_checkpointing=True)["activations"]
 
 

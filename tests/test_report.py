@@ -48,6 +48,23 @@ def printed(history: list[dict], args: KLArguments) -> dict[str, list[str]]:
     return {**rows, "title": [str(table.title)], "caption": [str(table.caption)]}
 
 
+def test_a_reference_that_moves_is_no_measure_of_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The KL to the start has a row of its own, and is what rewards are drawn against."""
+    far = {"kl/origin": 4.0, "kl/origin_se": 0.5, "eval_kl/origin": 9.0, "eval_kl/origin_se": 0.25}
+    history = [
+        {**entry, **{n: v for n, v in far.items() if n.startswith("eval_") == any("eval_" in e for e in entry)}}
+        for entry in GRPO
+    ]
+    assert printed(history, Arguments())["KL to the start, nats per sequence"][:2] == ["9.000 ± 0.250"] * 2
+    assert "KL to the start, nats per sequence" not in printed(GRPO, Arguments())
+    figures: dict[str, Figure] = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.setdefault(path.name, figure))
+    plot_run(history, tmp_path)
+    axes = figures[REWARD_VS_KL].axes[0]
+    assert axes.get_xlabel() == "square root of the KL to the start (nats per sequence)"
+    assert set(axes.lines[0].get_xdata()) == {3.0}
+
+
 def test_groups_have_rows_and_targets_of_their_own() -> None:
     groups = {f"eval_kl_groups/{name}/sequence": value for name, value in (("math/easy", 0.25), ("chat", 0.5))}
     history = [{**entry, **groups} if "eval_reward" in entry else entry for entry in GRPO]

@@ -169,7 +169,8 @@ def _reference(settings: Settings) -> str:
     if not given and settings.get("use_peft"):
         text += ", which is the base without the adapter"
     if settings.get("sync_ref_model"):
-        text += f", moved towards the policy every {settings.get('ref_model_sync_steps')} steps"
+        share, steps = settings.get("ref_model_mixup_alpha"), settings.get("ref_model_sync_steps")
+        text += f", moved by {share} of the way to the policy every {steps} steps"
     return text
 
 

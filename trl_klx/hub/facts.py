@@ -106,7 +106,8 @@ def kl_rows(kl: RecordedKL, history: list[dict], reference: str) -> list[tuple[s
     ]
     if kl.kl_budget is not None:
         unit = "" if isinstance(kl.kl_budget, str) else " nats per sequence"
-        rows.append(("Budget", f"{kl.kl_budget}{unit}; beyond it: {kl.kl_budget_action}"))
+        to = " from the start" if kl.kl_has_origin else ""
+        rows.append(("Budget", f"{kl.kl_budget}{unit}{to}; beyond it: {kl.kl_budget_action}"))
     if kl.kl_term().leaves_answers_out:
         rows.append(("Answers left out of the KL", _left_out(kl)))
     if kl.kl_value_cap is not None:
@@ -170,6 +171,8 @@ def measured_kl(kl: RecordedKL, history: list[dict]) -> Measured | None:
         for name, label in _TOKEN_NAMES.items()
         if entry.get(f"{prefix}{name}") is not None
     ]
+    if f"{prefix}kl/origin" in entry:
+        rows.append(("k3, to the start of the run", number("kl/origin_token"), number("kl/origin")))
     for name in entry:
         if group := re.fullmatch(rf"{prefix}kl_groups/(.+)/sequence", name):
             of_group = f"kl_groups/{group[1]}"

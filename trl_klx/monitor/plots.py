@@ -88,14 +88,16 @@ def _held_out_sets(history: list[dict], *metrics: str) -> Iterator[tuple[str, li
 
 def _reward_vs_kl(history: list[dict], path: Path, gain: _Gain) -> Path:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    train = _with(history, "kl/sequence")
-    kl, steps = _root(train, "kl/sequence"), _column(train, "step")
+    moves = bool(_with(history, "kl/origin"))
+    name, place = ("kl/origin", "start") if moves else ("kl/sequence", "reference")
+    train = _with(history, name)
+    kl, steps = _root(train, name), _column(train, "step")
     points = axes.scatter(kl, _column(train, gain.metric), c=steps, s=16, cmap="viridis", label=gain.source)
-    for prefix, entries, color, label in _held_out_sets(history, "kl/sequence", gain.metric):
-        kl, values = _root(entries, f"{prefix}kl/sequence"), _column(entries, f"{prefix}{gain.metric}")
+    for prefix, entries, color, label in _held_out_sets(history, name, gain.metric):
+        kl, values = _root(entries, f"{prefix}{name}"), _column(entries, f"{prefix}{gain.metric}")
         axes.plot(kl, values, "o-", color=color, markersize=7, label=label)
     figure.colorbar(points, ax=axes, label="step")
-    axes.set_xlabel("square root of the KL to the reference (nats per sequence)")
+    axes.set_xlabel(f"square root of the KL to the {place} (nats per sequence)")
     axes.set_ylabel(gain.label)
     axes.legend()
     axes.grid(alpha=0.3)

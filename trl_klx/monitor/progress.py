@@ -5,7 +5,13 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 from .metrics import evaluated_sets, set_name
 
 # (label, metric), as far as logged: DPO has a margin instead of a reward. In evaluation they carry the prefix eval_.
-_SHOWN = (("reward", "reward"), ("gold", "rewards/gold/mean"), ("margin", "rewards/margins"), ("kl/seq", "kl/sequence"))
+_SHOWN = (
+    ("reward", "reward"),
+    ("gold", "rewards/gold/mean"),
+    ("margin", "rewards/margins"),
+    ("kl/seq", "kl/sequence"),
+    ("kl/origin", "kl/origin"),
+)
 
 
 class KLProgressCallback(ProgressCallback):

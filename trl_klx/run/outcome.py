@@ -112,6 +112,9 @@ def _set_rows(history: list[dict], prefix: str, entries: list[dict], args: KLArg
     for unit, metric in (("sequence", "kl/sequence"), ("token", f"kl/{args.kl_reading}")):
         numbers = (_number(entry, prefix + metric, f"{prefix}{metric}_se") for entry in ends)
         yield f"KL, nats per {unit}{of_set}", *numbers, target if unit == args.kl_target_unit else ""
+    if f"{prefix}kl/origin" in ends[-1]:
+        numbers = (_number(entry, f"{prefix}kl/origin", f"{prefix}kl/origin_se") for entry in ends)
+        yield f"KL to the start, nats per sequence{of_set}", *numbers, ""
     for group in logged_groups([ends[-1]]):
         metric, own = f"{prefix}kl_groups/{group}/{args.kl_target_unit}", args.kl_target_of(group)
         numbers = (_number(entry, metric, f"{metric}_se") for entry in ends)

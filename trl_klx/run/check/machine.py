@@ -88,8 +88,8 @@ def checkpoint_bytes(args: Any, models: Models, *, adapter_only: bool) -> int:
     policy = models.policy
     model = policy.trainable_bytes if adapter_only else policy.bytes
     one = model + (models.value.bytes if models.value else 0)
-    if getattr(args, "sync_ref_model", False):  # PPO has no such field
-        one += policy.bytes  # the reference, which has moved
+    if args.sync_ref_model:
+        one += policy.trainable_bytes if adapter_only else policy.bytes  # the reference, which has moved
     if not args.save_only_model:
         one += optimizer_bytes(models.trained, args.optim)
     if str(getattr(args.save_strategy, "value", args.save_strategy)) == "no":

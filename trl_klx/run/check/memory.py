@@ -88,7 +88,7 @@ def estimate(algorithm: Algorithm, recipe: Recipe, models: Models, layout: Layou
     """The memory of one process."""
     args = recipe.args
     shape = algorithm.shape(args)
-    parts = [*training_state(models.trained, args, layout), *_other_models(models, layout, bool(args.bf16))]
+    parts = [*training_state(models.trained, args, layout), *_other_models(models, layout, args)]
     parts += _training_buffers(args, models, shape)
     if shape.generated:
         parts += _generation(args, models, shape, layout)
@@ -155,15 +155,21 @@ def _name(optim: Any) -> str:
     return str(getattr(optim, "value", optim))
 
 
-def _other_models(models: Models, layout: Layout, half: bool) -> list[Part]:
-    """The models that are only run."""
+def _other_models(models: Models, layout: Layout, args: Any) -> list[Part]:
+    """The models that are only run, and the start's weights beside those of a reference that moves."""
+    origin = models.reference if args.kl_has_origin else None
+    frozen = [("reference", models.reference), ("the start, for kl/origin", origin), ("reward model", models.reward)]
     parts = []
-    for name, weights in (("reference", models.reference), ("reward model", models.reward)):
+    if args.sync_ref_model and models.reference is None:
+        copies = 2 if args.kl_has_origin else 1
+        parts.append(Part("the reference's adapter", copies * models.policy.trainable_bytes, ESTIMATE))
+    for name, weights in frozen:
         if weights is None:
             continue
         size, how = weights.bytes, EXACT
         if layout.kind in ("DEEPSPEED", "FSDP"):
-            size, how = (2 if half and layout.kind == "DEEPSPEED" else 4) * weights.parameters, FORMULA
+            width = 2 if args.bf16 and layout.kind == "DEEPSPEED" else 4
+            size, how = width * weights.parameters, FORMULA
             size //= layout.processes if layout.shards_parameters else 1
         parts.append(Part(name, size, how))
     return parts

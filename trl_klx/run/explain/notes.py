@@ -8,7 +8,22 @@ from ..recipe.algorithm import Algorithm
 
 def notes(algorithm: Algorithm, args: Any) -> list[str]:
     """Everything beside estimator, placement and weight that changes what the KL does, or a note that nothing does."""
-    return [*algorithm.notes(args), *_shared(algorithm, args)]
+    return [*algorithm.notes(args), *_moving(args), *_shared(algorithm, args)]
+
+
+def _moving(args: Any) -> Iterator[str]:
+    if not args.sync_ref_model:
+        return
+    alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+    start = (
+        "kl/origin, budget and reports about the start"
+        if args.kl_has_origin
+        else "nothing measures how far the policy is from its start"
+    )
+    yield (
+        f"sync_ref_model: every {steps} steps the reference moves by {alpha:g} of the way to the policy; penalty and "
+        f"target are about the reference as it is, and {start}."
+    )
 
 
 def _shared(algorithm: Algorithm, args: Any) -> Iterator[str]:

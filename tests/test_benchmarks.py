@@ -336,3 +336,32 @@ def test_layouts_are_compared_by_their_furthest_number() -> None:
     other[3]["kl/exact"] = math.nan
     assert not layouts.furthest(other, alone)[0] <= layouts.TOLERANCE
     assert layouts.furthest(alone[:3], alone)[0] == math.inf
+
+
+def test_benchmark_of_stale_answers(tiny_starter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """PPO, and GRPO with an engine that is behind; a finished run is not repeated."""
+    benchmark = load("scripts/benchmark_staleness.py")
+    arguments = ["--starter", str(tiny_starter), "--output_dir", str(tmp_path), "--seeds", "3", "--kls", "k1 reward"]
+    arguments += ["--situations", "ppo", "engine near", "--ppo_steps", "2", "--engine_steps", "8"]
+    runs = benchmark.main(arguments)
+    assert [(run["situation"], run["weights"]) for run in runs] == [
+        (situation, weights) for situation in ("ppo", "engine near") for weights in ("default", "prefix")
+    ]
+    for run in runs:
+        found = benchmark.figures(run, start=0.0)
+        assert math.isfinite(found.gain) and found.kl > 0 and found.gradient > 0
+        assert (found.behind is not None) == (run["situation"] == "engine near")
+        assert found.behind is None or found.behind > 0
+    assert benchmark.main(arguments) == runs
+    assert "engine near, k1 reward, prefix" in capsys.readouterr().out
+
+
+def test_plot_of_staleness(tmp_path: Path) -> None:
+    plot = load("scripts/plot_staleness.py")
+    errors, variances, shares = plot.main(["--picture", str(tmp_path / "p.png")])
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    assert max(errors["exact in both, prefix"]) < 1e-9 < min(errors["exact in both, token"])
+    assert variances["k1 in reward, prefix"] < variances["k1 in reward, token"]
+    for level, share in shares.items():
+        assert share == sorted(share, reverse=True), level
+    assert all(token > prefix > whole for token, prefix, whole in zip(*shares.values(), strict=True))

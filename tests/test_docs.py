@@ -12,6 +12,7 @@ import trl
 from support.commands import PAGES, ROOT
 from test_layout import ALLOWED
 from test_oracle import oracle_table
+from test_oracle_off_policy import bounds_table, off_policy_table
 from transformers import Trainer
 
 from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXPPOConfig, kl
@@ -41,6 +42,20 @@ def test_gradient_page_is_what_the_oracle_prints() -> None:
         if row.target != "biased":
             assert float(found[1]) < 1e-9
             assert row.error < 1e-9
+
+
+def test_gradient_page_is_what_the_oracle_prints_off_policy() -> None:
+    page = (ROOT / "docs" / "gradients.md").read_text().split("## Off-policy")[1]
+    for row in off_policy_table():
+        pattern = (
+            rf"\| {re.escape(row.configuration)} \| {re.escape(row.target)} \| ([^|]*) \| {100 * row.away:.0f} % \|"
+        )
+        found = re.search(pattern, page)
+        assert found, row.configuration
+        assert (found[1].strip() == "") == (row.target == "biased")
+        assert row.target == "biased" or max(float(found[1]), row.error) < 1e-9
+    for line in bounds_table():
+        assert line in page
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

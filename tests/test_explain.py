@@ -1,9 +1,12 @@
 """`trl-klx explain`: its figures are the enumeration's, its verdicts the table's, and it says what to use instead."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from support.enumeration import targets
 from test_oracle import FIXTURE_VARIANCES, all_terms, exact_values, label, term_gradient
@@ -14,32 +17,30 @@ from trl_klx.kl.gradients import SOUND
 from trl_klx.kl.sampling import ENGINES, engine_error, enumerated_policy
 from trl_klx.kl.variance import (
     DISTANCES,
-    SAMPLER_DISTANCE,
+    REUSED,
     expected,
     figures,
-    moved,
     relative_variance,
+    sampler_behind,
     sequence_kl,
+    stale,
     world,
 )
 from trl_klx.run.explain import alternatives as table
 from trl_klx.run.explain.alternatives import advice, alternatives, best_of, gradient_name
 
+BEHIND = (0.01, 0.10, 0.40)  # KL(policy || sampler) in nats per answer
+
 
 def test_the_policies_are_as_far_apart_as_stated() -> None:
     for kl, distance in DISTANCES.items():
         assert sequence_kl(distance) == pytest.approx(kl, rel=1e-6)
-    here = world(0.1)
-    to_sampler = (here.logps(here.policy) - here.logps(here.sampler)).sum(-1)
-    assert float((here.probs(here.policy) * to_sampler).sum()) == pytest.approx(0.01, rel=1e-6)
-    assert SAMPLER_DISTANCE > 0
-
-
-def test_the_engines_are_as_far_as_stated() -> None:
     here = enumerated_policy()
-    for kl, distance in ENGINES.items():
-        to_engine = (here.logps(here.policy) - here.logps(moved(here, distance))).sum(-1)
-        assert float((here.probs(here.policy) * to_engine).sum()) == pytest.approx(kl, rel=1e-6)
+    for kl in BEHIND:
+        to_sampler = (here.logps(here.policy) - here.logps(sampler_behind(here, kl))).sum(-1)
+        assert float((here.probs(here.policy) * to_sampler).sum()) == pytest.approx(kl, rel=1e-6)
+    assert {*REUSED, *ENGINES} == set(BEHIND)
+    assert torch.equal(sampler_behind(here, 0.0), here.policy)
 
 
 @pytest.mark.parametrize(
@@ -47,14 +48,15 @@ def test_the_engines_are_as_far_as_stated() -> None:
     [
         (KLTerm("k1", "reward"), "sequence_truncate", None, 0, 0),
         (KLTerm("k1", "both", weight_level="prefix"), "sequence_mask", None, 0, 0),
-        (KLTerm("exact", "both", weight_level="prefix"), "sequence_truncate", None, 0, 0),
-        (KLTerm("k1", "reward"), "sequence_mask", 3.0, 0, 42),
+        (KLTerm("exact", "both", weight_level="prefix"), "off", None, 0, 0),
+        (KLTerm("k1", "reward", weight_level="prefix"), "sequence_mask", 3.0, 0, 0),
+        (KLTerm("k1", "reward"), "sequence_mask", 3.0, 0, 43),
         (KLTerm("k1", "both", weight_level="prefix"), "sequence_mask", 3.0, 0, 0),
         (KLTerm("k1", "reward"), "sequence_truncate", 3.0, 0, 15),
-        (KLTerm("k1", "reward"), "token_truncate", 3.0, 8, 48),
-        (KLTerm("k1", "reward"), "off", None, 12, 91),
-        (KLTerm("exact", "both"), "sequence_truncate", None, 5, 27),  # the states of its half in the loss
-        (KLTerm("exact", "loss"), "sequence_mask", 3.0, 5, 28),
+        (KLTerm("k1", "reward"), "token_truncate", 3.0, 8, 49),
+        (KLTerm("k1", "reward"), "off", None, 12, 93),
+        (KLTerm("exact", "both"), "sequence_truncate", None, 5, 28),  # the states of its half in the loss
+        (KLTerm("exact", "loss"), "sequence_mask", 3.0, 5, 29),
     ],
     ids=str,
 )
@@ -85,8 +87,8 @@ def test_expected_gradient_is_the_oracles(term: KLTerm) -> None:
     """On-policy, through the same 125 answers but other code: per-answer gradients against one autograd pass."""
     from support.enumeration import fixture_world
 
-    wanted = term_gradient(fixture_world(), term, on_policy=True)
-    found = expected(world(0.5), term, on_policy=True).flatten()
+    wanted = term_gradient(fixture_world(), term)
+    found = expected(world(0.5), term).flatten()
     assert float((found - wanted).norm()) < 1e-12
     assert exact_values(fixture_world()).shape == (125, 3)
 
@@ -108,14 +110,27 @@ def test_figures_are_those_measured_before() -> None:
 
 
 def test_off_policy_error_is_nil_only_with_whole_weights() -> None:
-    assert figures(KLTerm("k3", "loss", weight_level="sequence")).off_policy_error < 1e-12
-    assert figures(KLTerm("exact", "loss", weight_level="prefix")).off_policy_error < 1e-12
-    assert (
-        figures(KLTerm("k3", "loss")).off_policy_error
-        < figures(KLTerm("k2", "loss", weight_level="none")).off_policy_error
-    )
-    reward = figures(KLTerm("k1", "reward", weight_level="none")).off_policy_error
-    assert reward > 2 * figures(KLTerm("exact", "both")).off_policy_error > 0.05
+    for term in (KLTerm("k3", "loss"), KLTerm("exact", "loss"), KLTerm("k1", "reward"), KLTerm("exact", "both")):
+        for level in ("prefix", "sequence"):
+            assert max(stale(replace(term, weight_level=level), kl).error for kl in BEHIND) < 1e-12
+        errors = [stale(term, kl).error for kl in BEHIND]
+        assert 0.04 < errors[0] < errors[1] < errors[2]
+    token, none = (figures(KLTerm("k2", "loss", weight_level=level)).stale for level in ("token", "none"))
+    assert all(mine.error < other.error for mine, other in zip(token, none, strict=True))
+    k1, both = (figures(term).stale for term in (KLTerm("k1", "reward"), KLTerm("exact", "both")))
+    assert all(mine.error > 2 * other.error for mine, other in zip(k1, both, strict=True))
+
+
+def test_what_the_weights_cost() -> None:
+    """Off-policy a KL in the reward has not even more variance for being right; in the loss it has."""
+    for kl in BEHIND:
+        for term in (KLTerm("k1", "reward"), KLTerm("exact", "both"), KLTerm("k3", "both")):
+            whole = stale(replace(term, weight_level="prefix"), kl).variance
+            assert whole < stale(term, kl).variance * (1.03 if kl < 0.1 else 1.0)
+            # About the inverse of the effective share of the answers, exp(-2 KL).
+            assert whole < 1.05 * math.exp(2 * kl)
+        exact = KLTerm("exact", "loss")
+        assert stale(replace(exact, weight_level="prefix"), kl).variance > stale(exact, kl).variance
 
 
 @pytest.mark.parametrize("own", all_terms(), ids=label)
@@ -179,8 +194,18 @@ def explain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more
             0,
             ["partial gradient of the reverse KL", "exact in loss has the same gradient at 5.3 times"],
         ),
-        ("grpo_k3_loss", [], 0, ["k3 in loss, weight token P 11 % 5 % 6.2 5.3 5.1 log-probs this recipe", "is fixed"]),
-        ("grpo_k3_loss", [], 0, ["exact in both KLseq 0 % 8 % 1.0 1.0 1.0 vocabulary + scoring best of KLseq"]),
+        (
+            "grpo_k3_loss",
+            [],
+            0,
+            ["k3 in loss, weight token P 11 % 5 % 1.0 15 % 1.0 6.2 5.3 5.1 log-probs this recipe", "is fixed"],
+        ),
+        (
+            "grpo_k3_loss",
+            [],
+            0,
+            ["exact in both KLseq 0 % 8 % 1.0 29 % 1.3 1.0 1.0 1.0 vocabulary + scoring best of KLseq"],
+        ),
         ("grpo_k3_loss", ["--kl_estimator", "k2"], 0, ["k2 in loss, weight token"]),
         ("grpo_k3_loss", ["--kl_importance_sampling", "none"], 0, ["forward KL(reference || policy)", "4.7x less"]),
         ("grpo_k3_reward", [], 1, ["Refused: kl_estimator='k3'", "this one: refused", "Instead: exact in both"]),
@@ -208,7 +233,7 @@ def explain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more
             [
                 "weighs whole answers: a KL in the reward is exact as far as no answer is beyond its bound "
                 "(vllm_importance_sampling_clip_max=3)",
-                "42 % off at 0.39 nats per answer",
+                "43 % off at 0.4 nats per answer",
                 "kl/ratio_cut",
                 "--logprobs-mode processed_logprobs",
             ],
@@ -217,7 +242,7 @@ def explain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more
             "grpo_vllm",
             ["--vllm_importance_sampling_correction", "false"],
             0,
-            ["12 % off at 0.01 and 91 % off at 0.39", "vllm_importance_sampling_clip_max=null is exact"],
+            ["12 % off at 0.01 and 93 % off at 0.4", "vllm_importance_sampling_clip_max=null is exact"],
         ),
         (
             "grpo_vllm",
@@ -291,7 +316,31 @@ def test_figures_are_computed_and_not_typed_in(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_pages_table_is_what_the_enumeration_gives() -> None:
     page = (Path(__file__).parent.parent / "docs" / "explain.md").read_text()
-    for row in [*alternatives(KLTerm()), *alternatives(KLTerm("k3", "loss", weight_level="none"))[:2]]:
+    reused = [row for row in alternatives(KLTerm(), off_policy=True) if row.term.reward_at_update]
+    assert len(reused) == 4
+    unweighted = alternatives(KLTerm("k3", "loss", weight_level="none"))[:2]
+    for row in [*alternatives(KLTerm()), *reused, *unweighted]:
         variance = " ".join(f"{value:.1f}" for value in row.relative_variance)
-        bias, error = (f"{100 * value:.0f} %" for value in (row.figures.bias, row.figures.off_policy_error))
-        assert f"| {row.name} | {row.gradient} | {bias} | {error} | {variance} |" in page
+        stale_cells = " | ".join(f"{100 * one.error:.0f} % {one.variance:.1f}" for one in row.figures.stale)
+        bias = f"{100 * row.figures.bias:.0f} %"
+        assert f"| {row.name} | {row.gradient} | {bias} | {stale_cells} | {variance} |" in page
+
+
+STALE_ROWS = {
+    "k1 in reward, default": KLTerm("k1", "reward"),
+    "k1 in reward, prefix": KLTerm("k1", "reward", weight_level="prefix"),
+    "k3 in both, token, default": KLTerm("k3", "both"),
+    "k3 in both, prefix": KLTerm("k3", "both", weight_level="prefix"),
+    "exact in both, default": KLTerm("exact", "both"),
+    "exact in both, prefix": KLTerm("exact", "both", weight_level="prefix"),
+    "k3 in loss, token, default": KLTerm("k3", "loss"),
+    "exact in loss, default": KLTerm("exact", "loss"),
+    "exact in loss, prefix": KLTerm("exact", "loss", weight_level="prefix"),
+}
+
+
+@pytest.mark.parametrize("name", STALE_ROWS)
+def test_the_page_on_choosing_has_what_stale_answers_cost(name: str) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "choosing.md").read_text()
+    cells = [f"{100 * one.error:.0f} %, {one.variance:.2f}" for one in (stale(STALE_ROWS[name], kl) for kl in BEHIND)]
+    assert f"| {name} | {' | '.join(cells)} |" in page

@@ -10,6 +10,12 @@ summed over in float64, through the loss and the credit that the trainers use; n
 Relative variance is the trace of the covariance of one answer's gradient, over the squared norm of the partial gradient
 P: about the number of answers at which noise and signal are of one size. A KL in the reward has its mean at that
 position as baseline, as GRPO's leave-one-out baseline has with many answers.
+
+Off-policy, the answers are those of a sampler whose logits are
+
+    theta(s, a) + d sin(0.5 s - 0.9 a + 0.4)
+
+at the distance d at which KL(policy || sampler) is what is asked for, in nats per answer.
 """
 
 import functools
@@ -27,17 +33,16 @@ from .term import KLTerm
 VOCAB, LENGTH = 5, 3
 # Distance d of the reference, by the KL in nats per answer that it gives.
 DISTANCES = {0.94: 1.61443431, 0.10: 0.49435146, 0.011: 0.16190663}
-SAMPLER_DISTANCE = 0.13292997  # of the sampling policy: KL(policy || sampler) = 0.01 nats per answer
+REUSED = (0.01, 0.10)  # KL(policy || sampler), in nats per answer, of answers that are used again
 
 
 class World(NamedTuple):
-    """All answers (N, T) as states and tokens, and the logits (S, V) of policy, reference and sampler."""
+    """All answers (N, T) as states and tokens, and the logits (S, V) of policy and reference."""
 
     states: Tensor
     actions: Tensor
     policy: Tensor
     ref: Tensor
-    sampler: Tensor
 
     def logps(self, logits: Tensor) -> Tensor:
         """(N, T) log-probs of the tokens."""
@@ -48,17 +53,24 @@ class World(NamedTuple):
         return self.logps(logits).sum(-1).exp()
 
 
+class Stale(NamedTuple):
+    """What becomes of a gradient on the answers of another policy."""
+
+    error: float  # distance of the expected gradient from that on the policy's own answers, in the unit of `bias`
+    variance: float  # of one answer's gradient, over that on the policy's own answers
+
+
 class Figures(NamedTuple):
     """What the enumeration finds for one configuration; see the module's docstring. The last two at KL 0.10."""
 
     variance: tuple[float, ...]  # relative, at the KLs of `DISTANCES`
     bias: float  # distance of the expected gradient from that of the sequence KL, as a part of the latter
-    off_policy_error: float  # distance of the expected gradient on another policy's answers from that on its own
+    stale: tuple[Stale, ...]  # at `REUSED`
 
 
 @functools.cache
 def world(distance: float) -> World:
-    """Policy, a reference at `distance`, and a sampler at `SAMPLER_DISTANCE`."""
+    """Policy, and a reference at `distance`."""
     actions = torch.tensor(list(itertools.product(range(VOCAB), repeat=LENGTH)))
     first, second = actions[:, 0], actions[:, 1]
     states = torch.stack([torch.zeros_like(first), 1 + first, 6 + 5 * first + second], dim=1)
@@ -66,18 +78,30 @@ def world(distance: float) -> World:
     a = torch.arange(VOCAB, dtype=torch.float64)[None, :]
     policy = torch.sin(0.7 * s + 1.3 * a)
     ref = policy + distance * torch.cos(1.1 * s + 0.6 * a + 0.2)
-    return World(states, actions, policy, ref, _moved(policy, SAMPLER_DISTANCE))
+    return World(states, actions, policy, ref)
 
 
-def moved(here: World, distance: float) -> Tensor:
-    """(S, V) logits of another policy at `distance` from that of `here`, in the direction of its sampler."""
-    return _moved(here.policy, distance)
+def sampler_behind(here: World, behind: float) -> Tensor:
+    """(S, V) logits of the sampler at KL(policy || sampler) = `behind` nats per answer; the policy's own for 0."""
+    return _moved(here.policy, _sampler_distance(behind))
 
 
 def _moved(policy: Tensor, distance: float) -> Tensor:
     s = torch.arange(len(policy), dtype=torch.float64)[:, None]
     a = torch.arange(VOCAB, dtype=torch.float64)[None, :]
     return policy + distance * torch.sin(0.5 * s - 0.9 * a + 0.4)
+
+
+@functools.cache
+def _sampler_distance(behind: float) -> float:
+    """By bisection; the policy is the same at every distance of the reference."""
+    here, low, high = world(DISTANCES[0.10]), 0.0, 8.0
+    logps = here.logps(here.policy)
+    for _ in range(50 if behind else 0):
+        middle = (low + high) / 2
+        kl = (logps.sum(-1).exp()[:, None] * (logps - here.logps(_moved(here.policy, middle)))).sum()
+        low, high = (middle, high) if kl < behind else (low, middle)
+    return low
 
 
 def sequence_kl(distance: float) -> float:
@@ -89,30 +113,38 @@ def sequence_kl(distance: float) -> float:
 
 @functools.cache
 def figures(term: KLTerm) -> Figures:
-    """Relative variance, bias and off-policy error of a configuration's gradient."""
-    here = world(DISTANCES[0.10])
-    whole = expected(here, KLTerm("exact", "both"), on_policy=True)
-    mine, reused = (expected(here, term, on_policy=on_policy) for on_policy in (True, False))
+    """Relative variance, bias, and what becomes of a configuration's gradient off-policy."""
+    middle = DISTANCES[0.10]
+    whole, mine = expected(world(middle), KLTerm("exact", "both")), expected(world(middle), term)
     variance = tuple(relative_variance(term, distance) for distance in DISTANCES.values())
-    bias, error = ((left - right).norm() / whole.norm() for left, right in ((mine, whole), (reused, mine)))
-    return Figures(variance, float(bias), float(error))
+    return Figures(variance, float((mine - whole).norm() / whole.norm()), tuple(stale(term, kl) for kl in REUSED))
 
 
-def relative_variance(term: KLTerm, distance: float, *, baseline: bool = True) -> float:
+@functools.cache
+def stale(term: KLTerm, behind: float) -> Stale:
+    """Error and variance on the answers of a sampler so far `behind`, at a KL of 0.10 to the reference."""
+    here = world(DISTANCES[0.10])
+    whole = expected(here, KLTerm("exact", "both"))
+    error = (expected(here, term, behind) - expected(here, term)).norm() / whole.norm()
+    on_policy, off_policy = (relative_variance(term, DISTANCES[0.10], behind=kl) for kl in (0.0, behind))
+    return Stale(float(error), off_policy / on_policy)
+
+
+def relative_variance(term: KLTerm, distance: float, *, baseline: bool = True, behind: float = 0.0) -> float:
     """Trace of the covariance of one answer's gradient over the squared norm of P, which is never zero here."""
     here = world(distance)
-    samples, probs = _samples(here, term, on_policy=True, baseline=baseline), here.probs(here.policy)
+    samples, probs = _samples(here, term, behind, baseline=baseline), here.probs(sampler_behind(here, behind))
     mean = answers_mean(here, samples, probs)
     # An answer visits three different states: its gradient's norm is that of its three rows.
     second_moment = (probs * samples.square().sum((1, 2))).sum()
-    partial = expected(here, KLTerm("exact", "loss"), on_policy=True)
+    partial = expected(here, KLTerm("exact", "loss"))
     return float((second_moment - mean.square().sum()) / partial.square().sum())
 
 
-def expected(here: World, term: KLTerm, *, on_policy: bool) -> Tensor:
-    """(S, V) expected gradient with respect to the policy's logits."""
-    probs = here.probs(here.policy if on_policy else here.sampler)
-    return answers_mean(here, _samples(here, term, on_policy=on_policy), probs)
+def expected(here: World, term: KLTerm, behind: float = 0.0) -> Tensor:
+    """(S, V) expected gradient with respect to the policy's logits, on the answers of a sampler so far `behind`."""
+    probs = here.probs(sampler_behind(here, behind))
+    return answers_mean(here, _samples(here, term, behind), probs)
 
 
 def answers_mean(here: World, samples: Tensor, probs: Tensor) -> Tensor:
@@ -121,7 +153,7 @@ def answers_mean(here: World, samples: Tensor, probs: Tensor) -> Tensor:
     return total.index_put((here.states,), probs[:, None, None] * samples, accumulate=True)
 
 
-def _samples(here: World, term: KLTerm, *, on_policy: bool, baseline: bool = True) -> Tensor:
+def _samples(here: World, term: KLTerm, behind: float, *, baseline: bool = True) -> Tensor:
     """(N, T, V) gradient of every answer's loss with respect to the logits at its own three states.
 
     Off-policy, answers are the sampler's, and so are the values of a KL in the reward, as where answers are used again
@@ -131,7 +163,7 @@ def _samples(here: World, term: KLTerm, *, on_policy: bool, baseline: bool = Tru
     logits = here.policy[here.states].clone().requires_grad_()
     logps = logits.log_softmax(-1).gather(-1, here.actions[..., None]).squeeze(-1)
     ref_logps, mask = here.logps(here.ref), torch.ones_like(here.actions, dtype=torch.bool)
-    sampler = here.policy if on_policy else here.sampler
+    sampler = sampler_behind(here, behind)
     sampler_logps = here.logps(sampler)
     ratio = importance_weights(logps, sampler_logps, mask, level="token")
     ref_logits = here.ref[here.states]

@@ -1,6 +1,7 @@
 """A recipe's KL beside the choices it might be exchanged for, with figures that are enumerated, not remembered."""
 
 import itertools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ...kl.gradients import SOUND
@@ -27,8 +28,12 @@ def name_of(term: KLTerm) -> str:
     name = f"{term.estimator}{' forward' if term.direction == 'forward' else ''} in {term.placement}"
     if term.in_reward and term.reward_credit != "return_to_go":
         name += f", credit {term.reward_credit}"
-    says_weight = term.in_loss and (term.estimator != "exact" or term.takes_weights)
-    return name + (f", weight {term.weight_level}" if says_weight else "")
+    if term.reward_at_update or (term.in_loss and (term.estimator != "exact" or term.takes_weights)):
+        name += f", weight {term.weight_level}"
+    if term.weight_cap is not None:
+        name += f" {'to' if term.weight_mode == 'truncate' else 'below'} {term.weight_cap:g}"
+    name += f", answers to {term.answer_cap:g}" if term.answer_cap is not None else ""
+    return name + (f", veto {term.veto:g}" if term.veto is not None else "")
 
 
 def gradient_name(term: KLTerm) -> str:
@@ -53,30 +58,35 @@ def variance_ratio(term: KLTerm, other: KLTerm) -> float:
     return figures(term).variance[_MIDDLE] / figures(other).variance[_MIDDLE]
 
 
-def alternatives(own: KLTerm, *, scores_anyway: bool = False) -> list[Alternative]:
+def alternatives(own: KLTerm, *, scores_anyway: bool = False, off_policy: bool = False) -> list[Alternative]:
     """The recipe's own configuration, then those with its gradient or with the whole one, the least noisy first.
 
-    `scores_anyway` tells whether the algorithm scores its answers under the policy after sampling, KL or not (PPO).
+    Args:
+        own: of the recipe.
+        scores_anyway: whether the algorithm scores its answers under the policy after sampling, KL or not (PPO).
+        off_policy: whether answers are another policy's: then a KL in the reward is there with prefix weights, too.
     """
     gradients = ["KLseq"]
     if is_sound(own):
         gradients = list(dict.fromkeys([gradient_name(own), "KLseq"]))
     else:
         gradients.append("P")
-    others = [term for gradient in gradients for term in _with_gradient(gradient) if not _is_same(term, own)]
+    others = [term for gradient in gradients for term in _with_gradient(gradient, off_policy)]
+    others = [term for term in others if not _is_same(term, own)]
     return [_alternative(term, own, scores_anyway) for term in [own, *others]]
 
 
-def _with_gradient(gradient: str) -> list[KLTerm]:
-    found = [term for term in _all_terms() if is_sound(term) and gradient_name(term) == gradient]
-    return sorted(found, key=lambda term: figures(term).variance[_MIDDLE])
+def _with_gradient(gradient: str, off_policy: bool = False) -> list[KLTerm]:
+    found = [term for term in _all_terms(off_policy) if is_sound(term) and gradient_name(term) == gradient]
+    return sorted(found, key=lambda term: round(figures(term).variance[_MIDDLE], 9))
 
 
-def _all_terms() -> list[KLTerm]:
+def _all_terms(off_policy: bool) -> list[KLTerm]:
     terms = []
     places: Any = itertools.product(("exact", "k3", "k2", "k1"), ("both", "reward", "loss"))
     for estimator, placement in places:
         levels: Any = ("none",) if estimator == "exact" or placement == "reward" else ("token", "none")
+        levels = ("prefix", *levels) if off_policy and placement != "loss" else levels
         terms += [KLTerm(estimator, placement, weight_level=level) for level in levels]
     terms += [KLTerm("exact", placement, weight_level="none", direction="forward") for placement in ("loss", "both")]
     return terms
@@ -101,6 +111,8 @@ def _alternative(term: KLTerm, own: KLTerm, scores_anyway: bool) -> Alternative:
 def _verdict(term: KLTerm, own: KLTerm) -> str:
     if term is own:
         return "this recipe" if is_sound(own) else "this one: refused"
+    if own.in_reward and term == replace(own, weight_level="prefix"):
+        return "right off-policy"
     if is_sound(own) and gradient_name(term) == gradient_name(own):
         ratio = variance_ratio(own, term)
         if 0.95 < ratio < 1.05:

@@ -12,7 +12,7 @@ from rich.table import Table
 from ...cli.parser import CommandParser, UsageError
 from ...cli.words import CommandLine
 from ...kl.term import KLTerm
-from ...kl.variance import DISTANCES
+from ...kl.variance import DISTANCES, REUSED
 from ..recipe.algorithm import Algorithm
 from ..recipe.algorithms import ALGORITHMS, algorithm_for
 from ..recipe.arguments import Recipe
@@ -20,11 +20,12 @@ from ..recipe.parse import parse
 from .alternatives import Alternative, advice, alternatives, name_of
 from .notes import notes
 
-_WIDTH = 116  # of the table; narrower terminals wrap its lines
+_WIDTH = 124  # of the table; narrower terminals wrap its lines
 _LEGEND = """\
 gradient    KLseq: of the sequence KL(policy || reference); P: its part with the states held fixed; F: forward KL
 bias        distance of the expected gradient from KLseq, in % of KLseq
-off-policy  how far the gradient moves on answers of a policy 0.01 nats away, in the same unit
+stale       on answers of a policy {behind} nats per answer away: how far the gradient moves, in
+            the same unit, and its variance, on the policy's own answers = 1
 variance    of one answer's gradient, the best with the same gradient = 1, at {kls} nats per answer
 cost        log-probs of sampled tokens, or the vocabulary of each, in chunks; scoring: again, once per rollout
 Bias and variance are enumerated exactly on small policies (trl_klx/kl/variance.py): read them as ratios."""
@@ -95,8 +96,10 @@ def _print(console: Console, path: Path, algorithm: Algorithm, recipe: Recipe, r
         say(f"Refused: {refusal}")
     if not on_data and args.kl_placement != "none":
         say(advice(term))
-        console.print(_table(alternatives(term, scores_anyway=algorithm.scores_answers)))
-        say(_LEGEND.format(kls=", ".join(f"{kl:g}" for kl in DISTANCES)))
+        is_stale = algorithm.is_off_policy(args)
+        console.print(_table(alternatives(term, scores_anyway=algorithm.scores_answers, off_policy=is_stale)))
+        behind = " and ".join(f"{kl:.2f}" for kl in REUSED)
+        say(_LEGEND.format(behind=behind, kls=", ".join(f"{kl:g}" for kl in DISTANCES)))
     if on_data:
         console.print(_data_table(term, args.kl_in_loss))
     for note in notes(algorithm, args):
@@ -105,13 +108,15 @@ def _print(console: Console, path: Path, algorithm: Algorithm, recipe: Recipe, r
 
 def _table(found: list[Alternative]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for column in ("configuration", "gradient", "bias", "off-policy", "variance", "cost", "verdict"):
-        is_number = column in ("bias", "off-policy", "variance")
+    stale = tuple(f"stale {kl:.2f}" for kl in REUSED)
+    for column in ("configuration", "gradient", "bias", *stale, "variance", "cost", "verdict"):
+        is_number = column in ("bias", *stale, "variance")
         table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
     for row in found:
         variance = "  ".join(f"{value:.1f}" for value in row.relative_variance)
-        bias, error = (f"{100 * value:.0f} %" for value in (row.figures.bias, row.figures.off_policy_error))
-        table.add_row(row.name, row.gradient, bias, error, variance, row.cost, row.verdict)
+        stale_cells = [f"{100 * one.error:.0f} % {one.variance:.1f}" for one in row.figures.stale]
+        bias = f"{100 * row.figures.bias:.0f} %"
+        table.add_row(row.name, row.gradient, bias, *stale_cells, variance, row.cost, row.verdict)
     return table
 
 

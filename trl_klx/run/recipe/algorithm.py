@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 from datasets import Dataset, IterableDataset
 from trl import get_peft_config, get_quantization_config
 
 from ...kl.term import KLTerm
+from ...kl.variance import REUSED, stale
 from ...monitor.history import HistoryCallback
 from ...trainers.checks.rows import RowKind
 from ...trainers.shared.correction import reward_correction
@@ -80,6 +81,14 @@ class Algorithm(ABC):
     def notes(self, args: Any) -> Iterator[str]:
         """What, beside estimator, placement and weight, changes what the KL does; one sentence each."""
 
+    def updates_per_rollout(self, args: Any) -> float:
+        """Optimizer steps that a rollout's answers are used for."""
+        return 1
+
+    def is_off_policy(self, args: Any) -> bool:
+        """Whether answers come from another policy than the one that learns: an earlier one, or an engine's."""
+        return self.updates_per_rollout(args) > 1 or getattr(args, "use_vllm", False)
+
     def loads_reference(self, args: Any) -> bool:
         """Whether a reference is in memory during training."""
         return bool(args.kl_is_measured)
@@ -115,13 +124,28 @@ def trainer_arguments(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
 
 def off_policy_note(term: KLTerm) -> str:
     """What becomes of the KL's gradient where answers come from another policy than the one that learns."""
-    if term.placement == "reward":
+    behind = " and ".join(f"{kl:.2f}" for kl in REUSED)
+    figures = f"On enumerated policies, {behind} nats per answer from their sampler, the gradient is {_stale(term)}"
+    own = f"{figures} times its variance on the policy's own answers."
+    if not term.in_reward:
+        return f"{loss_off_policy(term)} {own}"
+    if term.reward_at_update:
         return (
-            "A KL in the reward keeps the values of the policy that sampled, and the policy gradient's token ratio "
-            "does not make up for it: its gradient is biased, more so the more steps a rollout serves. 'exact in both' "
-            "has most of its gradient in the loss, where it is not."
+            "The KL in the reward is charged at every update, at the present policy's values and with the weights "
+            f"of the tokens around ({term.weight_level}): only a bound on these biases it. {own}"
         )
-    return loss_off_policy(term) + (" Its half in the reward stays biased." if term.placement == "both" else "")
+    return (
+        "A KL in the reward keeps the values of the policy that sampled, and the policy gradient's token ratio does "
+        f"not make up for it. {own} kl_importance_sampling='prefix' charges it at every update instead: "
+        f"{_stale(replace(term, weight_level='prefix'))} times."
+    )
+
+
+def _stale(term: KLTerm) -> str:
+    """Errors and variances of the whole gradient on stale answers."""
+    found = [stale(term, behind) for behind in REUSED]
+    errors = " and ".join(f"{100 * one.error:.0f} %" for one in found)
+    return f"{errors} off, at {' and '.join(f'{one.variance:.1f}' for one in found)}"
 
 
 def loss_off_policy(term: KLTerm) -> str:

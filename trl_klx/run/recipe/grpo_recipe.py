@@ -48,18 +48,19 @@ class _GRPO(Algorithm):
     def batches(self, args: Any, processes: int) -> Batches:
         answers = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
         prompts = args.per_device_train_batch_size * args.steps_per_generation * processes // args.num_generations
-        steps = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
+        steps = self.updates_per_rollout(args)
         lines = [
             f"a step: {answers} answers; a rollout: {prompts} prompts, {args.num_generations} answers each",
             f"optimizer steps per rollout: {steps:g}",
         ]
         return Batches(lines, prompts, steps)
 
+    def updates_per_rollout(self, args: Any) -> float:
+        return args.num_iterations * (args.steps_per_generation or 1) / args.gradient_accumulation_steps
+
     def notes(self, args: Any) -> Iterator[str]:
-        rollouts_per_batch = args.num_iterations * (args.steps_per_generation or 1) / args.gradient_accumulation_steps
-        reused = rollouts_per_batch > 1
         term = args.kl_term()
-        if args.kl_is_penalised and reused:
+        if args.kl_is_penalised and self.updates_per_rollout(args) > 1:
             yield (
                 "Off-policy: answers come from another policy than the one that learns (num_iterations="
                 f"{args.num_iterations} and steps_per_generation={args.steps_per_generation}). {off_policy_note(term)}"

@@ -40,8 +40,11 @@ class _PPO(Algorithm):
         lengths = {"tokens": PROMPT_TOKENS + answer, "scored": answer}
         return Shape(rows, **lengths, **memory, fuses_head=True, scores_in_chunks=True)
 
+    def updates_per_rollout(self, args: Any) -> float:
+        return args.num_ppo_epochs * args.num_mini_batches
+
     def batches(self, args: Any, processes: int) -> Batches:
-        rollout, updates = args.rollout_size * processes, args.num_ppo_epochs * args.num_mini_batches
+        rollout, updates = args.rollout_size * processes, self.updates_per_rollout(args)
         line = f"a step: a rollout of {rollout} prompts, one answer each, and {updates} optimizer steps on it"
         return Batches([line], rollout)
 
@@ -54,7 +57,7 @@ class _PPO(Algorithm):
             )
 
     def notes(self, args: Any) -> Iterator[str]:
-        updates, term = args.num_ppo_epochs * args.num_mini_batches, args.kl_term()
+        updates, term = self.updates_per_rollout(args), args.kl_term()
         if updates > 1 and args.kl_is_penalised:
             yield (
                 f"Off-policy: a rollout serves {updates} optimizer steps (num_ppo_epochs={args.num_ppo_epochs}, "

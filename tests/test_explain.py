@@ -155,6 +155,7 @@ def test_the_best_of_each_gradient() -> None:
 
 RECIPES = {
     "grpo_k3_loss": {"beta": 0.04, "kl_estimator": "k3", "kl_placement": "loss"},
+    "grpo_k1_reward": {"beta": 0.04, "kl_estimator": "k1", "kl_placement": "reward", "num_iterations": 4},
     "grpo_k3_reward": {"beta": 0.04, "kl_estimator": "k3", "kl_placement": "reward"},
     "grpo_k1_loss": {"beta": 0.04, "kl_estimator": "k1", "kl_placement": "loss", "kl_importance_sampling": "none"},
     "grpo_exact_both_pid": {
@@ -207,6 +208,43 @@ def explain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more
             ["exact in both KLseq 0 % 8 % 1.0 29 % 1.3 1.0 1.0 1.0 vocabulary + scoring best of KLseq"],
         ),
         ("grpo_k3_loss", ["--kl_estimator", "k2"], 0, ["k2 in loss, weight token"]),
+        (
+            "grpo_k3_loss",
+            ["--kl_is_cap", "1.2"],
+            0,
+            [
+                "k3 in loss, weight token to 1.2 P 11 % 5 % 1.0 19 % 0.9",
+                "kl_is_cap=1.2 truncates tokens' weights above it: less variance for a bias",
+                "36 % off at 0.7 times the variance of the policy's own answers, without a bound 28 % off at 1.3 times",
+            ],
+        ),
+        (
+            "grpo_k1_reward",
+            [],
+            0,
+            [
+                "k1 in reward KLseq 0 % 26 % 1.2 79 % 2.7",
+                "k1 in reward, weight prefix KLseq 0 % 0 % 1.0 0 % 1.2 8.4 9.9 10.0 log-probs + scoring right",
+                "the gradient is 26 % and 79 % off, at 1.2 and 2.7 times its variance on the policy's own answers.",
+                "kl_importance_sampling='prefix' charges it at every update instead: 0 % and 0 % off, at 1.0 and 1.2",
+            ],
+        ),
+        (
+            "grpo_k1_reward",
+            ["--kl_importance_sampling", "prefix", "--kl_is_cap", "1.5", "--kl_is_veto", "0.5"],
+            0,
+            [
+                "k1 in reward, weight prefix to 1.5, veto 0.5 KLseq",
+                "charged at every update, at the present policy's values",
+                "kl_is_veto=0.5 leaves out answers with a token of a smaller weight",
+            ],
+        ),
+        (
+            "grpo_exact_both_pid",
+            ["--kl_importance_sampling", "prefix", "--kl_is_answer_cap", "1.2"],
+            0,
+            ["exact in both, weight prefix, answers to 1.2", "leaves out answers by the mean of their log-weights"],
+        ),
         ("grpo_k3_loss", ["--kl_importance_sampling", "none"], 0, ["forward KL(reference || policy)", "4.7x less"]),
         ("grpo_k3_reward", [], 1, ["Refused: kl_estimator='k3'", "this one: refused", "Instead: exact in both"]),
         ("grpo_k1_loss", [], 1, ["zero expected gradient", "use kl_estimator='k2'", "Instead: exact in both"]),

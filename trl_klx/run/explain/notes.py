@@ -1,9 +1,14 @@
 """What else in a recipe acts on its KL: one sentence per finding, from the fields of the trainer's config."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+from ...kl.term import KLTerm
+from ...kl.variance import stale
 from ..recipe.algorithm import Algorithm
+
+_FAR = 0.40  # KL(policy || sampler), nats per answer
 
 
 def notes(algorithm: Algorithm, args: Any) -> list[str]:
@@ -40,13 +45,30 @@ def _shared(algorithm: Algorithm, args: Any) -> Iterator[str]:
         yield _target(algorithm, args)
     if args.kl_direction == "forward":
         yield "kl_direction='forward' covers the reference's modes; target, budget and kl/sequence stay reverse."
-    if args.kl_is_cap is not None:
-        yield (
-            f"kl_is_cap={args.kl_is_cap}: weights above it are {args.kl_is_mode}d, which trades variance for a bias on "
-            "exactly these tokens."
-        )
+    yield from _bounds(args.kl_term())
     if args.kl_value_cap is not None:
         yield f"kl_value_cap={args.kl_value_cap} bounds the logged loss of a token, and keeps its gradient."
+
+
+def _bounds(term: KLTerm) -> Iterator[str]:
+    """What bounds on the weights leave out, and what that costs far from the sampler."""
+    free = replace(term, weight_cap=None, weight_mode="truncate", answer_cap=None, veto=None)
+    left_out = []
+    if term.weight_cap is not None:
+        left_out.append(f"kl_is_cap={term.weight_cap:g} {term.weight_mode}s tokens' weights above it")
+    if term.answer_cap is not None:
+        left_out.append(f"kl_is_answer_cap={term.answer_cap:g} leaves out answers by the mean of their log-weights")
+    if term.veto is not None:
+        left_out.append(f"kl_is_veto={term.veto:g} leaves out answers with a token of a smaller weight")
+    if left_out:
+        bounded, unbounded = (
+            f"{100 * one.error:.0f} % off at {one.variance:.1f} times the variance"
+            for one in (stale(term, _FAR), stale(free, _FAR))
+        )
+        yield (
+            f"{', '.join(left_out)}: less variance for a bias. On enumerated policies {_FAR:.2f} nats per answer from "
+            f"their sampler, the gradient is {bounded} of the policy's own answers, without a bound {unbounded}."
+        )
 
 
 def _target(algorithm: Algorithm, args: Any) -> str:

@@ -273,6 +273,8 @@ def explain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more
                 "(vllm_importance_sampling_clip_max=3)",
                 "43 % off at 0.4 nats per answer",
                 "kl/ratio_cut",
+                "kl_importance_sampling='prefix' has weights of its own and is exact in any mode",
+                "k1 in reward, weight prefix KLseq 0 % 0 % 1.0 0 % 1.2",
                 "--logprobs-mode processed_logprobs",
             ],
         ),
@@ -287,6 +289,14 @@ def explain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more
             ["--vllm_importance_sampling_mode", "token_mask", "--kl_placement", "both", "--kl_estimator", "exact"],
             0,
             ["weighs tokens", "The exact KL in the loss needs no weight", "kl_importance_sampling='prefix'"],
+        ),
+        (
+            "grpo_vllm",
+            ["--kl_importance_sampling", "prefix"],
+            0,
+            [
+                "weights of policy to engine of its own (prefix); TRL's vllm_importance_sampling_mode acts on the rewards"
+            ],
         ),
         ("grpo_k3_none", [], 0, ["no penalty acts on the policy", "No penalty acts (beta=0.0"]),
         ("grpo_k3_none", ["--kl_placement", "loss"], 0, ["There is no KL to the reference"]),

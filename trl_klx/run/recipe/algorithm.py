@@ -164,7 +164,12 @@ def vllm_notes(args: Any) -> Iterator[str]:
     if term.in_loss:
         yield f"use_vllm=true: the engine's log-probs differ from the trainer's. {loss_off_policy(term)}"
     if in_reward is not None:
-        yield in_reward
+        yield f"{in_reward} kl_importance_sampling='prefix' has weights of its own and is exact in any mode."
+    elif term.reward_at_update:
+        yield (
+            "use_vllm=true: the KL in the reward has weights of policy to engine of its own "
+            f"({term.weight_level}); TRL's vllm_importance_sampling_mode acts on the rewards alone."
+        )
     if args.vllm_mode == "server":
         yield (
             "vllm_mode='server': start the server with --logprobs-mode processed_logprobs (trl vllm-serve does); raw "

@@ -294,9 +294,7 @@ def explain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more
             "grpo_vllm",
             ["--kl_importance_sampling", "prefix"],
             0,
-            [
-                "weights of policy to engine of its own (prefix); TRL's vllm_importance_sampling_mode acts on the rewards"
-            ],
+            ["weights of policy to engine of its own (prefix); TRL's vllm_importance_sampling_mode acts"],
         ),
         ("grpo_k3_none", [], 0, ["no penalty acts on the policy", "No penalty acts (beta=0.0"]),
         ("grpo_k3_none", ["--kl_placement", "loss"], 0, ["There is no KL to the reference"]),

@@ -109,8 +109,8 @@ def _changed_sampling(args: Any) -> str:
     return (
         f"{start}logged estimates and a weighted KL loss are corrected by the sampler's own log-probs, up to what it "
         f"never samples{example if round(k3, 3) != KL else ''}, and a KL in the reward "
-        f"{'too' if args.kl_term().reward_at_update else 'is not'}; the run reports at its first rollout how far the two "
-        "are apart."
+        f"{'too' if args.kl_term().reward_at_update else 'is not'}; the run reports at its first rollout how far the "
+        "two are apart."
     )
 
 

@@ -111,7 +111,7 @@ def _table(found: list[Alternative]) -> Table:
     stale = tuple(f"stale {kl:.2f}" for kl in REUSED)
     for column in ("configuration", "gradient", "bias", *stale, "variance", "cost", "verdict"):
         is_number = column in ("bias", *stale, "variance")
-        table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=column != "configuration")
     for row in found:
         variance = "  ".join(f"{value:.1f}" for value in row.relative_variance)
         stale_cells = [f"{100 * one.error:.0f} % {one.variance:.1f}" for one in row.figures.stale]

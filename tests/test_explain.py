@@ -213,7 +213,7 @@ def explain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more
             ["--kl_is_cap", "1.2"],
             0,
             [
-                "k3 in loss, weight token P 11 % 5 % 1.0 19 % 0.9",
+                "k3 in loss, weight token to 1.2 P 11 % 5 % 1.0 19 % 0.9",
                 "kl_is_cap=1.2 truncates tokens' weights above it: less variance for a bias",
                 "36 % off at 0.7 times the variance of the policy's own answers, without a bound 28 % off at 1.3 times",
             ],

@@ -20,7 +20,7 @@ from ..recipe.parse import parse
 from .alternatives import Alternative, advice, alternatives, name_of
 from .notes import notes
 
-_WIDTH = 124  # of the table; narrower terminals wrap its lines
+_WIDTH = 128  # of the table; narrower terminals wrap its lines
 _LEGEND = """\
 gradient    KLseq: of the sequence KL(policy || reference); P: its part with the states held fixed; F: forward KL
 bias        distance of the expected gradient from KLseq, in % of KLseq

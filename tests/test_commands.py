@@ -199,7 +199,7 @@ class Rule(NamedTuple):
 
 
 RULES = [
-    Rule(r"trl-klx (starter|starter --output_dir runs/starter|(\w+ )?--help)", as_it_is),
+    Rule(r"trl-klx (starter|starter --output_dir runs/starter|recipes( \S+)?|(\w+ )?--help)", as_it_is),
     Rule(r"trl-klx (explain .*|grpo .* --dry_run)", looked_at),
     Rule(r"trl-klx measure --reference runs/sft .*", as_it_is),
     Rule(r"python (tests/test_oracle|examples/\w+)\.py", as_it_is),

@@ -106,6 +106,7 @@ ALLOWED = {
     "cli": ({"control", "launching", "recipe_files"}, {"matplotlib", "numpy", "rich", "shtab"}),
     **dict.fromkeys(("launching", "files", "wording"), (set(), set())),
     "__init__": ({"trainers/grpo", "trainers/ppo", "trainers/dpo"}, set()),
+    "__main__": ({"cli"}, set()),
     "trainers": (set(), set()),
 }
 SPLIT = ("trainers", "monitor", "run", "measure")  # whose folders, and files of `trainers`, are rooms of their own

@@ -104,7 +104,7 @@ def test_the_installed_command_finds_its_recipes_in_any_folder(installed: Path, 
     assert config.startswith(str(installed.parent))
     for argv in (["--help"], ["starter", "--help"]):
         assert run("trl-klx", *argv).stdout.startswith("usage: trl-klx")
-    assert f"Recipes are in {Path(module).parent / 'recipes'}\n" in run("trl-klx", "--help").stdout
+    assert f"They lie in {Path(module).parent / 'recipes'}. " in run("trl-klx", "recipes").stdout
     refused = run("trl-klx", "grpo", "--config", "recipes/starter/grpo_k3_loss.yaml")
     assert "dataset_name='runs/starter/data'" in refused.stderr
     assert "run `trl-klx starter` first" in refused.stderr

@@ -83,7 +83,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """
     file = shipped_recipe(str(path))
     if not file.is_file():
-        raise ValueError(f"--config {path} does not exist: give the path of a recipe (see recipes/README.md).")
+        raise ValueError(f"--config {path} does not exist: give the path of a recipe (`trl-klx recipes` lists some).")
     try:
         content = yaml.load(file.read_text(), _StrictLoader)
     except (yaml.YAMLError, ValueError) as error:  # the latter of a date that does not exist, or of no text

@@ -1,7 +1,9 @@
 """The command `trl-klx`. Thin: every command is the `main(argv, program)` of another module, imported when called."""
 
+import platform
 import sys
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from ..launching import become
@@ -11,22 +13,37 @@ from .words import CommandLine
 
 
 class Command(NamedTuple):
-    """A command: the module whose `main` it runs, one line of help, and whether `accelerate launch` may start it."""
+    """A command: the module whose `main` it runs, one line of help, whether `accelerate launch` may start it, and the
+    least that a training command needs.
+    """
 
     module: str
     help: str
     launched: bool = False
+    needs: str | None = None
 
 
+_SAMPLER = "--model_name_or_path, --dataset_name and --reward_funcs"
 COMMANDS = {
     "starter": Command(
         "trl_klx.tasks.starter", "make a small trained model, its data and its reward (20 s on two cores)"
     ),
-    "grpo": Command("trl_klx.run.grpo", "train with GRPO, on prompts and reward functions", launched=True),
-    "ppo": Command(
-        "trl_klx.run.ppo", "train with PPO, on prompts and reward functions or a reward model", launched=True
+    "grpo": Command(
+        "trl_klx.run.grpo", "train with GRPO, on prompts and reward functions", launched=True, needs=_SAMPLER
     ),
-    "dpo": Command("trl_klx.run.dpo", "train with DPO, on pairs of chosen and rejected answers", launched=True),
+    "ppo": Command(
+        "trl_klx.run.ppo",
+        "train with PPO, on prompts and reward functions or a reward model",
+        launched=True,
+        needs=_SAMPLER,
+    ),
+    "dpo": Command(
+        "trl_klx.run.dpo",
+        "train with DPO, on pairs of chosen and rejected answers",
+        launched=True,
+        needs="--model_name_or_path and --dataset_name",
+    ),
+    "recipes": Command("trl_klx.cli.recipes_command", "list the recipes of the package, or copy one here"),
     "explain": Command(
         "trl_klx.run.explain.explain_command", "show which gradient a recipe has, and what to use instead"
     ),
@@ -51,10 +68,21 @@ usage: trl-klx COMMAND [options]
 
 Training: trl-klx grpo --config RECIPE.yaml [--accelerate_config cpu] [--field value ...], and ppo and dpo alike.
 With --dry_run they train nothing, and print what a run would need and everything that is wrong with it.
-Recipes are in {RECIPES}
-(README.md there lists them; a prepare.py beside a recipe makes its model and data).
-`trl-klx COMMAND --help` shows the options of a command.
+`trl-klx recipes` lists the recipes of the package, `trl-klx COMMAND --help` the options of a command, and
+`trl-klx --version` the versions of what runs.
 """
+
+
+def versions() -> str:
+    """What `trl-klx --version` prints; none of the packages is imported for it."""
+    own = import_module(__name__.partition(".")[0]).__version__
+    found = [f"Python {platform.python_version()}"]
+    for name in ("trl", "transformers", "torch", "accelerate", "peft"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} is not installed")
+    return f"trl_klx {own} ({', '.join(found)})"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,10 +91,20 @@ def main(argv: list[str] | None = None) -> int:
     if name in ("--help", "-h"):
         print(usage(), end="")
         return 0
+    if name == "--version":
+        print(versions())
+        return 0
     if name not in COMMANDS:
         print(f"error: the command {name!r} does not exist: use {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     command, words, program = COMMANDS[name], CommandLine(rest), f"trl-klx {name}"
+    if command.needs is not None and not rest:
+        print(
+            f"error: {program} needs a recipe, --config RECIPE.yaml (`trl-klx recipes` lists some), or at least "
+            f"{command.needs}.",
+            file=sys.stderr,
+        )
+        return 2
     try:
         launcher = _launcher(words) if command.launched and not words.asks_for_help else None
     except ValueError as error:  # or there is no such recipe: no process need be started to report that

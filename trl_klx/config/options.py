@@ -103,7 +103,7 @@ class KLArguments:
     kl_monitor: list[str] | None = _option(
         None,
         "Estimators to log with standard errors, also at beta 0: k1, k2, k3, exact. Default: kl_estimator and k1, k3 "
-        "where the reference is there anyway. In bf16 exact makes the others true too (docs/choosing.md, section 4).",
+        "where the reference is there anyway. In bf16 exact makes the others true too.",
     )
     sync_ref_model: bool = _option(
         False, "Move the reference towards the policy every ref_model_sync_steps steps, an adapter's too."
@@ -122,7 +122,7 @@ class KLArguments:
     max_skipped_steps: int = _option(
         10, "Steps in a row that may be skipped because they are not finite (loss, KL, gradient); one more is an error."
     )
-    kl_health: bool = _option(True, "Health alarms: warnings about what goes wrong in the run, see docs/health.md.")
+    kl_health: bool = _option(True, "Health alarms: warnings about what goes wrong in the run, with cause and remedy.")
     kl_report: bool = _option(True, "What a run prints when it begins: model, data, processes, precision, KL, output.")
     allow_biased_kl: bool = _option(
         False, "Run a combination that is refused for its gradient, with a warning that names it."

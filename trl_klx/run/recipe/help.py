@@ -26,8 +26,8 @@ def help_parser(program: str, config: type) -> argparse.ArgumentParser:
         fields,
         prog=program,
         usage=f"{program} --config RECIPE.yaml [--accelerate_config NAME] [--field value ...]",
-        description="Every field of a recipe can be given on the command line, which wins. The README explains the KL "
-        "fields and has examples; trl-klx explain shows which gradient a recipe has.",
+        description="Every field of a recipe can be given on the command line, which wins. trl-klx "
+        "recipes lists recipes to start from, and trl-klx explain shows which gradient one has.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="the recipe: a flat YAML file")

@@ -13,6 +13,8 @@ from support.device import DEVICE, made_here
 from support.launching import Launched, Launches, Wanted
 from support.quick import make_quick
 
+from trl_klx.trainers.report import outcome
+
 collect_ignore = ["kernels", "engine"]  # test_triton.py and `make test-vllm` run them
 ANSWERS = ("right", "refused", "warned")
 
@@ -49,6 +51,13 @@ def print_situations(items: list[pytest.Item]) -> None:
     print("| what a user does | answer | cases |\n|---|---|---|")
     for (text, answer), cases in rows.items():
         print(f"| {text} | {answer} | {cases} |")
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run draws pictures at its end, which takes as long as a tiny run: only those that look at them do."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(outcome, "plot_run", lambda *args, **kwargs: [])
 
 
 @pytest.fixture

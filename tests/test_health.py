@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, Tr
 from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
 from trl_klx.kl import kl_estimate
 from trl_klx.monitor.health.alarms import HEALTH_FILE, HealthCallback, HealthMonitor, HealthSources
-from trl_klx.run.outcome import health_lines
 from trl_klx.trainers.grpo.batch import hidden_mask, loss_mask, with_cut_answers
+from trl_klx.trainers.report.outcome import health_lines
 from trl_klx.trainers.shared.engine import cut_ratios
 from trl_klx.trainers.shared.health import SCORING_NOISE, coarsest_precision, reference_mismatches
 

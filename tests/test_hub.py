@@ -31,7 +31,7 @@ from trl_klx.trainers.grpo.config import KLXGRPOConfig
 from trl_klx.trainers.grpo.trainer import KLXGRPOTrainer
 from trl_klx.trainers.ppo.config import KLXPPOConfig
 
-pytestmark = pytest.mark.hub
+pytestmark = [pytest.mark.hub, pytest.mark.pictures]
 
 MAINS = {"grpo": grpo.main, "dpo": dpo.main, "ppo": ppo.main}
 CONFIGS: dict[str, type] = {"grpo": KLXGRPOConfig, "dpo": KLXDPOConfig, "ppo": KLXPPOConfig}

@@ -37,7 +37,7 @@ ALLOWED = {
         _TRAINING,
     ),
     "trainers/checks": ({"trainers/checkpoints", *_BELOW}, _TRAINING),
-    "trainers/report": ({"hub", *_BELOW}, {*_TRAINING, "rich"}),
+    "trainers/report": ({"config", "hub", "monitor", "monitor/health", *_BELOW}, {*_TRAINING, "rich"}),
     "trainers/exact": ({"kl", "trainers/reference", *_BELOW}, _TRAINING),
     "trainers/shared": (
         {

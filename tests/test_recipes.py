@@ -100,6 +100,7 @@ def test_a_recipe_says_what_it_asks_and_what_came_out(path: Path) -> None:
         assert any(line.startswith(label) and len(line) > len(label) + 10 for line in header), label
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("path", recipes([path for path in TRAINING if path.parent.name == "starter"]))
 def test_starter_recipes_run(
     path: Path, starter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

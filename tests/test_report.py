@@ -12,8 +12,8 @@ from trl_klx.config import KLArguments
 from trl_klx.monitor import plots
 from trl_klx.monitor.plots import KL_CONTROL, REWARD_VS_KL, plot_run
 from trl_klx.monitor.progress import KLProgressCallback
-from trl_klx.run.outcome import summary_table
 from trl_klx.trainers.dpo.config import KLXDPOConfig
+from trl_klx.trainers.report.outcome import summary_table
 
 
 def kl(value: float, prefix: str = "") -> dict[str, float]:

@@ -1,23 +1,33 @@
 """What every run tells about itself, from Python as from a recipe: a banner, and warnings that a dry run gives too."""
 
+import importlib
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import pytest
 import yaml
 from accelerate.commands import launch
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+from matplotlib import pyplot
 from peft import LoraConfig
-from support.fault_tools import make
+from support.fault_tools import ALGORITHMS, make
 from support.tiny import save_tiny, tiny_dataset, tiny_model
 from support.tiny_dpo import preferences
+from transformers import ProgressCallback, TrainerCallback
 
+from trl_klx.monitor import plots
+from trl_klx.monitor.history import HistoryCallback, read_history
+from trl_klx.monitor.overoptimisation import plot
+from trl_klx.monitor.progress import KLProgressCallback
 from trl_klx.run import grpo
 from trl_klx.run.check.dry_run import make_plan
 from trl_klx.run.check.layout import read_layout
 from trl_klx.trainers.checks.begins import process_warnings, starts_one
+from trl_klx.trainers.report import outcome
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 SIZE = sum(parameter.numel() for parameter in tiny_model().parameters())
@@ -77,9 +87,71 @@ def test_the_banners_of_ppo_and_dpo(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert shown["output"].endswith("dpo; tensorboard")
 
 
+@pytest.mark.pictures
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_run_in_python_leaves_what_a_recipe_leaves(
+    algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Settings from the start; metrics, each once though the user asked for them too; a table and pictures."""
+    started: list[set[str]] = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *args: object, **kwargs: object) -> None:
+            started.append({path.name for path in tmp_path.iterdir()})
+
+    callbacks = [HistoryCallback(), Watch()]
+    trainer = make(algorithm, tmp_path, max_steps=2, save_strategy="no", callbacks=callbacks, disable_tqdm=False)
+    trainer.train()
+    assert {"resolved_recipe.yaml", "versions.json"} <= started[0]
+    assert yaml.safe_load((tmp_path / "resolved_recipe.yaml").read_text())["kl_target"] == 0.02
+    history = read_history(tmp_path / "metrics.jsonl")
+    assert history == json.loads(json.dumps(trainer.state.log_history, default=str))
+    for name in ("reward_vs_kl.png", "kl_control.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    shown = capsys.readouterr()
+    for text in ("KL, nats per sequence", "pid " + trainer.args.kl_coef_name, "health alarm", "picture: "):
+        assert text in shown.out
+    assert "kl/seq=" in shown.err  # the progress bar's
+
+
 def test_kl_report_switches_it_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make("grpo", tmp_path, max_steps=1, kl_report=False).train()
-    assert "KLX-" not in capsys.readouterr().out
+    make("grpo", tmp_path, max_steps=1, kl_report=False, save_strategy="no", disable_tqdm=False).train()
+    shown = capsys.readouterr()
+    assert shown.err.count("'kl/sequence'") + shown.out.count("'kl/sequence'") == 1  # transformers' own dictionary
+    assert "KLX-" not in shown.out
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_what_cannot_be_shown_does_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its model may not be saved yet."""
+
+    def fail(*args: object, **kwargs: object) -> list[Path]:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(outcome, "plot_run", fail)
+    assert make("grpo", tmp_path, max_steps=1).train().global_step == 1
+    assert "the table and the pictures of the run could not be made (No space left on device)" in caplog.text
+
+
+def test_the_progress_bar_of_a_user_stays(tmp_path: Path) -> None:
+    class Mine(ProgressCallback):
+        pass
+
+    trainer = make("grpo", tmp_path, callbacks=[Mine()], disable_tqdm=False)
+    bars = [type(c) for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)]
+    assert bars == [Mine, KLProgressCallback]
+
+
+def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
+    """Its backend is the user's, in a notebook for example."""
+    with matplotlib.rc_context({"backend": "svg"}):
+        for module in (plots, plot):
+            importlib.reload(module)
+        plots.plot_run([{"step": 1, "kl/sequence": 0.1, "kl/k3": 0.1, "reward": 0.5}], tmp_path)
+        assert matplotlib.rcParams["backend"] == "svg"
+    assert pyplot.get_fignums() == []
 
 
 # Warnings: the run's and the dry run's

@@ -409,7 +409,7 @@ def test_each_evaluation_set_has_its_own_keys(algorithm: str, tmp_path: Path) ->
 
 def table_of(history: list[dict]) -> list[list[str]]:
     """The summary table, by columns with their headers."""
-    from trl_klx.run.outcome import summary_table
+    from trl_klx.trainers.report.outcome import summary_table
 
     table = summary_table(history, Arguments(kl_estimator="k3"))
     return [[str(column.header), *(str(cell) for cell in column.cells)] for column in table.columns]
@@ -469,8 +469,8 @@ def test_tables_and_pictures_show_every_set(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("place", ["yaml", "command line"])
 def test_one_reward_needs_no_brackets(place: str, tmp_path: Path) -> None:
     from trl_klx.hub.card import write_card
-    from trl_klx.run.outcome import resolved_recipe
     from trl_klx.run.recipe.parse import parse
+    from trl_klx.run.train import resolved_recipe
     from trl_klx.trainers.grpo.config import KLXGRPOConfig
 
     name = "trl_klx.rewards.exact_match"

@@ -139,6 +139,7 @@ def _train(model: str, output: str, options: dict, checkpoint: str | None) -> di
         "bf16": False,
         "gradient_checkpointing": False,
         "report_to": [],
+        "kl_report": False,
         "save_strategy": "no",
         "disable_tqdm": True,
         **options,

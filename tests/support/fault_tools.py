@@ -118,6 +118,7 @@ def main(algorithm: str, output: str, options: dict) -> None:
     if unbroken is not None:
         main(algorithm, unbroken, dict(options))
     bad_loss = options.pop("bad_loss", None)
+    options.setdefault("kl_report", False)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         options["ddp_backend"] = "gloo"
     trainer = make(algorithm, output, callbacks=[HistoryCallback()], **options)

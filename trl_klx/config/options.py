@@ -123,7 +123,9 @@ class KLArguments:
         10, "Steps in a row that may be skipped because they are not finite (loss, KL, gradient); one more is an error."
     )
     kl_health: bool = _option(True, "Health alarms: warnings about what goes wrong in the run, with cause and remedy.")
-    kl_report: bool = _option(True, "What a run prints when it begins: model, data, processes, precision, KL, output.")
+    kl_report: bool = _option(
+        True, "What a run prints when it begins and ends, and leaves in output_dir: settings, metrics.jsonl, pictures."
+    )
     allow_biased_kl: bool = _option(
         False, "Run a combination that is refused for its gradient, with a warning that names it."
     )

@@ -6,10 +6,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # a training machine has no screen
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot, whose backend and open figures are the user's
 
 from .metrics import evaluated_sets, is_number, logged_groups, set_name
 
@@ -53,7 +51,8 @@ def plot_run(
         return []
     gain = _MARGIN if _with(train, _MARGIN.metric) else _REWARD
     written = [_reward_vs_kl(history, folder / REWARD_VS_KL, gain)] if _with(train, gain.metric) else []
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(6, 5), sharex=True, layout="constrained", height_ratios=(2, 1))
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     name = "kl/sequence" if target_unit == "sequence" else f"kl/{reading}"
     _draw_kl(upper, history, name, gain.source)
     upper.set_ylabel(f"KL to the reference (nats per {target_unit})")
@@ -87,7 +86,8 @@ def _held_out_sets(history: list[dict], *metrics: str) -> Iterator[tuple[str, li
 
 
 def _reward_vs_kl(history: list[dict], path: Path, gain: _Gain) -> Path:
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     moves = bool(_with(history, "kl/origin"))
     name, place = ("kl/origin", "start") if moves else ("kl/sequence", "reference")
     train = _with(history, name)
@@ -104,7 +104,7 @@ def _reward_vs_kl(history: list[dict], path: Path, gain: _Gain) -> Path:
     return _save(figure, path)
 
 
-def _draw_group(upper: plt.Axes, lower: plt.Axes, history: list[dict], group: str, unit: str, color: str) -> None:
+def _draw_group(upper: Axes, lower: Axes, history: list[dict], group: str, unit: str, color: str) -> None:
     """A group's KL with its target, and its own beta where it has one."""
     name = f"kl_groups/{group}"
     train = _with(history, f"{name}/{unit}")
@@ -115,7 +115,7 @@ def _draw_group(upper: plt.Axes, lower: plt.Axes, history: list[dict], group: st
     lower.plot(steps, _column(train, f"{name}/coef"), color=color, linewidth=1)
 
 
-def _draw_kl(axes: plt.Axes, history: list[dict], name: str, source: str) -> None:
+def _draw_kl(axes: Axes, history: list[dict], name: str, source: str) -> None:
     train = _with(history, name)
     steps, kl = _column(train, "step"), _column(train, name)
     axes.plot(steps, kl, ".-", markersize=3, color="tab:blue", label=source)
@@ -130,7 +130,7 @@ def _draw_kl(axes: plt.Axes, history: list[dict], name: str, source: str) -> Non
     axes.grid(alpha=0.3)
 
 
-def _draw_coef(axes: plt.Axes, history: list[dict], name: str) -> None:
+def _draw_coef(axes: Axes, history: list[dict], name: str) -> None:
     logged = _with(history, "kl/coef")
     coefs = _column(logged, "kl/coef")
     axes.plot(_column(logged, "step"), coefs, color="tab:orange")
@@ -141,8 +141,7 @@ def _draw_coef(axes: plt.Axes, history: list[dict], name: str) -> None:
     axes.grid(alpha=0.3, which="both")
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path

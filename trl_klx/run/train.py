@@ -1,4 +1,4 @@
-"""The course of every run: parse, check, train, save, report."""
+"""The course of every run of a recipe: parse, check, train, save, write the card."""
 
 import os
 import sys
@@ -8,20 +8,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback
-
 from ..cli.words import CommandLine
 from ..hub.push import HubError, create_repo, push_command
-from ..hub.settings import write_settings
+from ..hub.settings import Settings, plain_settings
 from ..launching import end_with_launcher
-from ..monitor.progress import KLProgressCallback
 from ..trainers.checkpoints.run_lock import run_folder
 from ..trainers.checks.vocabulary import TokenError
 from ..trainers.errors import CheckpointError, NotSavedError, RunError
 from ..trainers.reference.resumed import check_resume
 from ..trainers.rewarding.calls import RewardError
 from .check.dry_run import dry_run
-from .outcome import resolved_recipe, show_outcome
 from .recipe.algorithm import Algorithm, Inputs
 from .recipe.arguments import BadInput, Findings, Recipe, check_processes
 from .recipe.parse import parse
@@ -34,7 +30,7 @@ _OF_ONE_PROCESS = (NotSavedError, RewardError, TokenError)
 
 
 def run(algorithm: Algorithm, argv: Iterable[str] | None = None, program: str = "") -> int:
-    """Check everything, then train, save and report; or with `dry_run`, print what that would be.
+    """Check everything, then train, save and write the card; or with `dry_run`, print what that would be.
 
     Args:
         algorithm: of the command.
@@ -81,7 +77,7 @@ def build_trainer(algorithm: Algorithm, recipe: Recipe, inputs: Inputs) -> Any:
 
 
 def _train_to_the_end(trainer: Any, recipe: Recipe) -> int:
-    """Train, save and report. Returns the exit status."""
+    """Train, save and write the card. Returns the exit status."""
     status = 0
     try:
         _train(trainer, recipe)
@@ -124,22 +120,16 @@ def refuse(error: Exception, *, status: int = 2, from_any_process: bool = False)
     return status
 
 
+def resolved_recipe(recipe: Recipe) -> Settings:
+    """Every field of a recipe, with the value that it ended up with."""
+    return plain_settings(recipe.args, recipe.run, recipe.model)
+
+
 def _train(trainer: Any, recipe: Recipe) -> None:
-    args, folder = recipe.args, Path(recipe.args.output_dir)
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(KLProgressCallback(coef_name=args.kl_coef_name))
+    args = recipe.args
     trainer.recipe = resolved_recipe(recipe)
-    if trainer.accelerator.is_main_process:
-        write_settings(folder, trainer.recipe)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir, _internal_call=True)  # not a push of its own
-    if trainer.accelerator.is_main_process:
-        show_outcome(folder, args)
-        if trainer.kl.budget.exceeded:
-            print(trainer.kl.budget.message())
-        if trainer.overoptimisation is not None:
-            print(trainer.overoptimisation.summary())
     # Last, because the card shows the pictures and the push takes them along.
     on_the_hub = [name for name in recipe.run.dataset_names if not Path(name).exists()] or None
     if args.push_to_hub:

@@ -44,6 +44,9 @@ class Part:
             ValueError, TypeError, KeyError, AttributeError, OverflowError: it is not the state of such a part.
         """
 
+    def end(self) -> None:
+        """`train` is over, and its weights are sound."""
+
     def is_over(self) -> bool:
         """Whether the run ends where it is now."""
         return False

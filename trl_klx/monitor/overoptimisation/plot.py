@@ -3,13 +3,11 @@
 import math
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot, whose backend and open figures are the user's
 
 from .law import LawFit
-
-matplotlib.use("Agg")  # a training machine has no screen
-from matplotlib import pyplot as plt
 
 
 def plot_overoptimisation(table: list[dict[str, float]], path: Path, fit: LawFit | None, turned_at: int | None) -> Path:
@@ -21,7 +19,8 @@ def plot_overoptimisation(table: list[dict[str, float]], path: Path, fit: LawFit
         fit: the law, drawn with its 95 % band over the evaluations that it is fitted to; None draws none.
         turned_at: the step at which the turn was found, which is marked; None: it was not.
     """
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(6, 6), sharex=True, layout="constrained", height_ratios=(2, 3))
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     d = np.array([row["d"] for row in table])
     for axes, name, color in ((upper, "proxy", "tab:gray"), (lower, "gold", "tab:orange")):
         values, errors = (np.array([row[key] for row in table]) for key in (name, f"{name}_se"))
@@ -39,11 +38,10 @@ def plot_overoptimisation(table: list[dict[str, float]], path: Path, fit: LawFit
     lower.set_xlabel("square root of the KL to the reference (nats per sequence); numbers are steps")
     lower.legend(fontsize=8)
     figure.savefig(path, format="png", dpi=110)
-    plt.close(figure)
     return path
 
 
-def _draw_law(axes: plt.Axes, fit: LawFit, end: float) -> None:
+def _draw_law(axes: Axes, fit: LawFit, end: float) -> None:
     d = np.linspace(0.0, end, 200)
     name = {"rl": r"d ($\alpha - \beta$ log d)", "best_of_n": r"d ($\alpha - \beta$ d)"}[fit.law]
     axes.plot(d, fit.gold(d), color="tab:blue", label=rf"{name}, $\alpha$ {fit.alpha:.3g}, $\beta$ {fit.beta:.3g}")

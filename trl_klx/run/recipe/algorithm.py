@@ -11,7 +11,6 @@ from trl import get_peft_config, get_quantization_config
 
 from ...kl.term import KLTerm
 from ...kl.variance import REUSED, stale
-from ...monitor.history import HistoryCallback
 from ...trainers.checks.rows import RowKind
 from ...trainers.shared.correction import reward_correction
 from .arguments import Recipe
@@ -118,7 +117,6 @@ def trainer_arguments(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         "eval_dataset": inputs.eval_dataset,
         "quantization_config": get_quantization_config(model),
         "peft_config": get_peft_config(model),
-        "callbacks": [HistoryCallback()],
     }
 
 

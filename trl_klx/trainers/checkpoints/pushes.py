@@ -52,12 +52,15 @@ class Pushes(Part):
     def write_card(self, model_name: str, dataset_name: str | list[str] | None) -> None:
         """Write the card into output_dir, in place of TRL's, of which it reads trackers, tags and base model."""
         trainer = self._trainer
-        folder, settings = Path(trainer.args.output_dir), trainer.recipe
-        if settings is None:
-            settings = self._settings_in_python(dataset_name)
-            write_settings(folder, settings)
+        folder, settings = Path(trainer.args.output_dir), self.write_settings(dataset_name)
         is_adapter = is_peft_model(trainer._saved_model)
         write_card(folder, settings, model_name=model_name, repo_id=trainer.hub_model_id, is_adapter=is_adapter)
+
+    def write_settings(self, dataset_name: str | list[str] | None = None) -> Settings:
+        """Write the settings of the run into output_dir: those of its recipe, or of the trainer as it was made."""
+        settings = self._trainer.recipe or self._settings_in_python(dataset_name)
+        write_settings(Path(self._trainer.args.output_dir), settings)
+        return settings
 
     def _settings_in_python(self, dataset_name: str | list[str] | None) -> Settings:
         """What a recipe would contain, for a trainer that was made without one."""

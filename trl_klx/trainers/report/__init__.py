@@ -1,1 +1,1 @@
-"""What a run tells about itself: a banner when it begins."""
+"""What a run shows and leaves behind: banner, settings, table, pictures."""

@@ -1,11 +1,10 @@
 """What a run prints when it begins, from the trainer as it is by then."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, is_peft_model
-from datasets import IterableDataset
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -64,7 +63,7 @@ def _data(trainer: Any) -> str:
 
 
 def _size(dataset: Any) -> str:
-    return "a stream of rows" if isinstance(dataset, IterableDataset) else _count(len(dataset), "row")
+    return _count(len(dataset), "row") if isinstance(dataset, Sized) else "a stream of rows"
 
 
 def _count(number: int, what: str) -> str:

@@ -146,8 +146,10 @@ class Lifecycle(Trainer):
             for sentence in start_warnings(self, self._saved_model, resumes=checkpoint is not None):
                 logger.warning(sentence)
             result = super().train(checkpoint, *args, **kwargs)
-        # The last step's, which no step looks at.
-        self.guard.check_weights(f"after step {self.state.global_step}")
+            # The last step's, which no step looks at.
+            self.guard.check_weights(f"after step {self.state.global_step}")
+            for part in self.parts:
+                part.end()
         return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the resolved recipe at its start, a table and pictures at its end."""
+"""What a run shows at its end: a table and pictures, from its metrics file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,13 +6,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..config.options import KLArguments
-from ..hub.settings import Settings, plain_settings
-from ..monitor.health.alarms import HEALTH_FILE
-from ..monitor.history import HISTORY_FILE, read_history
-from ..monitor.metrics import evaluated_sets, is_number, logged_groups, set_name, when
-from ..monitor.plots import plot_run
-from .recipe.arguments import Recipe
+from ...config.options import KLArguments
+from ...monitor.health.alarms import HEALTH_FILE
+from ...monitor.history import HISTORY_FILE, read_history
+from ...monitor.metrics import evaluated_sets, is_number, logged_groups, set_name, when
+from ...monitor.plots import plot_run
 
 # Of these, every batch of a run has one: reward in GRPO and PPO, accuracies in DPO.
 _EVERY_BATCH = ("reward", "rewards/accuracies")
@@ -23,18 +21,12 @@ _PREFERENCES = (
 )
 
 
-def resolved_recipe(recipe: Recipe) -> Settings:
-    """Every field of a recipe, with the value that it ended up with."""
-    return plain_settings(recipe.args, recipe.run, recipe.model)
-
-
-def show_outcome(folder: Path, args: KLArguments) -> None:
+def show_outcome(console: Console, folder: Path, args: KLArguments) -> None:
     """Print the summary table and draw the pictures, from the metrics file of the run."""
     history = read_history(folder / HISTORY_FILE)
     pictures = plot_run(
         history, folder, target_unit=args.kl_target_unit, reading=args.kl_reading, coef_name=args.kl_coef_name
     )
-    console = Console()
     console.print(summary_table(history, args))
     for line in health_lines(folder, args):
         console.print(line, markup=False, highlight=False)

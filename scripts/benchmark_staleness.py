@@ -25,6 +25,7 @@ import gc
 import io
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -95,6 +96,7 @@ class EngineBehind:
         self.policy, self.pad, self.longest = model, processing_class.pad_token_id, max_completion_length
         self.engine = AutoModelForCausalLM.from_config(model.config).eval()
         self.generation_kwargs: dict[str, Any] = {}
+        self.llm = mock.MagicMock()  # a run shuts it down at its end
         self.weights: deque[dict[str, Tensor]] = deque(maxlen=self.behind + 1)
 
     def sync_weights(self) -> None:
@@ -261,7 +263,7 @@ def figures(run: Run, start: float) -> Figures:
     return Figures(
         accuracy=accuracy,
         kl=kl,
-        gain=(accuracy - start) / kl**0.5,
+        gain=(accuracy - start) / kl**0.5 if kl else math.nan,
         kl_of_batches=statistics.fmean(kls) / target,
         swing=statistics.pstdev(kls) / target,
         behind=statistics.fmean(per_token) * statistics.fmean(lengths) if per_token else None,

@@ -12,6 +12,7 @@ from support.loading import load, load_part
 from support.tiny import save_tiny
 from torch.utils.flop_counter import FlopCounterMode
 
+from trl_klx import rewards
 from trl_klx.control.learners import fitted
 from trl_klx.control.plants import PHASES
 from trl_klx.tasks.starter import make_problems
@@ -338,18 +339,23 @@ def test_layouts_are_compared_by_their_furthest_number() -> None:
     assert layouts.furthest(alone[:3], alone)[0] == math.inf
 
 
-def test_benchmark_of_stale_answers(tiny_starter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_of_stale_answers(
+    tiny_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PPO, and GRPO with an engine that is behind; a finished run is not repeated."""
     benchmark = load("scripts/benchmark_staleness.py")
-    arguments = ["--starter", str(tiny_starter), "--output_dir", str(tmp_path), "--seeds", "3", "--kls", "k1 reward"]
+    # An untrained model is never right.
+    monkeypatch.setattr(rewards, "exact_match", lambda completions, **_: [len(text) / 8 for text in completions])
+    arguments = ["--starter", str(tiny_runs / "starter"), "--output_dir", str(tmp_path), "--seeds", "3"]
     arguments += ["--situations", "ppo", "engine near", "--ppo_steps", "2", "--engine_steps", "8"]
+    arguments += ["--kls", "k1 reward"]
     runs = benchmark.main(arguments)
     assert [(run["situation"], run["weights"]) for run in runs] == [
         (situation, weights) for situation in ("ppo", "engine near") for weights in ("default", "prefix")
     ]
     for run in runs:
         found = benchmark.figures(run, start=0.0)
-        assert math.isfinite(found.gain) and found.kl > 0 and found.gradient > 0
+        assert found.kl > 0 and found.gradient > 0 and math.isfinite(found.gain)
         assert (found.behind is not None) == (run["situation"] == "engine near")
         assert found.behind is None or found.behind > 0
     assert benchmark.main(arguments) == runs

@@ -4,6 +4,8 @@ Gradients are sums over all 259 answers, as in test_engine.py; imitations of vLL
 """
 
 import dataclasses
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,9 @@ def make(model: str, folder: Path, **settings: Any) -> KLXPPOTrainer:
 
 @pytest.fixture(scope="module")
 def trainer(model: str, tmp_path_factory: pytest.TempPathFactory) -> KLXPPOTrainer:
-    made = make(model, tmp_path_factory.mktemp("out"), max_steps=2, learning_rate=1e-3, **PLAIN, **NO_BOUND)
-    made.train()
+    made = make(model, tmp_path_factory.mktemp("out"), **PLAIN, **NO_BOUND)
     made.model.train()
+    vllm_engine.move(made.policy, 0.1, seed=1)  # away from the reference
     return made
 
 
@@ -49,8 +51,11 @@ def test_the_engine_samples_by_the_log_probs_it_reports(trainer: KLXPPOTrainer, 
 
 
 @pytest.fixture(scope="module")
-def behind(trainer: KLXPPOTrainer, request: pytest.FixtureRequest) -> tuple[Rollout, Tensor, dict[str, Tensor], float]:
+def behind(
+    trainer: KLXPPOTrainer, request: pytest.FixtureRequest
+) -> Iterator[tuple[Rollout, Tensor, dict[str, Tensor], float]]:
     """All answers as one rollout, the engine's probability of each, the true gradients, and how far it is behind."""
+    before = {name: weight.clone() for name, weight in trainer.policy.state_dict().items()}
     trainer.engine.begin()
     trainer.engine.update()
     vllm_engine.move(trainer.policy, request.param, seed=5)  # the engine does not get these
@@ -71,7 +76,8 @@ def behind(trainer: KLXPPOTrainer, request: pytest.FixtureRequest) -> tuple[Roll
         dtype=torch.double,
     )
     torch.testing.assert_close(rollout.scores.double(), rewards)
-    return rollout, probs, truths(trainer.policy, trainer.ref_model, prompt, probs, rewards), request.param
+    yield rollout, probs, truths(trainer.policy, trainer.ref_model, prompt, probs, rewards), request.param
+    trainer.policy.load_state_dict(before)
 
 
 def gradient(trainer: KLXPPOTrainer, rollout: Rollout, probs: Tensor) -> Tensor:
@@ -124,7 +130,9 @@ def test_reward_and_kl_have_their_gradient_under_the_engine(
     uncorrected = error(gradient(trainer, rescored, probs), wanted)
     monkeypatch.setattr(trainer.args, "vllm_importance_sampling_clip_max", 3.0)
     default = error(gradient(trainer, rollout, probs), wanted)
-    print(f"{placement} {estimator} {level}, moved {moved}: default {default:.2g}, correction off {uncorrected:.2g}")
+    log_ratio = ((rollout.old_logps - rollout.engine_logps) * rollout.mask).sum(1)
+    kl = float((probs * log_ratio.exp() * log_ratio).sum())
+    print(f"{placement} {estimator} {level}, {kl:.2g} nats behind: default {default:.2g}, off {uncorrected:.2g}")
     assert uncorrected > (0.05 if moved else 0.005)
     assert (default > 0.02) == bool(moved)
 
@@ -185,8 +193,8 @@ def test_a_run_learns_as_one_without_an_engine(model: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(target_modules="all-linear", r=4)], ids=["whole", "lora"])
 def test_the_engine_has_the_weights_of_the_policy(model: str, tmp_path: Path, peft_config: Any) -> None:
-    """Of every step, and with its adapter; without them it soon is far behind."""
-    settings = {"max_steps": 5, **LEARNS, "learning_rate": 1e-3 if peft_config is None else 1e-2}
+    """Of every step, and with its adapter; without them it soon is far behind, and an alarm says so."""
+    settings = {"max_steps": 8, **LEARNS, "learning_rate": 1e-3 if peft_config is None else 1e-2}
     rows = logs(make(model, tmp_path, peft_config=peft_config, **settings))
     assert rows[-1]["kl/sequence"] > 0.5
     for row in rows:
@@ -195,3 +203,5 @@ def test_the_engine_has_the_weights_of_the_policy(model: str, tmp_path: Path, pe
     made.engine.update()
     made.engine.generation.sync_weights = lambda: None
     assert logs(made)[-1]["kl/sampler"] > 0.02
+    alarms = [json.loads(line) for line in (tmp_path / "health.jsonl").read_text().splitlines()]
+    assert "old weights" in {event["alarm"]: event for event in alarms}["stale_sampler"]["cause"]

@@ -26,7 +26,7 @@ def test_two_processes_with_an_engine_each(model: str, tmp_path: Path) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launch, str(script), str(tmp_path), model]
     os.sched_setaffinity(0, vllm_engine.CORES)
-    done = subprocess.run(command, env=vllm_engine.BEFORE, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(command, env=vllm_engine.BEFORE, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     processes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for algorithm in ("grpo", "ppo"):

@@ -217,7 +217,7 @@ RULES = [
         "minutes each; tests/test_recipes.py runs the starter's",
     ),
     Rule(r"(OMP_NUM_THREADS=1 )?(trl-klx |python scripts/)(grpo|ppo|dpo)(\.py)? .*", recipe_parsed, "minutes each"),
-    Rule(r"(trl-klx (measure|explain|card)|accelerate launch)", named, "is a name in a sentence"),
+    Rule(r"(trl-klx (measure|explain|card|new)|accelerate launch)", named, "is a name in a sentence"),
     Rule(r"trl-klx .*", parsed, "takes minutes or a model to fetch; the command's own tests run it in small"),
     Rule(r"python recipes/[\w.-]+/prepare\.py", parsed, "fetches a model; tests/test_stories.py, tests/test_sums.py"),
     Rule(r"python tests/engine/\w+\.py", is_there, "needs vLLM, and minutes"),

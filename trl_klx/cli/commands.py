@@ -43,6 +43,7 @@ COMMANDS = {
         launched=True,
         needs="--model_name_or_path and --dataset_name",
     ),
+    "new": Command("trl_klx.run.new_command", "write a recipe, a reward and two rows of data for a model"),
     "recipes": Command("trl_klx.cli.recipes_command", "list the recipes of the package, or copy one here"),
     "explain": Command(
         "trl_klx.run.explain.explain_command", "show which gradient a recipe has, and what to use instead"
@@ -68,8 +69,8 @@ usage: trl-klx COMMAND [options]
 
 Training: trl-klx grpo --config RECIPE.yaml [--accelerate_config cpu] [--field value ...], and ppo and dpo alike.
 With --dry_run they train nothing, and print what a run would need and everything that is wrong with it.
-`trl-klx recipes` lists the recipes of the package, `trl-klx COMMAND --help` the options of a command, and
-`trl-klx --version` the versions of what runs.
+To begin: `trl-klx new grpo --model_name_or_path MODEL` writes a recipe; `trl-klx recipes` lists those of the package.
+`trl-klx COMMAND --help` shows the options of a command, `trl-klx --version` the versions of what runs.
 """
 
 
@@ -100,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     command, words, program = COMMANDS[name], CommandLine(rest), f"trl-klx {name}"
     if command.needs is not None and not rest:
         print(
-            f"error: {program} needs a recipe, --config RECIPE.yaml (`trl-klx recipes` lists some), or at least "
-            f"{command.needs}.",
+            f"error: {program} needs a recipe, --config RECIPE.yaml (`trl-klx new {name}` writes one, and `trl-klx "
+            f"recipes` lists some), or at least {command.needs}.",
             file=sys.stderr,
         )
         return 2

@@ -53,6 +53,8 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "k3 loss": {"kl_estimator": "k3"},
     "exact loss": {"kl_estimator": "exact"},
     "exact both": {"kl_estimator": "exact", "kl_placement": "both"},
+    "k1 reward, prefix": {"kl_estimator": "k1", "kl_placement": "reward", "kl_importance_sampling": "prefix"},
+    "exact both, prefix": {"kl_estimator": "exact", "kl_placement": "both", "kl_importance_sampling": "prefix"},
 }
 if not FUSED_LM_HEAD:  # where the policy's forward returns logits
     VARIANTS |= {

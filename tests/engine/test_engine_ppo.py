@@ -133,8 +133,8 @@ def test_reward_and_kl_have_their_gradient_under_the_engine(
     log_ratio = ((rollout.old_logps - rollout.engine_logps) * rollout.mask).sum(1)
     kl = float((probs * log_ratio.exp() * log_ratio).sum())
     print(f"{placement} {estimator} {level}, {kl:.2g} nats behind: default {default:.2g}, off {uncorrected:.2g}")
-    assert uncorrected > (0.05 if moved else 0.005)
-    assert (default > 0.02) == bool(moved)
+    assert uncorrected > (0.05 if moved else 0.003)
+    assert (default > 0.005) == bool(moved)
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "off"])

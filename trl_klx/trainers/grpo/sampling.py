@@ -147,5 +147,5 @@ class Sampling:
             f"{in_words(changed)}: {_ANOTHER}, {kl / count:.2g} nats per token away from it at the "
             f"first rollout, where the weights policy/sampler average {weight / count:.3f} (below 1: the KL lacks what "
             "is never sampled); logged estimates and a weighted KL loss are corrected by these weights, a KL in the "
-            "reward is not."
+            "reward only with kl_importance_sampling='prefix'."
         )

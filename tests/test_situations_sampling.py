@@ -18,7 +18,7 @@ from trl.trainer import grpo_trainer
 from trl_klx import KLXGRPOConfig
 from trl_klx.kl import exact_kl, importance_weights, kl_estimate
 from trl_klx.kl.sampling import KL, enumerated_policy, reading, sampler_logits
-from trl_klx.kl.variance import DISTANCES, World, world
+from trl_klx.kl.variance import DISTANCES, World, sampler_behind, world
 from trl_klx.monitor.health.readings import Reading
 from trl_klx.monitor.health.setup import wrong_weights
 from trl_klx.trainers.checks import packages
@@ -412,13 +412,13 @@ def test_what_an_estimate_reads_on_the_policys_own_answers(estimator: Any) -> No
 # Answers of a policy that has moved since
 
 
-def expected_readings(here: World, estimator: str) -> tuple[float, float]:
+def expected_readings(here: World, sampler: Tensor, estimator: str) -> tuple[float, float]:
     """Expectation over the sampler's answers of an estimate's sum, plain and weighted by the token."""
-    logps, ref_logps, sampler_logps = here.logps(here.policy), here.logps(here.ref), here.logps(here.sampler)
+    logps, ref_logps, sampler_logps = here.logps(here.policy), here.logps(here.ref), here.logps(sampler)
     mask = torch.ones_like(here.actions, dtype=torch.bool)
     values = kl_estimate(logps, ref_logps, estimator)  # type: ignore[arg-type]
     weights = importance_weights(logps, sampler_logps, mask, level="token")
-    probs = here.probs(here.sampler)[:, None]
+    probs = here.probs(sampler)[:, None]
     return float((probs * values).sum()), float((probs * weights * values).sum())
 
 
@@ -426,9 +426,10 @@ def expected_readings(here: World, estimator: str) -> tuple[float, float]:
 def test_token_weights_make_a_sampled_estimate_the_exact_kl_of_its_states(estimator: str) -> None:
     """Enumerated over all answers: what an estimate reads off-policy, and what it reads with the token's weight."""
     here = world(DISTANCES[0.10])
+    sampler = sampler_behind(here, 0.01)
     exact = exact_kl(here.policy[here.states], here.ref[here.states])
-    of_states = float((here.probs(here.sampler)[:, None] * exact).sum())
-    plain_reading, weighted_reading = expected_readings(here, estimator)
+    of_states = float((here.probs(sampler)[:, None] * exact).sum())
+    plain_reading, weighted_reading = expected_readings(here, sampler, estimator)
     assert weighted_reading == pytest.approx(of_states, rel=1e-12)
     assert abs(plain_reading / of_states - 1) > {"k1": 0.1, "k3": 0.01}[estimator]
 

@@ -180,6 +180,10 @@ def test_the_policy_of_a_ppo_recipe_may_be_its_sft_model(tmp_path: Path, policy:
     with pytest.warns(UserWarning, match="sft_model_path is taken as model_name_or_path"):
         result = parsed(KLXPPOConfig, tmp_path, {**ON_CPU, **policy, "sft_model_path": "runs/sft"})
     assert result.whole().model.model_name_or_path == "runs/sft"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # what a run writes has both
+        both = parsed(KLXPPOConfig, tmp_path, {**ON_CPU, "model_name_or_path": "runs/sft", "sft_model_path": None})
+    assert both.whole().model.model_name_or_path == "runs/sft"
     other = {"model_name_or_path": "runs/base", "sft_model_path": "runs/sft"}
     (problem,) = parsed(KLXPPOConfig, tmp_path, {**ON_CPU, **other}).problems
     assert "give what you mean as model_name_or_path" in problem

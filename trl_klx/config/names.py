@@ -112,7 +112,9 @@ def with_new_names(
         new = renamed.get(name, name)
         if name in known or new not in known:
             taken[name] = value
-        elif given.get(new, taken.get(new, value)) != value:
+        elif value is None and new in given:
+            continue  # as in what a run writes: all fields, whether they are used or not
+        elif given.get(new, taken.get(new)) not in (None, value):
             problems.append(f"{place}, {name} and {new} are the same option, and differ: give what you mean as {new}.")
         elif name == "warmup_ratio" and not _is_share(value):
             problems.append(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from support.fault_tools import ALGORITHMS, OWN, make
 from support.tiny import digit_reward, tiny_dataset, tiny_model, tiny_tokenizer
@@ -235,6 +236,21 @@ def test_what_is_refused(algorithm: str, options: dict, sentence: str, tmp_path:
     own = {"kl_probe_prompts": 64, "kl_probe_max_new_tokens": 128} if options.get("kl_probe_steps", 1) is None else {}
     with pytest.raises(ValueError, match=sentence):
         make(algorithm, tmp_path, **{**FIXED, **SYNC, **own, **options})
+
+
+def test_weights_that_are_offloaded_are_refused(tmp_path: Path) -> None:
+    away = cpu_offload(tiny_model(1), "cpu")
+    away.hf_device_map = {"model": "cpu", "lm_head": "disk"}  # as from_pretrained notes it
+    with pytest.raises(ValueError, match="some are elsewhere until they are used"):
+        make("ppo", tmp_path, ref_model=away, **FIXED, **SYNC)
+
+
+def test_a_second_run_of_a_trainer_keeps_the_first_start(tmp_path: Path) -> None:
+    trainer, run = recorded("ppo", tmp_path, max_steps=2, **SYNC)
+    trainer.args.save_strategy, trainer.args.save_steps, trainer.args.max_steps = "steps", 1, 1
+    trainer.train()
+    assert_close(trainer.reference.moving._origin, run.references[0])
+    assert (tmp_path / "checkpoint-1" / "reference.pt").exists()
 
 
 def test_models_that_cannot_follow_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .adapters import REF_ADAPTER, active_adapter, copied_parameters, keep_reference
-from .shards import held, is_flattened, let_go, put, shape_of
+from .shards import held, is_flattened, is_out_of_reach, let_go, put, shape_of
 
 logger = get_logger(__name__)
 
@@ -42,12 +42,13 @@ class MovingReference(TrainerCallback):
     def __init__(self, trainer: Any, in_use: Callable[[], bool] = lambda: False) -> None:
         self._trainer, self._in_use = trainer, in_use
         self.keeps_origin = bool(trainer.args.kl_has_origin)
-        self.moved_through = 0  # the step up to which all moves that were due have been made
+        self.has_moved = False
+        self.moved_through = 0  # the step of this run up to which all moves that were due have been made
         self._origin: list[Tensor] | None = None  # what this process keeps of the start, once the reference has moved
         self._start: list[Tensor] | None = None  # of an adapter: whole, before the policy is sharded
         self._check()
         self._adapter = self._prepared_adapter()
-        self._tell_what_is_rounded()
+        self._check_weights()
         if self._adapter is not None and self.keeps_origin:
             self._start = [reference.detach().clone() for reference in self._references]
 
@@ -76,13 +77,18 @@ class MovingReference(TrainerCallback):
             keep_reference(policy)
         return active_adapter(policy)
 
-    def _tell_what_is_rounded(self) -> None:
-        """Of two neighbours in half precision, the mean with a share below one half is the first."""
-        alpha, kinds = (
-            self._trainer.args.ref_model_mixup_alpha,
-            {held(reference).dtype for reference in self._references},
-        )
-        if alpha < 0.5 and kinds & {torch.bfloat16, torch.float16}:
+    def _check_weights(self) -> None:
+        """Refuse weights that cannot be mixed where they are, and tell where a mean would be rounded away.
+
+        Of two neighbours in half precision, a mean with less than half of the second is the first.
+        """
+        if any(is_out_of_reach(parameter) for pair in self._pairs() for parameter in pair):
+            raise ValueError(
+                "sync_ref_model=true moves the reference's weights, and some are elsewhere until they are used: load "
+                "the models without device_map, and let DeepSpeed offload no parameters to nvme."
+            )
+        alpha = self._trainer.args.ref_model_mixup_alpha
+        if alpha < 0.5 and {held(reference).dtype for reference in self._references} & {torch.bfloat16, torch.float16}:
             logger.warning(
                 f"The reference is in half precision, where ref_model_mixup_alpha={alpha:g} of a small change is "
                 "rounded to none: load the model in float32 (dtype), or move by half or more, less often."
@@ -116,7 +122,7 @@ class MovingReference(TrainerCallback):
 
     @torch.no_grad()
     def _move(self, kept_share: float) -> None:
-        self.keep_origin()
+        self.leave_start()
         self._let_go()
         for reference, policy in self._pairs():
             target = held(reference)
@@ -128,8 +134,9 @@ class MovingReference(TrainerCallback):
                 let_go(model)
 
     @torch.no_grad()
-    def keep_origin(self) -> None:
-        """Keep the weights of the start, before the reference leaves them for the first time."""
+    def leave_start(self) -> None:
+        """Keep the weights of the start, where they are wanted, before the reference leaves them for the first time."""
+        self.has_moved = True
         if not self.keeps_origin or self._origin is not None:
             return
         self._let_go()

@@ -91,7 +91,7 @@ class ReferenceKeeper(Part):
     @property
     def _moves(self) -> bool:
         """Whether `sync_ref_model` has moved the reference by now."""
-        return self.moving is not None and self.moving.moved_through > 0
+        return self.moving is not None and self.moving.has_moved
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """What may move of the reference: a model, or the adapter "ref" of the policy."""
@@ -121,7 +121,8 @@ class ReferenceKeeper(Part):
         kl = budget.kl if math.isfinite(budget.kl) else None
         kept = {"weights": self._seen_print, "kl": kl, "name": without_path(owner.name_or_path)}
         if self.moving is not None:
-            kept |= {"origin": self._origin_print, "moved_through": self.moving.moved_through}
+            moves = {"moved": self.moving.has_moved, "moved_through": self.moving.moved_through}
+            kept |= {"origin": self._origin_print, **moves}
         return {"reference": kept}
 
     def load(self, state: dict[str, Any], checkpoint: Path, run: Path | None) -> None:
@@ -145,13 +146,12 @@ class ReferenceKeeper(Part):
         args, step = self._trainer.args, self._trainer.state.global_step
         had_moved = False
         if self.moving is not None:
-            through = known.get("moved_through")  # unknown: of a run that moved nothing, or too old to say so
-            self.moving.moved_through = step if through is None else int(through)
-            had_moved = step >= args.ref_model_sync_steps if not known else bool(through)
+            self.moving.moved_through = int(known.get("moved_through", step))  # unknown: of a run that moved nothing
+            had_moved = bool(known.get("moved")) if known else step >= args.ref_model_sync_steps  # too old to say so
         moved, parameters = checkpoint / MOVED_REFERENCE, self._parameters()
         if parameters and moved.is_file() and not is_flattened(self._accelerator):
             if self.moving is not None:
-                self.moving.keep_origin()
+                self.moving.leave_start()
             self._read(moved, parameters)
             self._has_moved = True
         elif had_moved:

@@ -16,6 +16,11 @@ def is_flattened(accelerator: Accelerator) -> bool:
     return is_fsdp and accelerator.state.fsdp_plugin.fsdp_version == 1
 
 
+def is_out_of_reach(parameter: Any) -> bool:
+    """Whether a weight is somewhere else until its module runs: by accelerate's hooks, or on DeepSpeed's disk."""
+    return parameter.is_meta or getattr(getattr(parameter, "ds_tensor", None), "final_location", None) == "nvme"
+
+
 def shape_of(parameter: Any) -> torch.Size:
     """The shape of the whole weight."""
     return parameter.ds_shape if hasattr(parameter, "ds_tensor") else parameter.shape

@@ -22,6 +22,7 @@ CASES: dict[str, dict] = {
     "grpo-k1-reward-groups": {
         "kl_estimator": "k1",
         "kl_placement": "reward",
+        "kl_importance_sampling": "prefix",
         "kl_target_unit": "sequence",
         **PID,
         **GROUPS,
@@ -36,7 +37,13 @@ CASES: dict[str, dict] = {
         "whiten_rewards": True,
     },
     "ppo-exact-both": {"algorithm": "ppo", **EXACT_BOTH, "num_mini_batches": 1, "gradient_accumulation_steps": 2},
-    "ppo-exact-both-lora": {"algorithm": "ppo", **EXACT_BOTH, "lora": True, "gradient_checkpointing": True},
+    "ppo-exact-both-lora": {
+        "algorithm": "ppo",
+        **EXACT_BOTH,
+        "kl_importance_sampling": "prefix",
+        "lora": True,
+        "gradient_checkpointing": True,
+    },
 }
 ENGINE = {  # whose log-probs are those of its weights: they are the policy's at every step
     "ppo-engine": {**CASES["ppo-exact-both"], "use_vllm": True},

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from ...kl import kl_estimate, last_token_index, leave_one_out_baseline, masked_sum
+from ...kl import kl_estimate, last_token_index, masked_sum
 from ...kl.estimators import SAMPLED_ESTIMATORS
 from ...monitor.metrics import finite
 from ..exact.tokens import AnswerTokens
@@ -70,17 +69,6 @@ def ref_states_of(inputs: dict) -> tuple[list[Tensor], AnswerTokens]:
     states: list[RefStates] = inputs["ref_hidden_states"]
     counts, scored = [len(each.hidden) for each in states], [each.scored for each in states]
     return [each.hidden for each in states], AnswerTokens(loss_mask(inputs).bool(), counts, scored)
-
-
-def baseline_of_others(accelerator: Accelerator, credit: Tensor, mask: Tensor, group_size: int) -> Tensor:
-    """(B, C) `leave_one_out_baseline` where the answers to one prompt may lie on several processes."""
-    rows, length = credit.shape
-    both = torch.stack([credit, mask.to(credit.dtype)], dim=1)
-    if accelerator.num_processes > 1:
-        both = accelerator.gather(accelerator.pad_across_processes(both, dim=2))
-    start = accelerator.process_index * rows
-    all_credit, all_mask = both.unbind(1)
-    return leave_one_out_baseline(all_credit, all_mask, group_size)[start : start + rows, :length]
 
 
 def with_cut_answers(mask: Tensor, ids: Tensor, pad_token_id: int) -> Tensor:

@@ -32,6 +32,7 @@ from ..session.coefficient import KLCoefficient
 from ..session.groups import group_names
 from ..session.metrics import PooledSums
 from ..session.prompts import RolloutPrompts
+from ..shared.baseline import baseline_of_others
 from ..shared.lifecycle import Lifecycle
 from ..shared.step_guard import KL, POLICY, REFERENCE, REWARDS
 from .aggregation import TOKEN_MEANS, mean_as_trl
@@ -39,7 +40,6 @@ from .batch import (
     VISION_INPUTS,
     RefStates,
     attention_to_cut_answers,
-    baseline_of_others,
     health_metrics,
     health_sums,
     loss_mask,

@@ -22,13 +22,14 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ...config.names import trainer_with_old_names
 from ...hub.papers import PAPERS
-from ...kl import fill_masked, importance_weights, kl_credit, last_token_index, leave_one_out_baseline, masked_sum
+from ...kl import fill_masked, importance_weights, kl_credit, last_token_index, masked_sum
 from ..exact.scored_head import Entropy, scored_heads
 from ..reference.moving import MovingReference
 from ..reference.resumed import ReferenceKeeper
 from ..seams import check_trl_version
 from ..session.applied import KL_IN_REWARD, REACHED
 from ..session.coefficient import KLCoefficient
+from ..shared.baseline import baseline_of_others
 from ..shared.engine import policy_ratio
 from ..shared.lifecycle import Lifecycle
 from ..shared.step_guard import KL, LOSS, POLICY, REFERENCE, VALUES
@@ -200,7 +201,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         if rollout.ref_logps is None or not self.kl_at_update:
             return None
         credit = self.kl_term.credit(rollout.old_logps, rollout.ref_logps, rollout.mask, exact=rollout.exact)
-        return leave_one_out_baseline(credit, rollout.mask, len(credit))
+        return baseline_of_others(self.accelerator, credit, rollout.mask)
 
     def _shape_rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """(B, T) reward after each token, which the value model learns to predict; and credit for the advantages alone.
@@ -227,7 +228,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
                 charged = -coef * self.args.gamma * next_token_values(penalty, mask)
             else:
                 credit = kl_credit(penalty, mask, credit=credit_kind)
-                direct = -coef * (credit - leave_one_out_baseline(credit, mask, len(credit)))
+                direct = -coef * (credit - baseline_of_others(self.accelerator, credit, mask))
         return rewards + charged, direct
 
     def _update(self, model: Any, experience: Experience) -> tuple[Tensor, list[LossOutputs]]:

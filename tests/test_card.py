@@ -232,6 +232,24 @@ def test_what_the_hub_knows_is_linked_and_what_it_does_not_is_no_metadata(tmp_pa
         assert (data.base_model, data.get("datasets")) == (None, None), name
 
 
+def test_a_mixture_is_named(tmp_path: Path) -> None:
+    text = _of_mixture(tmp_path, [{"path": "/home/me/a.jsonl"}, {"path": "/home/me/b"}])
+    assert "trained on `a.jsonl`, `b`, local datasets." in text
+    assert "/home/me" not in text
+    assert "path: ./a.jsonl" in text
+    on_the_hub = "[trl-lib/tldr](https://huggingface.co/datasets/trl-lib/tldr)"
+    text = _of_mixture(tmp_path, [{"path": "/home/me/a.jsonl"}, {"path": "trl-lib/tldr"}], datasets=["trl-lib/tldr"])
+    assert f"trained on the {on_the_hub} dataset and local ones." in text
+
+
+def _of_mixture(folder: Path, mixture: list[dict], datasets: list[str] | None = None) -> str:
+    """The card of a run whose settings name a mixture; `datasets` are those of the card that stands already."""
+    folder.mkdir(exist_ok=True)
+    (folder / "README.md").write_text(f"---\ndatasets: {json.dumps(datasets or [])}\n---\n")
+    settings = plain_settings(KLXGRPOConfig(str(folder), beta=0.1, use_cpu=True, bf16=False))
+    return write_card(folder, {**settings, "datasets": mixture}, is_adapter=False).read_text()
+
+
 def test_a_folder_here_is_never_taken_for_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert may_be_on_the_hub("models/base")

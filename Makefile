@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 # The oldest TRL that is supported, and the only one with a PPO trainer to compare with.
 VENV_TRL112 := .venv-trl112
 VENV_VLLM := .venv-vllm
+VENV_WANDB := .venv-wandb
 # In as many processes as that; `WORKERS=0` for one that a debugger can stop.
 WORKERS ?= 2
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-trl112 test-vllm lint docs clean
+.PHONY: demo test test-trl112 test-vllm test-wandb lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/trl-klx starter --output_dir runs/starter
@@ -26,6 +27,10 @@ test-trl112: $(VENV_TRL112)/installed
 # A real vLLM engine on CPU. One process: it takes 2 GB.
 test-vllm: $(VENV_VLLM)/installed
 	$(VENV_VLLM)/bin/python -m pytest --confcutdir tests/engine tests/engine
+
+# wandb, offline.
+test-wandb: $(VENV_WANDB)/installed
+	$(VENV_WANDB)/bin/python -m pytest --confcutdir tests/trackers tests/trackers/wandb_offline.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -58,6 +63,14 @@ $(VENV_VLLM)/installed: requirements-vllm.lock pyproject.toml
 	$(VENV_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
+# wandb and what it needs, over the packages of the first environment.
+$(VENV_WANDB)/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(VENV_WANDB)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(VENV_WANDB)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(VENV_WANDB)/bin/python -m pip install --quiet --disable-pip-version-check wandb==0.31.0
+	touch $@
+
 # $(1) the environment, $(2) a filter of the pinned versions
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -68,4 +81,4 @@ define install
 endef
 
 clean:
-	rm -rf $(VENV) $(VENV_TRL112) $(VENV_VLLM) runs docs/_build
+	rm -rf $(VENV) $(VENV_TRL112) $(VENV_VLLM) $(VENV_WANDB) runs docs/_build

@@ -15,7 +15,7 @@ from support.quick import make_quick
 
 from trl_klx.trainers.report import outcome
 
-collect_ignore = ["kernels", "engine"]  # test_triton.py and `make test-vllm` run them
+collect_ignore = ["kernels", "engine", "trackers"]  # test_triton.py, `make test-vllm` and `make test-wandb` run them
 ANSWERS = ("right", "refused", "warned")
 
 

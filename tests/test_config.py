@@ -145,6 +145,7 @@ BAD = [  # options, what the sentence must contain
     ({"kl_placement": "none", "kl_importance_sampling": "prefix"}, "kl_placement='none' has none"),
     ({"kl_placement": "none", "kl_aggregation": "token"}, "averages the KL loss"),
     ({"kl_estimator": "exact", "kl_direction": "forward", "kl_signal": "exact"}, "use kl_signal='k3'"),
+    ({"log_completions": "maybe"}, "log_completions='maybe' must be true or false"),
     ({"kl_health": "maybe"}, "kl_health='maybe' must be true or false"),
     ({"kl_budget": 0.0}, "kl_budget=0.0 must be a number, more than 0"),
 ]

@@ -69,6 +69,7 @@ BAD = [  # options, what the sentence must contain
     ({"kl_budget": 1.0}, "kl_budget=1.0 bounds the KL per sequence"),
     ({"kl_monitor": ["k1"]}, "kl_monitor=['k1'] names the estimators that the probe measures"),
     ({"kl_signal": "k1"}, "set kl_probe_steps, or remove it"),
+    ({"log_completions": True}, "set kl_probe_steps, or remove it"),
     ({"kl_probe_prompts": 8}, "kl_probe_prompts=8 has no effect without a probe"),
     ({"kl_probe_max_new_tokens": 8}, "set kl_probe_steps, or remove it"),
     ({"kl_probe_steps": 0}, "kl_probe_steps=0 must be a whole number, 1 or more"),

@@ -37,7 +37,10 @@ ALLOWED = {
         _TRAINING,
     ),
     "trainers/checks": ({"trainers/checkpoints", *_BELOW}, _TRAINING),
-    "trainers/report": ({"config", "hub", "monitor", "monitor/health", *_BELOW}, {*_TRAINING, "rich"}),
+    "trainers/report": (
+        {"config", "hub", "monitor", "monitor/health", "trainers/session", *_BELOW},
+        {*_TRAINING, "rich", "pandas"},
+    ),
     "trainers/exact": ({"kl", "trainers/reference", *_BELOW}, _TRAINING),
     "trainers/shared": (
         {

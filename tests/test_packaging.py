@@ -163,6 +163,7 @@ def test_the_workflow_runs_what_ci_runs() -> None:
         "make docs",
         "make test-trl112",
         "make test-vllm",
+        "make test-wandb",
     ]
 
 

@@ -28,6 +28,7 @@ from trl_klx.run.check.dry_run import make_plan
 from trl_klx.run.check.layout import read_layout
 from trl_klx.trainers.checks.begins import process_warnings, starts_one
 from trl_klx.trainers.report import outcome
+from trl_klx.trainers.report.answers import ANSWERS_FILE, SampledAnswers
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 SIZE = sum(parameter.numel() for parameter in tiny_model().parameters())
@@ -112,6 +113,60 @@ def test_a_run_in_python_leaves_what_a_recipe_leaves(
     for text in ("KL, nats per sequence", "pid " + trainer.args.kl_coef_name, "health alarm", "picture: "):
         assert text in shown.out
     assert "kl/seq=" in shown.err  # the progress bar's
+
+
+def texts(prompts: list) -> list[str]:
+    return [entry["prompt"] for entry in prompts]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_sampled_answers_are_kept_with_their_rewards(algorithm: str, tmp_path: Path) -> None:
+    """Of training the latest, of evaluations the first, to the same prompts; a resumed run continues the file."""
+    scored: list[tuple[str, str]] = []
+
+    def reward(prompts: list[str], completions: list[str], **kwargs: object) -> list[float]:
+        scored.extend(zip(prompts, completions, strict=True))
+        return [len(text) for text in completions]
+
+    rows = {"eval_dataset": preferences(8) if algorithm == "dpo" else tiny_dataset(8)}
+    every = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "reward": reward}
+    every["per_device_eval_batch_size"] = 4
+    make(algorithm, tmp_path, max_steps=3, **rows, **every).train()
+    file = tmp_path / "completions" / "samples.jsonl"
+    kept = read_history(file)
+    phases = list(dict.fromkeys((entry["step"], entry["phase"]) for entry in kept))
+    assert phases == [(1, "train"), (2, "train"), (2, "eval"), (3, "train"), (3, "eval")]
+    for entry in kept:
+        if algorithm != "dpo":
+            assert (entry["prompt"], entry["answer"]) in scored
+            assert entry["rewards"] == {"reward": len(entry["answer"])}
+    for step in (1, 2, 3):
+        prompts = texts([e for e in kept if (e["step"], e["phase"]) == (step, "train")])
+        assert 2 <= len(prompts) == len(set(prompts)) <= 4
+    make(algorithm, tmp_path, max_steps=6, **rows, **every).train("last")  # from step 2
+    again = read_history(file)
+    before = [entry for entry in kept if entry["step"] <= 2]
+    assert again[: len(before)] == before
+    assert [entry["step"] for entry in again] == sorted(entry["step"] for entry in again)
+    evaluated = [texts([e for e in again if (e["step"], e["phase"]) == (step, "eval")]) for step in (2, 4)]
+    assert evaluated[0] == evaluated[1] != []
+    if algorithm == "ppo":  # TRL shuffles GRPO's, the same way each time
+        assert evaluated[0] == rows["eval_dataset"]["prompt"][: len(evaluated[0])]
+    make(algorithm, tmp_path, max_steps=1, **rows).train()
+    assert {entry["step"] for entry in read_history(file)} == {1}
+
+
+def test_answers_of_a_long_run_are_kept_a_hundred_times(tmp_path: Path) -> None:
+    trainer = make("grpo", tmp_path, max_steps=1)
+    answers = SampledAnswers(trainer)
+    answers.begin()
+    trainer.state.max_steps = 1000
+    for trainer.state.global_step in range(5, 1001, 5):
+        answers.add("train", ["1", "1", "2"], ["a", "b", "c"])
+        answers.log("train", {}, None)
+    kept = read_history(tmp_path / ANSWERS_FILE)
+    assert len({entry["step"] for entry in kept}) == 101
+    assert [entry["answer"] for entry in kept[:2]] == ["a", "c"]
 
 
 def test_kl_report_switches_it_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,7 @@ KNOWN = {
     "_verdict",  # is the step finite
     "settle",  # a log's metrics
     "take",
+    "_rows",  # the rewards of answers that a log shows
 }
 SETTINGS = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-12, **PLAIN}
 PID = {"kl_controller": "pid", "kl_target": 0.05}

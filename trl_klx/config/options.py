@@ -124,7 +124,13 @@ class KLArguments:
     )
     kl_health: bool = _option(True, "Health alarms: warnings about what goes wrong in the run, with cause and remedy.")
     kl_report: bool = _option(
-        True, "What a run prints when it begins and ends, and leaves in output_dir: settings, metrics.jsonl, pictures."
+        True,
+        "What a run prints at its start and end, and leaves in output_dir: settings, metrics.jsonl, answers, pictures.",
+    )
+    log_completions: bool = _option(
+        False,
+        "Sampled answers in the trackers too, about a hundred times: tables in wandb and trackio, text in TensorBoard. "
+        "GRPO's are TRL's, which also prints them.",
     )
     allow_biased_kl: bool = _option(
         False, "Run a combination that is refused for its gradient, with a warning that names it."

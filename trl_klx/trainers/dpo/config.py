@@ -233,6 +233,11 @@ class KLXDPOConfig(KLArguments, DPOConfig):
                 raise ValueError(f"{name}={value} has no effect without a probe: set kl_probe_steps, or remove it.")
         if self.kl_probe_steps is not None:
             return
+        if self.log_completions:
+            raise ValueError(
+                "log_completions=true shows sampled answers and DPO samples only in a probe: set kl_probe_steps, or "
+                "remove it."
+            )
         for name, purpose in _NEED_PROBE.items():
             if getattr(self, name) is not None:
                 raise ValueError(

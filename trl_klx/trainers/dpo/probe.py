@@ -168,6 +168,17 @@ class KLProbe:
             torch.tensor(numbers, device=device),
         )
 
+    def texts(self, batch: ProbeBatch) -> tuple[list[str], list[str]]:
+        """The prompts of a batch and the answers to them."""
+        counts = batch.answer_mask.any(-1)
+        prompts = batch.attention_mask.bool() & ~batch.answer_mask.bool()
+        ids = [
+            [row[keep].tolist() for row, keep in zip(batch.input_ids[counts], mask[counts], strict=True)]
+            for mask in (prompts, batch.answer_mask.bool())
+        ]
+        prompt_texts, answer_texts = (self._tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in ids)
+        return prompt_texts, answer_texts
+
     @torch.no_grad()
     def values(
         self,

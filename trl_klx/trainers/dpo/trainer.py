@@ -280,6 +280,7 @@ class KLXDPOTrainer(Lifecycle, DPOTrainer):
                 self.model_wrapped, self.accelerator, gather_deepspeed3_params=True
             ) as unwrapped:
                 batches = self._probe.sample(unwrapped, self.state.global_step)
+            self.answers.add(mode, *self._probe.texts(batches[0]))
             for batch in batches:
                 values = self._probe.values(self.model, self._reference_model, as_ref, batch, self.reference)
                 self.kl.measure(mode, values, batch.target_mask, batch.prompts)

@@ -74,6 +74,7 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
 
     _tag_names = ["trl", "grpo", "trl_klx"]
     _name = "KLX-GRPO"
+    _trl_sends_answers = True
     args: KLXGRPOConfig
     beta = KLCoefficient()
     _tape: Tape | None = None  # of the call of TRL's code that runs
@@ -250,6 +251,7 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: list, *given: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, *given)
+        self.answers.add(self.mode, prompts, given[0], self.reward_func_names, rewards)
         if self.gold is not None and not self.model.training:
             proxy = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
             only_gold = {"reward_funcs": [self.gold.reward], "reward_processing_classes": [None]}

@@ -119,6 +119,8 @@ class PPOSampler:
         if args.missing_eos_penalty is not None:
             scores = scores - args.missing_eos_penalty * (~finished).float()
         self._record_rewards(rewards, scores, finished, completion_mask)
+        mode, names = self._trainer.mode, self.rewards.names
+        self._trainer.answers.add(mode, answers.prompts, answers.completions, names, given)
         times = args.num_sample_generations
         if times and self._trainer.mode == "train" and state.global_step % max(1, state.max_steps // times) == 0:
             self.print(answers, given, extra)

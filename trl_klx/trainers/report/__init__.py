@@ -1,1 +1,1 @@
-"""What a run shows and leaves behind: banner, settings, table, pictures."""
+"""What a run shows and leaves behind: banner, settings, sampled answers, table, pictures."""

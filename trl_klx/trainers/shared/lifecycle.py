@@ -31,6 +31,7 @@ from ..checks.trainable import check_trainable
 from ..errors import CheckpointError
 from ..parts import Part
 from ..reference.resumed import ReferenceKeeper
+from ..report.answers import SampledAnswers
 from ..report.report import RunReport
 from ..rewarding.gold import GoldWatch
 from ..seams import keep_float32_outputs
@@ -53,6 +54,7 @@ class Lifecycle(Trainer):
         metrics: all other numbers, until the next log.
         guard: skips steps that are not finite.
         gold: follows a gold reward; None without one.
+        answers: shows a few of the answers that it is given.
         parts: all that watch the run, in the order in which each moment reaches them.
         recipe: the resolved recipe, where one made the trainer.
         given_args: the config as the user gave it, where `args` is a changed copy.
@@ -65,12 +67,14 @@ class Lifecycle(Trainer):
     metrics: Metrics
     guard: StepGuard
     gold: GoldWatch | None = None
+    answers: SampledAnswers
     parts: Sequence[Part] = ()
     recipe: Settings | None = None
     given_args: Any = None
     reward_func_names: list[str] = []
     hub_model_id: Any
     _metrics: Any = None  # TRL's own, where its trainer has some
+    _trl_sends_answers = False  # whether TRL's trainer itself has log_completions
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -100,7 +104,8 @@ class Lifecycle(Trainer):
         self.checkpoints, self.pushes, self.reference = Checkpoints(self), Pushes(self), reference
         self.gold = None if gold_reward_func is None else GoldWatch(self, gold_reward_func)
         gold = [] if self.gold is None else [self.gold]
-        report = [RunReport(self)] if self.args.kl_report else []
+        self.answers = SampledAnswers(self, sends_tables=not self._trl_sends_answers)
+        report = [self.answers, *([RunReport(self)] if self.args.kl_report else [])]
         self.parts = (self.checkpoints, self.kl, self.guard, self.reference, self.pushes, *gold, *more, *report)
         if reference.moving is not None:
             self.add_callback(reference.moving)

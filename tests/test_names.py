@@ -84,7 +84,7 @@ REFUSED = [
     (KLXGRPOConfig, {"preprocessing_num_workers": 4}, "GRPO tokenizes prompts as they come up"),
     (KLXPPOConfig, {"beta": 0.1}, "PPO calls the weight of its KL kl_coef."),
     (KLXDPOConfig, {"rpo_alpha": 1.0}, "loss_type: [sigmoid, sft]"),
-    (KLXDPOConfig, {"overwrite_output_dir": True}, "transformers has removed it"),
+    (KLXDPOConfig, {"overwrite_output_dir": True}, "remove it: nothing that a run finds"),
     (KLXDPOConfig, {"wandb_project": "x"}, "the environment variable WANDB_PROJECT"),
     (KLXDPOConfig, {"warmup_ratio": 1.0}, "below 1 a share of the run"),
     (KLXDPOConfig, {"evaluation_strategy": "no", "eval_strategy": "steps"}, "give what you mean as eval_strategy."),

@@ -78,6 +78,11 @@ def test_rewards_by_the_names_that_trl_gives_them() -> None:
     assert too_long(completion_ids=[[1] * 1024, [1] * 1152, [1] * 1281]) == [0.0, -0.5, -1.0]
 
 
+def test_a_name_that_is_none_of_trls() -> None:
+    with pytest.raises(BadInput, match=r"'accuracy' is not a function: .* or one of TRL's: accuracy_reward, reas"):
+        load_reward("accuracy", "reward_funcs")
+
+
 @pytest.mark.parametrize("name", ["accuracy_reward", "reasoning_accuracy_reward", "trl.rewards.accuracy_reward"])
 def test_a_reward_that_needs_a_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(named_rewards, "MATH_VERIFY", Package("math-verify", ("no_such_module",)))

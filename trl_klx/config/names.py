@@ -59,7 +59,7 @@ REMEDIES = {
     "max_prompt_length": "nothing cuts prompts any more: shorten the long ones in the data, or leave them out.",
     "max_seq_length": _LENGTHS,
     "max_target_length": _LENGTHS,
-    "overwrite_output_dir": "transformers has removed it, and nothing that a run finds in output_dir is deleted first.",
+    "overwrite_output_dir": "remove it: nothing that a run finds in output_dir is deleted first.",
     "preprocessing_num_workers": "GRPO tokenizes prompts as they come up: remove it.",
     "ref_model_init_kwargs": "the reference is loaded as the policy is, by model_init_kwargs: remove it.",
     "reference_free": "DPO always has a reference: remove it.",

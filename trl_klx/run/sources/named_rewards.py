@@ -11,7 +11,7 @@ from ...trainers.rewarding.gold import check_gold_reward
 from ..recipe.algorithm import Algorithm
 from ..recipe.arguments import BadInput, Findings, Recipe
 from .named_models import REWARDS, classifier_paths
-from .users_code import load_function
+from .users_code import FORMS, load_function
 
 # As in TRL's script for GRPO.
 _OF_TRL: dict[str, Callable[[], Callable]] = {
@@ -32,6 +32,8 @@ def load_reward(name: Any, option: str) -> Callable:
     """
     own = str(name).removeprefix("trl.rewards.")
     if own not in _OF_TRL:
+        if own.isidentifier():
+            raise BadInput(f"{option}={name!r} is not a function: give {FORMS}, or one of TRL's: {', '.join(_OF_TRL)}.")
         return load_function(name, option)
     if own.endswith("accuracy_reward") and not MATH_VERIFY.is_there:
         raise BadInput(f"{option} names {own} {MATH_VERIFY.is_missing}, or name another reward.")

@@ -28,7 +28,7 @@ def users_traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(cause), cause, users_frames(cause)))
 
 
-_FORMS = "module.function or path/to/file.py:function"
+FORMS = "module.function or path/to/file.py:function"
 
 
 def load_function(name: Any, option: str) -> Callable:
@@ -50,21 +50,21 @@ def load_function(name: Any, option: str) -> Callable:
     else:
         where, _, function_name = str(name).rpartition(".")
         if not where or not all(part.isidentifier() for part in str(name).split(".")):
-            raise BadInput(f"{given} is not a function: give {_FORMS}.")
+            raise BadInput(f"{given} is not a function: give {FORMS}.")
     try:
         module = _module_of_file(where) if is_file else importlib.import_module(where)
     except (Exception, SystemExit) as error:
         if _is_missing(error, where):
-            raise BadInput(f"{given} cannot be imported ({error}): give {_FORMS}.") from error
+            raise BadInput(f"{given} cannot be imported ({error}): give {FORMS}.") from error
         raise UsersError(raised(f"importing {where}, for {given},", error) + ".") from error
     try:
         function = getattr(module, function_name)
     except AttributeError as error:
-        raise BadInput(f"{given} cannot be imported ({error}): give {_FORMS}.") from error
+        raise BadInput(f"{given} cannot be imported ({error}): give {FORMS}.") from error
     if isinstance(function, type):
         raise BadInput(f"{given} is a class: name a function, or an instance of the class.")
     if not callable(function):
-        raise BadInput(f"{given} is not a function: give {_FORMS}.")
+        raise BadInput(f"{given} is not a function: give {FORMS}.")
     return function
 
 

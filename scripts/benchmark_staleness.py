@@ -65,7 +65,11 @@ KLS: dict[str, dict[str, Any]] = {
     "k1 reward": {"kl_estimator": "k1", "kl_placement": "reward"},
     "exact both": {"kl_estimator": "exact", "kl_placement": "both"},
 }
-WEIGHTS: dict[str, dict[str, Any]] = {"default": {}, "prefix": {"kl_importance_sampling": "prefix"}}
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "prefix": {"kl_importance_sampling": "prefix"},
+    "prefix to 1.5": {"kl_importance_sampling": "prefix", "kl_is_cap": 1.5},
+}
 
 Run = dict[str, Any]
 Arguments = argparse.Namespace

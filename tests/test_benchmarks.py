@@ -348,7 +348,7 @@ def test_benchmark_of_stale_answers(
     monkeypatch.setattr(rewards, "exact_match", lambda completions, **_: [len(text) / 8 for text in completions])
     arguments = ["--starter", str(tiny_runs / "starter"), "--output_dir", str(tmp_path), "--seeds", "3"]
     arguments += ["--situations", "ppo", "engine near", "--ppo_steps", "2", "--engine_steps", "8"]
-    arguments += ["--kls", "k1 reward"]
+    arguments += ["--kls", "k1 reward", "--weights", "default", "prefix"]
     runs = benchmark.main(arguments)
     assert [(run["situation"], run["weights"]) for run in runs] == [
         (situation, weights) for situation in ("ppo", "engine near") for weights in ("default", "prefix")

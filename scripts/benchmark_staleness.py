@@ -5,7 +5,8 @@ OMP_NUM_THREADS=1 python scripts/benchmark_staleness.py
 
 On the starter task, at one KL to the reference, which PID holds: with the weights that are the default (the credit is
 made once per rollout, and the policy gradient's own ratio of tokens is all that corrects it) and with
-`kl_importance_sampling: prefix` (the credit is made at every update, with per-decision weights).
+`kl_importance_sampling: prefix` (the credit is made at every update, with per-decision weights), also with
+`kl_is_cap: 1.5`.
 
 - `ppo`: PPO with four epochs, so a rollout serves four optimizer steps;
 - `grpo`: GRPO with `num_iterations: 4`;

@@ -221,7 +221,7 @@ RULES = [
     Rule(r"trl-klx .*", parsed, "takes minutes or a model to fetch; the command's own tests run it in small"),
     Rule(r"python recipes/[\w.-]+/prepare\.py", parsed, "fetches a model; tests/test_stories.py, tests/test_sums.py"),
     Rule(r"python tests/engine/\w+\.py", is_there, "needs vLLM, and minutes"),
-    Rule(r"(OMP_NUM_THREADS=1 )?python scripts/\w+\.py.*", parsed, "minutes to hours; tests/test_benchmarks.py"),
+    Rule(r"(OMP_NUM_THREADS=1 )?python scripts/[\w/]+\.py.*", parsed, "minutes to hours; tests/test_benchmarks.py"),
     Rule(r"python -m pytest .*", named_tests_exist, "is what runs this test"),
     Rule(r"make [\w-]+( [A-Z]+=\d+)?", make_dry_run, "these are what CI runs, or make an environment"),
     Rule(r"bash \.ci/run", shell_parsed, "is what runs this test"),

@@ -311,7 +311,8 @@ def test_update_is_the_gradient_of_the_objective(
 ) -> None:
     """Without a value model, gamma = lambda = 1: score less beta times the credit of the oracle, plus the loss.
 
-    Whitened, the whole is divided by one number and the advantages are centred.
+    Whitened, the whole is divided by one number and the advantages are centred. What the updates charge is not among
+    the advantages.
     """
     model, reference, beta = tiny_model(), tiny_model(1), 0.4
     options = {"kl_estimator": estimator, "kl_placement": placement, "kl_credit": credit, "kl_coef": beta, "lam": 1.0}
@@ -323,11 +324,13 @@ def test_update_is_the_gradient_of_the_objective(
     logps, ref_logps, exact = chosen(policy, rollout), chosen(ref, rollout), exact_kl(policy, ref)
     term = KLTerm(estimator, placement, credit, weight)  # type: ignore[arg-type]
     advantages = rollout.scores[:, None] * mask
+    charged = torch.zeros_like(logps)
     if term.in_reward:
         charged = term.credit(logps, ref_logps, mask, exact=exact)
-        if credit != "return_to_go":  # charged directly, less the mean of the other answers
+        if credit != "return_to_go" or term.reward_at_update:  # charged directly, less the mean of the other answers
             baseline = [[_others(charged, mask, row, t) for t in range(mask.size(1))] for row in range(len(mask))]
             charged = charged - torch.tensor(baseline)
+    if not term.reward_at_update:
         advantages = advantages - beta * charged * mask
     scale = 1.0
     if whiten:
@@ -335,6 +338,8 @@ def test_update_is_the_gradient_of_the_objective(
         scale = float(values.std())
         advantages = (advantages - values.mean()) / scale
     loss = -(advantages.detach() * logps)
+    if term.reward_at_update:
+        loss = loss + beta / scale * charged.detach() * logps
     if term.in_loss:
         loss = loss + beta / scale * term.loss(logps, ref_logps, mask, exact=exact)
     gradient = gradient_of(model, masked_mean(loss, mask))

@@ -772,9 +772,10 @@ def test_whole_weights(tmp_path: Path, kind: str) -> None:
     ("given", "said"),
     [
         ({"model_init_kwargs": {"speed": 1}}, "model_init_kwargs gives speed=1, which neither from_pretrained nor the"),
+        ({"model_init_kwargs": {"dtype": "float33"}}, "in model_init_kwargs, dtype='float33' does not exist"),
         ({"use_peft": True, "lora_target_modules": ["nothing_proj"]}, "fits no layer of the model: name some, or"),
     ],
-    ids=["keyword", "layers"],
+    ids=["keyword", "dtype", "layers"],
 )
 def test_what_the_model_does_not_have(
     tmp_path: Path, inputs: Path, given: dict, said: str, capsys: pytest.CaptureFixture[str]

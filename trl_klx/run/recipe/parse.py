@@ -160,7 +160,7 @@ def _take_loading_arguments(args: Any, model: ModelConfig) -> None:
     """Let `model_init_kwargs` set what has a field of its own too; TRL's fields have defaults, which would win.
 
     Raises:
-        ValueError: both are given, and differ.
+        ValueError: both are given, and differ; or the field cannot hold the value.
     """
     if args.model_init_kwargs is None:
         return
@@ -175,6 +175,8 @@ def _take_loading_arguments(args: Any, model: ModelConfig) -> None:
             )
         setattr(model, option, value)
     args.model_init_kwargs = loading or None
+    for problem in convert(model).values():
+        raise ValueError(f"in model_init_kwargs, {problem}")
 
 
 def _stray(word: str) -> str:

@@ -161,10 +161,10 @@ def shell_parsed(command: str) -> None:
 
 
 def requirement_known(command: str) -> None:
-    """A package or an extra that pyproject.toml has; a version is the lock's."""
+    """A package that the lock or the Makefile pins, or an extra that pyproject.toml has; a version is the lock's."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    locked = (ROOT / "requirements.lock").read_text().lower().split()
+    locked = " ".join((ROOT / name).read_text().lower() for name in ("requirements.lock", "Makefile")).split()
     for requirement in words(command)[1][2:]:
         own = re.fullmatch(r"(?:trl_klx|\.)\[(\w+)\]", requirement)
         if requirement == ".":

@@ -34,6 +34,12 @@ LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 SIZE = sum(parameter.numel() for parameter in tiny_model().parameters())
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In which the longest path is not folded."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+
 def banner(printed: str) -> dict[str, str]:
     """The lines of a banner by label, with what was wrapped put together."""
     start = printed.index("KLX-")

@@ -300,9 +300,9 @@ def dpo_probe(folder: Path, kl: float, *, half: bool) -> Step:
     probe: Any = trainer._probe
     values, found = probe.values, []
 
-    def kept(policy: Any, reference: Any, as_reference: Any, batch: Any) -> Any:
+    def kept(policy: Any, reference: Any, as_reference: Any, batch: Any, moving: Any) -> Any:
         with _watching(causal_lm(policy), causal_lm(reference)) as seen:
-            out = values(policy, reference, as_reference, batch)
+            out = values(policy, reference, as_reference, batch, moving)
         found.append((batch, *(output.hidden for output in seen.outputs)))
         return out
 

@@ -92,14 +92,12 @@ def engine_error(term: KLTerm, behind: float, mode: str, low: float | None, high
     ref_logps, engine_logps, probs = here.logps(here.ref), here.logps(engine), here.probs(engine)
     mask = torch.ones_like(here.actions, dtype=torch.bool)
     exact = exact_kl(logits, here.ref[here.states], term.direction)
-    objective = torch.zeros((), dtype=torch.float64)
-    if term.in_loss:
-        objective = objective + term.loss(logps, ref_logps, mask, sampler_logps=engine_logps, exact=exact).sum()
+    mean = None
     if term.reward_at_update:
         mean = (probs[:, None] * term.credit(logps, ref_logps, mask, exact=exact)).sum(0)
-        given = {"sampler_logps": engine_logps, "exact": exact, "baseline": mean}
-        objective = objective + term.credit_loss(logps, ref_logps, mask, **given).sum()
-    elif term.in_reward:
+    losses = term.at_update(logps, ref_logps, mask, sampler_logps=engine_logps, exact=exact, baseline=mean)
+    objective = sum((loss.sum() for loss in losses.values()), torch.zeros((), dtype=torch.float64))
+    if term.in_reward and not term.reward_at_update:
         credit = kl_credit(term.penalty(logps, ref_logps, mask, exact=exact), mask, credit=term.credit_kind)
         credit = credit - (probs[:, None] * credit).sum(0)
         ratios = bounded_ratios((logps - engine_logps).detach(), mode, low=low, high=high)

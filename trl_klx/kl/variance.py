@@ -167,17 +167,12 @@ def _samples(here: World, term: KLTerm, behind: float, *, baseline: bool = True)
     sampler_logps = here.logps(sampler)
     ratio = importance_weights(logps, sampler_logps, mask, level="token")
     ref_logits = here.ref[here.states]
-    objective = torch.zeros((), dtype=torch.float64)
-    if term.in_loss:
-        exact = exact_kl(logits, ref_logits, term.direction)
-        objective = objective + term.loss(logps, ref_logps, mask, sampler_logps=sampler_logps, exact=exact).sum()
-    if term.reward_at_update:
-        exact = exact_kl(logits, ref_logits, term.direction)
-        values = term.credit(logps, ref_logps, mask, exact=exact)
-        mean = (here.probs(sampler)[:, None] * values).sum(0) if baseline else None
-        given = {"sampler_logps": sampler_logps, "exact": exact, "baseline": mean}
-        objective = objective + term.credit_loss(logps, ref_logps, mask, **given).sum()
-    elif term.in_reward:
+    exact, mean = exact_kl(logits, ref_logits, term.direction), None
+    if term.reward_at_update and baseline:
+        mean = (here.probs(sampler)[:, None] * term.credit(logps, ref_logps, mask, exact=exact)).sum(0)
+    losses = term.at_update(logps, ref_logps, mask, sampler_logps=sampler_logps, exact=exact, baseline=mean)
+    objective = sum((loss.sum() for loss in losses.values()), torch.zeros((), dtype=torch.float64))
+    if term.in_reward and not term.reward_at_update:
         exact = exact_kl(sampler[here.states], ref_logits, term.direction)
         penalty = term.penalty(sampler_logps, ref_logps, mask, exact=exact)
         credit = kl_credit(penalty, mask, credit=term.credit_kind)

@@ -61,7 +61,7 @@ def test_a_reference_that_moves_is_no_measure_of_the_way(tmp_path: Path, monkeyp
     monkeypatch.setattr(plots, "_save", lambda figure, path: figures.setdefault(path.name, figure))
     plot_run(history, tmp_path)
     axes = figures[REWARD_VS_KL].axes[0]
-    assert axes.get_xlabel() == "square root of the KL to the start (nats per sequence)"
+    assert figures[REWARD_VS_KL].get_suptitle() == "Mean reward against the KL to the start"
     assert set(axes.lines[0].get_xdata()) == {3.0}
 
 
@@ -116,6 +116,35 @@ def test_pictures_that_the_metrics_allow(history: list[dict], pictures: list[str
     written = plot_run(history, tmp_path)
     assert written == [tmp_path / name for name in pictures]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(pictures)
+
+
+def test_pictures_say_what_they_show_and_cover_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A title, an axis with its unit, a marker and not only a colour for each held-out set, the legend beside."""
+    figures: dict[str, Figure] = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.setdefault(path.name, figure))
+    sets = [{**{n.replace("eval_", f"eval_{s}_"): v for n, v in GRPO[3].items()}, "step": 2} for s in ("easy", "hard")]
+    plot_run([*GRPO[1:3], *sets], tmp_path, target_unit="sequence")
+    titles = {name: figure.get_suptitle() for name, figure in figures.items()}
+    assert titles == {
+        REWARD_VS_KL: "Mean reward against the KL to the reference",
+        KL_CONTROL: "KL to the reference and beta, over the steps",
+    }
+    for figure in figures.values():
+        axes = figure.axes[0]
+        assert "nats per sequence" in axes.get_xlabel() + axes.get_ylabel()
+        held_out = {line.get_label(): line.get_marker() for line in axes.lines if "held out" in str(line.get_label())}
+        assert len(set(held_out.values())) == 2
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert set(held_out) <= {text.get_text() for text in legend.get_texts()}
+        assert not any(legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in figure.axes)
+
+
+def test_a_reward_of_ppo_is_no_evaluation_set() -> None:
+    """TRL's PPO logs `eval_objective/rlhf_reward`, which ends like the reward of a set called objective/rlhf."""
+    own = {"eval_objective/rlhf_reward": 0.2, "eval_objective/non_score_reward": -0.1}
+    history = [{**entry, **own} if "eval_reward" in entry else entry for entry in GRPO]
+    assert printed(history, Arguments()) == printed(GRPO, Arguments())
 
 
 def test_pictures_show_each_group_with_its_target_and_beta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

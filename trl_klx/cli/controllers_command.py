@@ -192,16 +192,17 @@ def _draw(courses: Mapping[str, Mapping[str, Array]], path: str) -> None:
 
     figure, axes = plt.subplots(1, len(COURSES), figsize=(12, 4), sharey=True, layout="constrained")
     for axis, (course, phases) in zip(axes, COURSES.items(), strict=True):
-        for name, relative in courses.items():
+        for (name, relative), style in zip(courses.items(), ("-", "--", "-.", ":"), strict=False):
             low, middle, high = np.quantile(relative[course], [0.1, 0.5, 0.9], axis=1)
-            (line,) = axis.plot(middle, label=name)
+            (line,) = axis.plot(middle, style, label=name)
             axis.fill_between(range(len(low)), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         for place, phase in enumerate(phases):
             axis.axvline(place * LENGTH[course], color="0.8", linewidth=0.8, zorder=0)
             axis.text(place * LENGTH[course], 1.01, f" {phase}", transform=axis.get_xaxis_transform(), fontsize=9)
         axis.axhspan(0.75, 1.25, color="0.92", zorder=0)
         axis.set(yscale="log", ylim=(0.05, 20), xlabel="update", ylabel="KL / target")
-    axes[0].legend(fontsize=9)
+    figure.suptitle("KL over its target on simulated plants: median, middle 80 %; grey: within 25 %", fontsize="medium")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(courses), frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

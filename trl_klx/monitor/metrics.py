@@ -22,8 +22,11 @@ def is_training(entry: Mapping[str, Any]) -> bool:
 
 
 def evaluated_sets(history: list[dict], *metrics: str) -> list[str]:
-    """The prefixes under which evaluations logged one of `metrics`: eval_ and, of several sets, eval_<name>_."""
-    wanted = re.compile(rf"(eval_(?:.+_)?)(?:{'|'.join(map(re.escape, metrics))})")
+    """The prefixes under which evaluations logged one of `metrics`: eval_ and, of several sets, eval_<name>_.
+
+    PPO's `eval_objective/rlhf_reward` is no reward of a set called objective/rlhf.
+    """
+    wanted = re.compile(rf"(eval_(?:(?!objective/).+_)?)(?:{'|'.join(map(re.escape, metrics))})")
     return list(dict.fromkeys(match[1] for entry in history for name in entry if (match := wanted.fullmatch(name))))
 
 

@@ -19,7 +19,8 @@ def plot_overoptimisation(table: list[dict[str, float]], path: Path, fit: LawFit
         fit: the law, drawn with its 95 % band over the evaluations that it is fitted to; None draws none.
         turned_at: the step at which the turn was found, which is marked; None: it was not.
     """
-    figure = Figure(figsize=(6, 6), layout="constrained")
+    figure = Figure(figsize=(5.5, 6), layout="constrained")
+    figure.suptitle("Proxy and gold reward against the KL to the reference", fontsize="medium")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     d = np.array([row["d"] for row in table])
     for axes, name, color in ((upper, "proxy", "tab:gray"), (lower, "gold", "tab:orange")):
@@ -35,9 +36,11 @@ def plot_overoptimisation(table: list[dict[str, float]], path: Path, fit: LawFit
         lower.plot(turn["d"], turn["gold"], "o", color="crimson", markersize=9, fillstyle="none", label="turn found")
     for row in table[:: max(1, len(table) // 8)]:
         lower.annotate(f"{row['step']}", (row["d"], row["gold"]), xytext=(4, 5), textcoords="offset points", fontsize=7)
-    lower.set_xlabel("square root of the KL to the reference (nats per sequence); numbers are steps")
-    lower.legend(fontsize=8)
-    figure.savefig(path, format="png", dpi=110)
+    lower.set_xlabel("square root of the KL (KL in nats per sequence); numbers are steps")
+    figure.legend(
+        *lower.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize="small"
+    )
+    figure.savefig(path, format="png", dpi=132)
     return path
 
 

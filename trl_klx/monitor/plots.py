@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot, whose backend and open figures are the user's
@@ -84,7 +84,7 @@ def _root(entries: list[dict], name: str) -> list[float]:
     return [math.sqrt(max(kl, 0.0)) for kl in _column(entries, name)]
 
 
-def _held_out_sets(history: list[dict], *metrics: str) -> Iterator[tuple[str, list[dict], dict[str, str]]]:
+def _held_out_sets(history: list[dict], *metrics: str) -> Iterator[tuple[str, list[dict], dict[str, Any]]]:
     """(prefix, entries, style with label) of each evaluation set that has the first metric, and entries with all."""
     prefixes = evaluated_sets([{n: v for n, v in e.items() if is_number(v)} for e in history], metrics[0])
     for prefix, (color, marker) in zip(prefixes, cycle(_SET_STYLES), strict=False):
@@ -119,7 +119,8 @@ def _draw_group(upper: Axes, lower: Axes, history: list[dict], group: str, unit:
     name, (color, marker) = f"kl_groups/{group}", style
     train = _with(history, f"{name}/{unit}")
     steps = _column(train, "step")
-    marks = {"color": color, "marker": marker, "markersize": 4, "markevery": max(1, len(steps) // 10), "linewidth": 1}
+    every = max(1, len(steps) // 10)
+    marks: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4, "markevery": every, "linewidth": 1}
     upper.plot(steps, _column(train, f"{name}/{unit}"), label=group, **marks)
     upper.plot(steps, _column(train, f"{name}/target"), "--", color=color, linewidth=1)
     lower.plot(steps, _column(train, f"{name}/coef"), **marks)

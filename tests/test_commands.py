@@ -24,6 +24,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from datasets import load_dataset
 from support.commands import PAGES, ROOT, commands, fenced, words
+from support.first_run import write_first_run
 from support.tiny import Arguments
 from trl import ModelConfig
 from trl.scripts import vllm_serve
@@ -63,6 +64,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": "21=", "response": text, "correct": text == "12", "model": "dpo"} for text in ("12", "21", "22", "1")
     ]
     (folder / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_first_run(folder)
     return folder
 
 

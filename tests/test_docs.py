@@ -28,8 +28,8 @@ from trl_klx.monitor.health.readings import Finding
 # Whose names the walks through the code may use.
 THEIRS = (builtins, trl, trl.GRPOTrainer, Trainer)
 FOLDERS = (".ci", ".github", "docs", "examples", "recipes", "scripts", "tests", "trl_klx")
-# What a run writes: named in the docs, not in the repository.
-WRITTEN_BY_RUNS = ("resolved_recipe.yaml", "README.md")
+# What a run or a reader writes: named in the docs, not in the repository.
+WRITTEN_BY_RUNS = ("resolved_recipe.yaml", "README.md", "my_reward.py", "first.yaml")
 
 
 def test_gradient_page_is_what_the_oracle_prints() -> None:

@@ -120,11 +120,25 @@ def others() -> list[Other]:
     return found
 
 
+def first_runs() -> list[Other]:
+    """The rows of docs/first-run.md's table of GPUs that name a recipe for GPUs."""
+    found = []
+    for line in (RECIPES.parent / "docs" / "first-run.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        recipe = re.search(r"`recipes/(qwen[^`]+)`", cells[1]) if len(cells) == 4 else None
+        if recipe:
+            changes = dict(re.findall(r"`(\w+): ([^`]+)`", cells[2]))
+            layout = "zero3" if "zero3" in cells[1] else "one_gpu"
+            found.append(Other(RECIPES / recipe[1], changes, layout, int(cells[3])))
+    assert len(found) == 4
+    return found
+
+
 OTHERS = others()
 
 
 def named(other: Other) -> str:
-    return f"{other.path.parent.name}-{other.path.stem}-{other.changes['model_name_or_path']}"
+    return f"{other.path.parent.name}-{other.path.stem}-{other.changes.get('model_name_or_path', 'as it is')}"
 
 
 def test_there_is_a_recipe_for_each_machine_and_a_row_for_each_other_model() -> None:
@@ -230,8 +244,8 @@ def test_vllm_may_be_a_server(path: Path, places: dict) -> None:
 
 
 @pytest.mark.skipif(not FUSED_LM_HEAD, reason="the figures are those of TRL 1.16")
-@pytest.mark.parametrize("other", OTHERS, ids=named)
-def test_memory_of_a_recipe_for_another_model_is_what_the_table_says(other: Other, places: dict) -> None:
+@pytest.mark.parametrize("other", [*OTHERS, *first_runs()], ids=named)
+def test_memory_of_a_recipe_for_another_model_is_what_the_tables_say(other: Other, places: dict) -> None:
     accelerate = {"accelerate_config": RECIPES / "accelerate" / f"{other.layout}.yaml"}
     plan = make_plan(algorithm_of(other.path), argv(other.path, places["shape"], accelerate, other=other.changes))
     assert plan.memory is not None

@@ -96,7 +96,8 @@ def batches(algorithm: Algorithm, args: Any, layout: Layout, rows: int | None) -
     per_epoch = max(1, whole) * found.steps
     if args.max_steps > 0:
         epochs = args.max_steps / per_epoch
-        yield f"{rows} rows: {per_epoch:g} steps per epoch; max_steps={args.max_steps} is {epochs:.2g} epochs"
+        shown = f"{epochs:.2g}" if epochs < 10 else f"{epochs:.0f}"
+        yield f"{rows} rows: {per_epoch:g} steps per epoch; max_steps={args.max_steps} is {shown} epochs"
     else:
         total = math.ceil(per_epoch * args.num_train_epochs)
         yield f"{rows} rows: {per_epoch:g} steps per epoch, {total} in all"

@@ -19,6 +19,7 @@ its own, above what it held before.
 
 import argparse
 import copy
+import gc
 import json
 import os
 import statistics
@@ -41,7 +42,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
 from trl_klx.kl import exact_kl
-from trl_klx.trainers.seams import FUSED_LM_HEAD, TRL_VERSION
+from trl_klx.trainers.seams import FUSED_LM_HEAD, TRL_VERSION, swapped
 
 STOCK = "stock k3 loss"
 # name: options of KLXGRPOConfig, or None for stock
@@ -99,7 +100,7 @@ def make_trainer(name: str, model: Any, args: Arguments) -> GRPOTrainer:
         "per_device_train_batch_size": args.batch_size,
         "num_generations": args.batch_size // 2,
         "max_completion_length": args.completion_length,
-        "generation_kwargs": {"min_new_tokens": args.completion_length},
+        "generation_kwargs": {"min_new_tokens": args.completion_length} if args.whole_rounds else None,
         "beta": 0.1,
         "use_cpu": cpu,
         "bf16": args.bf16,
@@ -156,8 +157,16 @@ def make_step(trainer: GRPOTrainer, optimizer: torch.optim.Optimizer, batch: Any
 
 
 def rollout(trainer: GRPOTrainer, args: Arguments) -> dict[str, Any]:
+    """The same answers for all; random ones where no sampling is timed, which would take longer than what is."""
     torch.manual_seed(0)
-    return trainer._generate_and_score_completions(rows(args))
+    if args.whole_rounds:
+        return trainer._generate_and_score_completions(rows(args))
+    tokenizer = trainer.processing_class
+    tokens = sorted({*range(min(len(tokenizer), trainer.model.config.vocab_size))} - {*tokenizer.all_special_ids})
+    places = torch.randint(len(tokens), (args.batch_size, args.completion_length)).tolist()
+    answers = [[tokens[place] for place in row] for row in places]
+    with swapped(trainer, _generate_single_turn=lambda *_, **__: (answers, None)):
+        return trainer._generate_and_score_completions(rows(args))
 
 
 def load_model(args: Arguments) -> Any:
@@ -181,12 +190,15 @@ def take_turns(steps: dict[str, Callable[[], None]], rounds: int, clock: str) ->
     names, now = list(steps), time.perf_counter if clock == "wall" else time.process_time
     for number in range(rounds + 2):  # two to warm up
         first = number % len(names)
+        gc.collect()
+        gc.disable()  # a collection takes longer than what variants differ by
         for name in names[first:] + names[:first]:
             torch.manual_seed(number)
             start = now()
             steps[name]()
             if number >= 2:
                 seconds[name].append(now() - start)
+        gc.enable()
     return seconds
 
 

@@ -6,6 +6,7 @@ and the user is warned.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -58,6 +59,13 @@ def few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """A run draws pictures at its end, which takes as long as a tiny run: only those that look at them do."""
     if request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr(outcome, "plot_run", lambda *args, **kwargs: [])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def values_are_compared() -> None:
+    """On another device than the CPU, what a test expects may be on the CPU and what it finds on the device."""
+    if DEVICE.type != "cpu":
+        torch.testing.assert_close = partial(torch.testing.assert_close, check_device=False)
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def make_heads(kl: float, device: torch.device, *, shared: bool, bias: bool, opt
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+        return torch.randn(*shape, generator=generator, device="cpu").to(device)
 
     hidden, off_hidden = noise(TOKENS, HIDDEN), noise(TOKENS, HIDDEN)
     weight, off_weight = noise(VOCABULARY, HIDDEN), noise(VOCABULARY, HIDDEN)

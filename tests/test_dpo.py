@@ -8,8 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from support.tiny import save_tiny, tiny_model, tiny_tokenizer
-from support.tiny_dpo import LORA, PROBE, SETTINGS, batch, drift, loss_and_gradients, make_trainer, preferences
+from support.tiny import drift, save_tiny, tiny_model, tiny_tokenizer
+from support.tiny_dpo import LORA, PROBE, SETTINGS, batch, loss_and_gradients, make_trainer, preferences
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from trl import DPOConfig
@@ -288,7 +288,7 @@ def test_logged_kl_is_pooled_over_tokens(model_path: str, tmp_path: Path) -> Non
         trainer = make_trainer(model_path, tmp_path, kl_placement="none", per_device_eval_batch_size=size)
         drift(trainer.model)
         found.append(trainer.evaluate()["eval_kl/data_exact"])
-    inputs = trainer.data_collator(list(trainer.eval_dataset))
+    inputs = batch(trainer, 12, trainer.eval_dataset)
     policy = tiny_model()
     policy.load_state_dict(trainer.model.state_dict())
     assert found[0] == pytest.approx(found[1], rel=1e-5)

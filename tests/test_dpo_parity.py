@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import save_tiny
-from support.tiny_dpo import PROBE, batch, drift, loss_and_gradients, make_trainer
+from support.tiny import drift, save_tiny
+from support.tiny_dpo import PROBE, batch, loss_and_gradients, make_trainer
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 

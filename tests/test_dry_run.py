@@ -485,7 +485,7 @@ def test_scores_are_estimated_by_the_chunks_that_they_are_taken_in(
     least, most = (0.8, 1.1) if lora else (3.2, 4.4)
     assert least * 2**30 < chunks < most * 2**30
     assert ("logits" in parts) == bool(whole)
-    assert part.how == "estimate, not compared"
+    assert part.how == "estimate"
 
 
 def test_who_asks_for_a_dry_run(tmp_path: Path) -> None:

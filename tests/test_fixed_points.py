@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from support.device import PLAIN
+from support.device import DEVICE, PLAIN
 from support.ppo_tools import settings
 from support.tiny import tiny_model, tiny_tokenizer
 from test_oracle import BANDIT_REF, BANDIT_REWARD
@@ -45,19 +45,19 @@ def bandit_model() -> Any:
     logits = torch.full((23,), -30.0)
     logits[ARMS] = BANDIT_REF.float().log()
     with torch.no_grad():
-        hidden = state(model)
+        hidden = state(model).cpu()
         model.lm_head.weight.copy_(torch.outer(logits, hidden) / hidden.square().sum())
     model.lm_head.weight.requires_grad_()
     return model
 
 
 def state(model: Any) -> Tensor:
-    return model.base_model(**tiny_tokenizer()(text="=", return_tensors="pt")).last_hidden_state[0, -1]
+    return model.base_model(**tiny_tokenizer()(text="=", return_tensors="pt").to(DEVICE)).last_hidden_state[0, -1]
 
 
 def arms(model: Any) -> Tensor:
     with torch.no_grad():
-        return model.lm_head(state(model)).softmax(-1)[ARMS].double()
+        return model.lm_head(state(model)).softmax(-1)[ARMS].double().cpu()
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:

@@ -11,8 +11,8 @@ import trl
 from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig
-from support.device import PLAIN
-from support.tiny import digit_reward, save_tiny, tiny_dataset, tiny_family, tiny_model, tiny_tokenizer
+from support.device import DEVICE, PLAIN
+from support.tiny import digit_reward, drift, save_tiny, tiny_dataset, tiny_family, tiny_model, tiny_tokenizer
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
@@ -53,13 +53,8 @@ def make_trainer(model, folder: Path, *, peft_config: LoraConfig | None = None, 
     )
 
 
-def drift(trainer: KLXGRPOTrainer, seed: int = 1) -> None:
-    """Move the policy away from its reference, so that the KL is not zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+def uniform(shape: torch.Size, seed: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def rollout(trainer: KLXGRPOTrainer) -> dict[str, Tensor]:
@@ -132,7 +127,7 @@ def test_exact_kl_in_forward_equals_dense(tmp_path: Path, direction: str, tied: 
     path = save_tiny(tmp_path / "model", tied=tied)
     options = {"kl_estimator": "exact", "kl_direction": direction, "temperature": 0.7, "loss_type": "bnpo"}
     trainer = make_trainer(path, tmp_path / "run", **options)
-    drift(trainer)
+    drift(trainer.model)
     inputs = rollout(trainer)
     inputs["advantages"] = torch.zeros_like(inputs["advantages"])  # leaves the KL alone in the loss
     loss = trainer._compute_loss(trainer.model, inputs)
@@ -170,7 +165,7 @@ def test_reward_moves_advantages_after_normalisation(
     options = {"kl_estimator": estimator, "kl_placement": placement, "kl_credit": credit, "scale_rewards": "group"}
     options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}  # scored in two forwards
     trainer = make_trainer(model_path, tmp_path, **options)
-    drift(trainer)
+    drift(trainer.model)
     inputs = rollout(trainer)
     seen = {}
     stock_loss = GRPOTrainer._compute_loss
@@ -198,7 +193,7 @@ def test_reward_kl_is_not_amplified_when_all_rewards_are_equal(model_path: str, 
     """The trap: a KL inside a reward divided by its group's standard deviation gives advantages near 1 at any beta."""
     trainer = make_trainer(model_path, tmp_path, kl_estimator="k1", kl_placement="reward", beta=0.001)
     trainer.reward_funcs = [lambda completions, **_: [1.0] * len(completions)]
-    drift(trainer)
+    drift(trainer.model)
     inputs = rollout(trainer)
     assert inputs["advantages"].abs().max() < 1e-3
     moved = trainer._with_kl_advantages(inputs)["advantages"]
@@ -208,7 +203,7 @@ def test_reward_kl_is_not_amplified_when_all_rewards_are_equal(model_path: str, 
 def test_beta_of_today_scales_the_buffered_credit(model_path: str, tmp_path: Path) -> None:
     """A controller moves beta while a rollout is still being used: the penalty follows."""
     trainer = make_trainer(model_path, tmp_path, kl_estimator="k1", kl_placement="reward")
-    drift(trainer)
+    drift(trainer.model)
     inputs = rollout(trainer)
     trainer.beta = 0.4
     moved = trainer._with_kl_advantages(inputs)["advantages"]
@@ -281,7 +276,7 @@ def test_beta_zero_without_monitor_builds_no_reference(model_path: str, tmp_path
 
 def test_evaluation_reports_the_held_out_kl(model_path: str, tmp_path: Path) -> None:
     trainer = make_trainer(model_path, tmp_path, kl_estimator="exact", kl_placement="both")
-    drift(trainer)
+    drift(trainer.model)
     metrics = trainer.evaluate()
     trainer_log = trainer.state.log_history[-1]
     assert trainer_log["eval_kl/exact"] > 0
@@ -292,7 +287,7 @@ def test_evaluation_reports_the_held_out_kl(model_path: str, tmp_path: Path) -> 
 
 def test_exact_kl_agrees_with_sampled_kl_within_its_error(model_path: str, tmp_path: Path) -> None:
     trainer = make_trainer(model_path, tmp_path, kl_placement="none", beta=0.0, kl_monitor=["k1", "k3", "exact"])
-    drift(trainer)
+    drift(trainer.model)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     for _ in range(20):
@@ -308,15 +303,15 @@ def test_exact_kl_agrees_with_sampled_kl_within_its_error(model_path: str, tmp_p
 def test_the_samplers_own_log_probs_weight_the_kl(model_path: str, tmp_path: Path) -> None:
     """mu is the inference engine where TRL has its log-probs; a NaN there falls back to the trainer's."""
     trainer = make_trainer(model_path, tmp_path, loss_type="bnpo")
-    drift(trainer)
+    drift(trainer.model)
     inputs = rollout(trainer)
     inputs["advantages"] = torch.zeros_like(inputs["advantages"])
     with torch.no_grad():
         logps = dense_logits(trainer.model, inputs).log_softmax(-1)
         logps = logps.gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
-    trained = logps + 0.2 * torch.rand(logps.shape, generator=torch.Generator().manual_seed(1))
+    trained = logps + 0.2 * uniform(logps.shape, seed=1)
     inputs["old_per_token_logps"] = trained  # the trainer's own scores of the sampler
-    engine = logps - 0.3 * torch.rand(logps.shape, generator=torch.Generator().manual_seed(0))
+    engine = logps - 0.3 * uniform(logps.shape, seed=0)
     engine[0, 0] = torch.nan
     loss = trainer._compute_loss(trainer.model, {**inputs, "sampling_per_token_logps": engine})
     weights = (logps - torch.where(engine.isnan(), trained, engine)).exp()
@@ -348,7 +343,7 @@ def test_kl_in_the_reward_shares_trls_own_scoring(
     credits, passes = [], []
     for number, iterations in enumerate((1, 2)):  # TRL keeps old log-probs where a rollout feeds two steps
         trainer = make_trainer(model_path, tmp_path / str(number), num_iterations=iterations, **options)
-        drift(trainer)
+        drift(trainer.model)
         calls: list = []
         keep_scorings(monkeypatch, calls)
         torch.manual_seed(0)
@@ -364,13 +359,13 @@ def test_kl_in_the_reward_shares_trls_own_scoring(
 
 def test_logged_weights_are_untruncated_and_those_of_the_loss_capped(model_path: str, tmp_path: Path) -> None:
     trainer = make_trainer(model_path, tmp_path, loss_type="bnpo", kl_is_cap=1.05)
-    drift(trainer)
+    drift(trainer.model)
     inputs = rollout(trainer)
     inputs["advantages"] = torch.zeros_like(inputs["advantages"])
     with torch.no_grad():
         logps = dense_logits(trainer.model, inputs).log_softmax(-1)
         logps = logps.gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
-    noise = 0.2 * torch.randn(logps.shape, generator=torch.Generator().manual_seed(1))
+    noise = uniform(logps.shape, seed=1) - 0.5
     inputs["old_per_token_logps"] = logps + noise
     mask = inputs["completion_mask"].bool()
     loss = trainer._compute_loss(trainer.model, inputs)
@@ -493,7 +488,7 @@ def test_a_snapshot_of_the_policy_stays_as_it_was(tmp_path: Path) -> None:
     model = tiny_model(seed=0)
     trainer = make_trainer(model, tmp_path, kl_estimator="exact")
     snapshot = copy.deepcopy(model)
-    ids = torch.arange(3, 9).unsqueeze(0)
+    ids = torch.arange(3, 9, device=DEVICE).unsqueeze(0)
     before = snapshot(input_ids=ids).logits
     trainer.train()
     torch.testing.assert_close(snapshot(input_ids=ids).logits, before, rtol=0, atol=0)
@@ -504,7 +499,7 @@ def test_exact_kl_knows_how_architectures_transform_logits(family: str, tmp_path
     """Gemma's softcap and Cohere's logit scale: value equals the dense one from the model's own logits."""
     model = tiny_family(family)
     trainer = make_trainer(model, tmp_path, kl_estimator="exact", temperature=0.8, loss_type="bnpo")
-    drift(trainer)
+    drift(trainer.model)
     inputs = rollout(trainer)
     inputs["advantages"] = torch.zeros_like(inputs["advantages"])
     with torch.no_grad():

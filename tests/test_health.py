@@ -14,8 +14,8 @@ import pytest
 import torch
 from datasets import Dataset
 from support.device import PLAIN
-from support.tiny import Arguments, digit_reward, save_tiny, tiny_dataset, tiny_model, tiny_tokenizer
-from support.tiny_dpo import PROBE, drift
+from support.tiny import Arguments, digit_reward, drift, save_tiny, tiny_dataset, tiny_model, tiny_tokenizer
+from support.tiny_dpo import PROBE
 from support.tiny_dpo import make_trainer as dpo_trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState, TrainingArguments

@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from support.tiny import Arguments, tiny_dataset
-from test_grpo import drift, make_trainer, rollout, save_tiny
+from support.tiny import Arguments, drift, tiny_dataset
+from test_grpo import make_trainer, rollout, save_tiny
 from torch import Tensor
 
 from trl_klx.trainers.session.groups import group_names
@@ -122,7 +122,7 @@ def test_group_names_come_from_all_splits_in_one_order() -> None:
 def test_loss_is_linear_in_the_betas_of_the_groups(model_path: str, tmp_path: Path, options: dict) -> None:
     """What moves between two betas is the KL of the group whose beta it is."""
     trainer = make_trainer(model_path, tmp_path, **options, **OWN, kl_controller="pid")
-    drift(trainer)
+    drift(trainer.model)
     inputs = rollout(trainer)  # a prompt of group 0 and one of group 1
     assert inputs["kl_groups"].tolist() == [0] * 4 + [1] * 4
 

@@ -306,7 +306,7 @@ def test_chunked_under_autocast_differentiates_the_logits_that_forward_used() ->
     hidden, ref_hidden = 30 * torch.randn(2, 9, 8, generator=generator)  # so large that bfloat16 moves probabilities
     weight = torch.randn(12, 8, generator=generator)
     hidden.requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         chunked = chunked_exact_kl(hidden, weight, ref_hidden, weight, chunk_size=4)
         dense = exact_kl(float32_linear(hidden, weight), float32_linear(ref_hidden, weight))
     torch.testing.assert_close(chunked, dense, rtol=1e-5, atol=1e-5)

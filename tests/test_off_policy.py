@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import digit_reward, tiny_dataset, tiny_model, tiny_tokenizer
-from test_grpo import SETTINGS, drift, rollout
+from support.tiny import digit_reward, drift, tiny_dataset, tiny_model, tiny_tokenizer
+from test_grpo import SETTINGS, rollout
 from test_ppo import chosen, dense
 from test_ppo_vllm import ANSWERS_OF_2, Enumerated, error, gradient
 from torch import Tensor
@@ -152,7 +152,7 @@ def test_grpos_first_update_is_that_of_a_kl_in_the_advantages(tmp_path: Path, ki
         config = KLXGRPOConfig(str(tmp_path / str(len(found))), **options)
         data = {"train_dataset": tiny_dataset(), "processing_class": tiny_tokenizer()}
         made = KLXGRPOTrainer(tiny_model().double(), digit_reward, config, **data)
-        drift(made)
+        drift(made.model)
         inputs = rollout(made)
         assert ("kl_baseline" in inputs, "kl_credit" in inputs) == (bool(level), not level)
         found.append(gradient(made._compute_loss(made.model, inputs), made.model))

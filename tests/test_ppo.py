@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from support.device import DEVICE
 from support.ppo_tools import ANSWERS, classifier, first_rollout, moved, settings, trainer, weights
 from support.tiny import digit_reward, tiny_dataset, tiny_model, tiny_tokenizer
 from torch import Tensor
@@ -329,7 +330,7 @@ def test_update_is_the_gradient_of_the_objective(
         charged = term.credit(logps, ref_logps, mask, exact=exact)
         if credit != "return_to_go" or term.reward_at_update:  # charged directly, less the mean of the other answers
             baseline = [[_others(charged, mask, row, t) for t in range(mask.size(1))] for row in range(len(mask))]
-            charged = charged - torch.tensor(baseline)
+            charged = charged - torch.tensor(baseline, device=DEVICE)
     if not term.reward_at_update:
         advantages = advantages - beta * charged * mask
     scale = 1.0
@@ -759,7 +760,7 @@ def test_value_model_of_an_adapter_holds_the_adapter(tmp_path: Path) -> None:
     made = trainer(tmp_path, model=model, model_adapter_name="sft", ref_adapter_name="mine")
     name = "model.layers.0.self_attn.q_proj.weight"
     value = made.model.value_model.get_parameter(name)
-    assert (value - tiny_model().get_parameter(name)).abs().max() > 0.1
+    assert (value - tiny_model().to(value.device).get_parameter(name)).abs().max() > 0.1
 
 
 def test_generation_leaves_the_config_of_the_base_model(tmp_path: Path) -> None:
@@ -856,8 +857,8 @@ def test_direct_credit_is_the_kl_credit_less_the_others(tmp_path: Path) -> None:
     _, direct = made._shape_rewards(rollout)
     k1 = rollout.old_logps - rollout.ref_logps
     credit = kl_credit(k1, rollout.mask, credit="sequence")
-    others = torch.tensor([[_others(credit, rollout.mask, r, t) for t in range(rollout.length)] for r in range(8)])
-    torch.testing.assert_close(direct, -0.05 * (credit - others), rtol=1e-4, atol=1e-6)
+    others = [[_others(credit, rollout.mask, r, t) for t in range(rollout.length)] for r in range(8)]
+    torch.testing.assert_close(direct, -0.05 * (credit - torch.tensor(others, device=DEVICE)), rtol=1e-4, atol=1e-6)
 
 
 def test_digit_reward_is_used(tmp_path: Path) -> None:

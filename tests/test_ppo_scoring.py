@@ -12,8 +12,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
 from support.ppo_tools import ANSWERS, first_rollout, moved, trainer, weights
-from support.tiny import tiny_model
-from support.tiny_dpo import drift
+from support.tiny import drift, tiny_model
 from test_ppo import assert_step_is_minus_gradient, chosen, dense, with_tool_output
 from test_situations_models import ARCHITECTURES, HiddenHead, OddHead, adapted, architecture
 from torch import Tensor

@@ -25,8 +25,8 @@ from peft import (
     get_peft_model,
 )
 from support.fault_tools import ALGORITHMS, make
-from support.tiny import tiny_model
-from support.tiny_dpo import drift, make_trainer
+from support.tiny import drift, tiny_model
+from support.tiny_dpo import make_trainer
 from torch import Tensor, nn
 from transformers import (
     BartForCausalLM,

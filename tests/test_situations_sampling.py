@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from support.fault_tools import make
-from support.tiny import tiny_dataset, tiny_model
+from support.tiny import drift, tiny_dataset, tiny_model
 from torch import Tensor
 from transformers import GenerationConfig, MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
 from trl.trainer import grpo_trainer
@@ -42,15 +42,6 @@ def rollout(made: Any, prompts: int = 2) -> dict[str, Tensor]:
     made.current_gradient_accumulation_steps = 1
     rows = [row for row in tiny_dataset(prompts).to_list() for _ in range(made.num_generations)]
     return made._generate_and_score_completions(rows)
-
-
-def drift(model: torch.nn.Module, size: float = 0.1) -> None:
-    """Move a policy away from its reference."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
 
 def answers_of(inputs: dict[str, Tensor]) -> list[list[int]]:

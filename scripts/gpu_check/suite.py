@@ -13,7 +13,7 @@ FILES = (
     *("test_ppo", "test_ppo_loss", "test_ppo_oracle", "test_ppo_parity", "test_ppo_rewards"),
 )
 TRIED = ("test_moments", "test_ppo_loss")
-WORKERS = 8
+WORKERS = 12
 _ELSEWHERE = "not processes and not hub and not browser"  # what starts processes of its own is on the CPU
 
 

@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForSequenceClassification
 
+from support.device import DEVICE, PLAIN
 from support.tiny import digit_reward, tiny_dataset, tiny_model, tiny_tokenizer
 from trl_klx.trainers.ppo.config import KLXPPOConfig
 from trl_klx.trainers.ppo.trainer import KLXPPOTrainer
@@ -28,13 +29,8 @@ def settings(output: Path | str, **changes: Any) -> KLXPPOConfig:
         "optim": "sgd",
         "max_grad_norm": 0.0,
         "temperature": 1.0,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
         "train_sampling_strategy": "sequential",  # a rollout made by hand sees the prompts of the first step
-        "save_strategy": "no",
-        "disable_tqdm": True,
+        **PLAIN,
     }
     return KLXPPOConfig(str(output), **{**fields, **changes})
 
@@ -73,7 +69,7 @@ def classifier(seed: int = 0, labels: int = 1) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = Qwen3Config(**{**tiny_model().config.to_dict(), "pad_token_id": 0})
     config.num_labels = labels
-    return Qwen3ForSequenceClassification(config)
+    return Qwen3ForSequenceClassification(config).to(DEVICE)
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:

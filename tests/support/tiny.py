@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -82,6 +83,16 @@ def save_tiny(folder: Path, seed: int = 0, **settings) -> str:
     tiny_model(seed, **settings).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def drift(model: nn.Module, seed: int = 1, size: float = 0.1) -> None:
+    """Move what is trained away from its reference, by the same numbers on any device."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(size * noise.to(parameter.device))
 
 
 def tiny_dataset(rows: int = 16) -> Dataset:

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 
-from support.device import PLAIN
+from support.device import DEVICE, PLAIN
 from support.tiny import tiny_tokenizer
 from trl_klx.trainers.dpo.config import KLXDPOConfig
 from trl_klx.trainers.dpo.trainer import KLXDPOTrainer
@@ -52,19 +51,12 @@ def make_trainer(
     )
 
 
-def drift(model: nn.Module, seed: int = 1) -> None:
-    """Move the policy away from its reference."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def batch(trainer, rows: int = 4) -> dict[str, Tensor]:
+def batch(trainer, rows: int = 4, dataset: Dataset | None = None) -> dict[str, Tensor]:
     """Rows as TRL's collator gives them: chosen first, padded on the right."""
-    collated = trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
-    return {name: value for name, value in collated.items() if isinstance(value, Tensor)}  # no counts: rows are cut
+    dataset = trainer.train_dataset if dataset is None else dataset
+    collated = trainer.data_collator([dataset[i] for i in range(rows)])
+    # No counts: rows are cut.
+    return {name: value.to(DEVICE) for name, value in collated.items() if isinstance(value, Tensor)}
 
 
 def loss_and_gradients(trainer, inputs: dict) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 Counted exactly for one process and DDP: weights, gradients and the optimizer's state. DeepSpeed and FSDP share these
 out by the formulas of the ZeRO paper (Rajbhandari et al., 2020, section 3). Activations, logits and caches are
-estimates: they depend on kernels and on how long prompts and answers really are. None was compared with a real run.
+estimates: they depend on kernels and on how long prompts and answers really are (docs/explain.md: two comparisons).
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from ..recipe.arguments import Recipe
 from ..sources.named_models import REWARDS, NamedModels, Weights, classifier_on_meta
 from .layout import Layout
 
-EXACT, FORMULA, ESTIMATE = "exact", "formula", "estimate, not compared"
+EXACT, FORMULA, ESTIMATE = "exact", "formula", "estimate"
 ALWAYS, TRAINING, GENERATION = "always", "training", "generation"
 _GIB = 2**30
 CONTEXT = "context, kernels, fragmentation"

@@ -77,8 +77,8 @@ def memory_sentence(memory: Memory) -> str:
 def assumptions(algorithm: Algorithm) -> str:
     """What the estimate rests on."""
     text = (
-        "exact: counted; formula: as ZeRO shares it out; estimate: depends on kernels and lengths, and was not "
-        "compared with a real run."
+        "exact: counted; formula: as ZeRO shares it out; estimate: depends on kernels and lengths, compared with two "
+        "runs on one GPU."
     )
     if algorithm.rows.is_pairs:
         return text

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...trainers.checks.rows import PAIRS
+from ...trainers.seams import FUSED_LM_HEAD
 from .algorithm import Algorithm, Batches, Inputs, Shape, trainer_arguments
 from .arguments import Recipe
 
@@ -31,7 +32,7 @@ class _DPO(Algorithm):
     def shape(self, args: Any) -> Shape:
         rows, length = 2 * args.per_device_train_batch_size, args.max_length or _MAX_LENGTH
         probed = 0 if args.kl_probe_steps is None else args.per_device_eval_batch_size
-        return Shape(rows, length, length, generated=probed, kept=rows)
+        return Shape(rows, length, length, generated=probed, kept=rows, fuses_head=FUSED_LM_HEAD)
 
     def batches(self, args: Any, processes: int) -> Batches:
         pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes

@@ -10,6 +10,7 @@ made once per rollout, and the policy gradient's own ratio of tokens is all that
 
 - `ppo`: PPO with four epochs, so a rollout serves four optimizer steps;
 - `grpo`: GRPO with `num_iterations: 4`;
+- `grpo 8`, `grpo 8 held`: GRPO with `num_iterations: 8`, and with a `kl_sampler_target` of nats per token as well;
 - `engine near`, `engine far`: GRPO whose answers an engine samples that is a number of optimizer steps behind. It is a
   copy of the policy in the place of TRL's `VLLMGeneration`; what lies between it and the trainer is TRL's own.
 
@@ -59,6 +60,8 @@ SAMPLES = 8  # answers to each held-out prompt
 SITUATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo": ("ppo", {"num_ppo_epochs": 4}),
     "grpo": ("grpo", {"num_iterations": 4}),
+    "grpo 8": ("grpo", {"num_iterations": 8, "logging_steps": 8}),
+    "grpo 8 held": ("grpo", {"num_iterations": 8, "logging_steps": 8, "kl_sampler_target": 0.01}),
     "engine near": ("grpo", {"behind": 6}),
     "engine far": ("grpo", {"behind": 20}),
 }
@@ -148,7 +151,7 @@ def recipe_of(situation: str, kl: str, weights: str, seed: int, args: Arguments)
         else args.engine_steps
         if "behind" in stale
         else args.grpo_steps,
-        "logging_steps": min(LOGGING_STEPS, args.grpo_steps, args.ppo_steps),
+        "logging_steps": stale.get("logging_steps", min(LOGGING_STEPS, args.grpo_steps, args.ppo_steps)),
         "eval_on_start": False,
         "eval_strategy": "no",
         "disable_tqdm": True,
@@ -252,6 +255,8 @@ class Figures(NamedTuple):
     behind: float | None  # with an engine: KL(engine || policy), nats per answer
     ess: float | None
     gradient: float  # norm, the median
+    drift: float | None  # KL(policy || sampler) at a rollout's last update, nats per token
+    updates: float | None  # share of those that are made
 
 
 def figures(run: Run, start: float) -> Figures:
@@ -274,6 +279,8 @@ def figures(run: Run, start: float) -> Figures:
         behind=statistics.fmean(per_token) * statistics.fmean(lengths) if per_token else None,
         ess=statistics.fmean(ess) if ess else None,
         gradient=statistics.median(half("grad_norm")),
+        drift=statistics.fmean(half("kl/drift_last")) if half("kl/drift_last") else None,
+        updates=statistics.fmean(half("kl/updates")) if half("kl/updates") else None,
     )
 
 
@@ -290,6 +297,7 @@ def table_of(runs: list[Run], start: float, args: Arguments) -> Table:
     caption = f"{len(args.seeds)} seeds: mean (range). Accuracy before training: {start:.3f}."
     table = Table(title=f"Stale answers, KL held at {args.target} nats per sequence", caption=caption)
     names = ("accuracy", "KL", "gain / sqrt(KL)", "KL of batches / target", "swing", "behind", "ESS", "gradient norm")
+    names += ("drift", "updates")
     for column in ("run", *names):
         table.add_column(column, justify="left" if column == "run" else "right")
     for situation, kl, weights in itertools.product(args.situations, args.kls, args.weights):

@@ -76,6 +76,11 @@ class KLArguments:
     kl_signal: str | None = _option(
         None, "What the controller reads: k1, k3 or exact. Default: exact where it is computed anyway, else k3."
     )
+    kl_sampler_target: float | None = _option(
+        None,
+        "KL(policy || sampler), nats per token, up to which the updates of a rollout go on: after the first that is "
+        "computed beyond it, the others are left out. Default: none is. GRPO and PPO.",
+    )
     kl_horizon: float | None = _option(None, "Horizon of the adaptive controller, in episodes. Default 10000.")
     kl_kp: float | None = _option(None, "Proportional gain of the pid controller. Default 2.")
     kl_ki: float | None = _option(None, "Integral gain of the pid controller. Default 0.1.")
@@ -173,6 +178,16 @@ class KLArguments:
             return f"{kind} moves {name} from {start} to {self.kl_coef_end}"
         held = "each group at its own target" if self.kl_target is None else f"{self.kl_target:g} nats"
         return f"{kind} moves {name} from {start} to hold {held} per {self.kl_target_unit}, read from {self.kl_reading}"
+
+    @property
+    def kl_sampler_limit(self) -> str:
+        """What `kl_sampler_target` does, as a sentence; empty without one."""
+        if self.kl_sampler_target is None:
+            return ""
+        return (
+            f"The updates of a rollout end with the first that is computed at a KL(policy || sampler) above "
+            f"{self.kl_sampler_target:g} nats per token"
+        )
 
     @property
     def kl_is_penalised(self) -> bool:

@@ -12,7 +12,7 @@ from .chunked import TokenScores, chunked_exact_kl, chunked_exact_kl_from_logits
 from .estimators import kl_estimate, log_ratio
 from .exact import exact_kl
 from .gradients import expected_gradient
-from .importance import effective_sample_size, importance_weights
+from .importance import effective_sample_size, importance_weights, kl_to_sampler
 from .loss import kl_loss
 from .masking import fill_masked, last_token_index, masked_mean, masked_sum
 from .reward import kl_credit, leave_one_out_baseline
@@ -32,6 +32,7 @@ __all__ = [
     "kl_credit",
     "kl_estimate",
     "kl_loss",
+    "kl_to_sampler",
     "last_token_index",
     "leave_one_out_baseline",
     "log_ratio",

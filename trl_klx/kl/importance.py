@@ -6,13 +6,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .estimators import at_least_float32
+from .estimators import at_least_float32, kl_estimate, log_ratio
 from .masking import fill_masked, masked_sum
 
 WeightLevel = Literal["token", "prefix", "sequence"]
 WeightMode = Literal["truncate", "mask"]
 
 _LARGEST_LOG_WEIGHT = 60.0  # of a product, in nats: sums of many stay within float32
+_LOWEST_LOG_WEIGHT = -30.0  # of a token: from there down w log w - w + 1 is 1
 
 
 def importance_weights(
@@ -105,6 +106,31 @@ def _log_weights(logps: Tensor, sampler_logps: Tensor, mask: Tensor, level: str)
     if level == "sequence":
         return log_ratios.sum(-1, keepdim=True).expand_as(log_ratios)
     raise ValueError(f"level={level!r} is not one of token, prefix, sequence.")
+
+
+def kl_to_sampler(logps: Tensor, sampler_logps: Tensor) -> Tensor:
+    r"""Per-token estimate of KL(pi || mu), policy to sampler, from tokens that the sampler mu chose.
+
+        w_t log w_t - w_t + 1,   w_t = pi(a_t|s_t) / mu(a_t|s_t)
+
+    It is k3 of pi against mu, times w_t. Unbiased for KL(pi(.|s_t) || mu(.|s_t)) in the states that mu visited, and
+    never negative. (The KL of whole answers would weigh each state by the weights before it.) No gradient is meant to
+    go through it.
+
+    Args:
+        logps: log-probs of the sampled tokens under the policy, any shape, nats.
+        sampler_logps: the same tokens under the policy that sampled them, same shape.
+
+    Returns:
+        Values in nats per token, shape of `logps`, float32 or wider; 1 for a token that the policy rules out.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source: Schulman (2020), for the k3 that is weighted.
+    """
+    ratio = log_ratio(logps, sampler_logps).clamp(min=_LOWEST_LOG_WEIGHT)
+    return ratio.exp() * kl_estimate(ratio, torch.zeros_like(ratio), "k3")
 
 
 def answers_kept(

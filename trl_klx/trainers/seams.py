@@ -27,7 +27,8 @@ OVERRIDDEN = {
     # Every trainer, of transformers.Trainer
     "create_accelerator_and_postprocess": "with an exact KL FSDP2 does not round what models give",
     "train": "the run begins: what is watched starts from zero, and checkpoints are found and locked before a step",
-    "training_step": "beta moves after the last micro-batch of a step; PPO: a step is a rollout with all its updates",
+    "training_step": "beta moves after the last micro-batch of a step; PPO: a step is a rollout with all its updates; "
+    "GRPO: an update that is left out",
     "compute_loss": "the loss is watched; DeepSpeed gets one that it skips, because it steps within backward",
     "prediction_step": "PPO: an evaluation samples answers and scores them",
     "log": "the KL and what else is known at a log joins TRL's entry",
@@ -95,7 +96,7 @@ SWAPPED = {
 
 # Private attributes of their trainers that ours read or set, and why.
 READ = {
-    "_step": "the micro-batch of the rollout at which GRPO stands; a resumed run sets it",
+    "_step": "the micro-batch of the rollout at which GRPO stands; a resumed run sets it, and what is left out counts",
     "_buffered_inputs": "GRPO's rollout in use: a resumed run empties it, and samples again",
     "_metrics": "what TRL has collected for the next log",
     "_tokenizer": "the tokenizer, also of a processor (GRPO, DPO)",

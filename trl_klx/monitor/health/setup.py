@@ -94,8 +94,8 @@ def stale_sampler(
     return Finding(
         "; ".join(seen),
         "the policy moves far between sampling and its last update",
-        "take fewer updates per rollout (num_iterations, steps_per_generation, num_ppo_epochs), lower "
-        "learning_rate, set kl_is_cap",
+        "take fewer updates per rollout (num_iterations, steps_per_generation, num_ppo_epochs) or end them by "
+        "kl_sampler_target, lower learning_rate, set kl_is_cap",
     )
 
 

@@ -13,7 +13,7 @@ _FAR = 0.40  # KL(policy || sampler), nats per answer
 
 def notes(algorithm: Algorithm, args: Any) -> list[str]:
     """Everything beside estimator, placement and weight that changes what the KL does, or a note that nothing does."""
-    return [*algorithm.notes(args), *_moving(args), *_shared(algorithm, args)]
+    return [*algorithm.notes(args), *_moving(args), *_reused(algorithm, args), *_shared(algorithm, args)]
 
 
 def _moving(args: Any) -> Iterator[str]:
@@ -29,6 +29,15 @@ def _moving(args: Any) -> Iterator[str]:
         f"sync_ref_model: every {steps} steps the reference moves by {alpha:g} of the way to the policy; penalty and "
         f"target are about the reference as it is, and {start}."
     )
+
+
+def _reused(algorithm: Algorithm, args: Any) -> Iterator[str]:
+    if args.kl_sampler_limit:
+        yield (
+            f"{args.kl_sampler_limit} (kl_sampler_target): at least one, at most "
+            f"{algorithm.updates_per_rollout(args):g}. kl/updates is the share that is made, kl/drift_last the KL at a "
+            "rollout's last one."
+        )
 
 
 def _shared(algorithm: Algorithm, args: Any) -> Iterator[str]:

@@ -25,6 +25,7 @@ _NO_MEANING = {
     "kl_aggregation": "its KL is the mean over the completion tokens of a batch",
     "kl_group_column": "its KL is measured on the probe's prompts, which have no groups",
     "kl_group_targets": "its KL is measured on the probe's prompts, which have no groups",
+    "kl_sampler_target": "its answers come from a dataset and not from a sampler",
     "allow_biased_kl": "it takes one estimator, whose gradient is right",
 }
 # What only the probe gives a meaning to.

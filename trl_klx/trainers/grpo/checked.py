@@ -45,6 +45,7 @@ class CheckedGRPOTrainer(GRPOTrainer):
         ValueError: a dataset or a reward function cannot be used.
     """
 
+    args: Any
     model: PreTrainedModel
     reward_funcs: list[Any]
     _notes = _RolloutNotes()  # of the rollout that runs
@@ -99,6 +100,21 @@ class CheckedGRPOTrainer(GRPOTrainer):
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+    @property
+    def _is_first_use(self) -> bool:
+        """Whether the policy has not been trained on the answers of this micro-batch (`num_iterations`)."""
+        earlier_uses = self._step // self.args.micro_batches_per_rollout % self.num_iterations
+        return not self.model.training or earlier_uses == 0
+
+    def _reuses_rollout(self) -> bool:
+        """Whether the next step trains on answers of the rollout in use (TRL's own condition)."""
+        return self._step % (self.args.micro_batches_per_rollout * self.num_iterations) != 0
+
+    @property
+    def _accumulation(self) -> float:
+        """Micro-batches that one optimizer step sums up; evaluation takes each batch for itself."""
+        return self.current_gradient_accumulation_steps if self.model.training else 1.0
 
     @property
     def _ends_are_miscounted(self) -> bool:

@@ -72,6 +72,7 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
             self.check_gold,
             partial(check_weights, self.reward_weights),
             self._check_trl_options,
+            self._check_reuse,
             partial(check_sampling, self),
             self._check_reward_reaches_every_token,
             self._tell_what_is_not_exact,
@@ -82,6 +83,7 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
         check(self)
         self.use_bias_correction_kl = self.kl_importance_sampling != "none"
         super().__post_init__()
+        self._check_reuse()  # of a rollout that generation_batch_size gives, whose micro-batches TRL has counted by now
 
     def _tell_what_is_not_exact(self) -> None:
         for sentence in (rounded_target(self), uncorrected_reward(self)):
@@ -94,6 +96,33 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
             raise ValueError(
                 "use_liger_kernel=true computes TRL's loss in a fused kernel with its own k3 KL: set it to false, or "
                 "install trl>=1.16, where it only swaps layers."
+            )
+
+    def _check_reuse(self) -> None:
+        """Whether `kl_sampler_target` has updates to leave out, and can leave them out."""
+        target, accumulated = self.kl_sampler_target, self.gradient_accumulation_steps
+        if target is None:
+            return
+        if self.fp16:
+            raise ValueError(
+                f"kl_sampler_target={target} leaves steps without a gradient, on which the gradient scaler of "
+                "fp16=true fails: use bf16 or float32, or remove kl_sampler_target."
+            )
+        if self.steps_per_generation is None and self.generation_batch_size is not None:
+            return
+        uses = self.num_iterations * (self.steps_per_generation or accumulated)
+        size = (
+            f"num_iterations={self.num_iterations} and steps_per_generation={self.steps_per_generation or accumulated}"
+        )
+        if uses <= accumulated:
+            raise ValueError(
+                f"kl_sampler_target={target} ends the updates of a rollout before its last and a rollout has one "
+                f"({size}, gradient_accumulation_steps={accumulated}): remove it, or raise num_iterations."
+            )
+        if uses % accumulated:
+            raise ValueError(
+                f"kl_sampler_target={target} leaves out whole optimizer steps and one of them would use two rollouts: "
+                f"let gradient_accumulation_steps={accumulated} divide the micro-batches of a rollout ({size})."
             )
 
     def _check_reward_reaches_every_token(self) -> None:

@@ -33,6 +33,7 @@ from ..session.groups import group_names
 from ..session.metrics import PooledSums
 from ..session.prompts import RolloutPrompts
 from ..shared.baseline import baseline_of_others
+from ..shared.drift import SamplerDrift
 from ..shared.lifecycle import Lifecycle
 from ..shared.step_guard import KL, POLICY, REFERENCE, REWARDS
 from .aggregation import TOKEN_MEANS, mean_as_trl
@@ -100,7 +101,8 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
             super().__init__(model, reward_funcs, args, *data, *positional, **kwargs)
         moving = MovingReference(self, self._reuses_rollout) if args.sync_ref_model else None
         keeper = ReferenceKeeper(self, in_policy=args.kl_is_measured, moving=moving)
-        self._hold_parts(keeper, kl_groups, gold_reward_func)
+        self.drift = SamplerDrift(self)
+        self._hold_parts(keeper, kl_groups, gold_reward_func, more=[self.drift])
         self._prompts = RolloutPrompts(self.accelerator)
         self.kl_term = args.kl_term()
         self._exact: ExactKLForward | None = None
@@ -110,6 +112,21 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         self._health_sums = PooledSums(self.accelerator, ("seen", "hidden", "answers"))
         scale = None if self.scale_rewards == "none" else 1.0
         self._watch_health(self.model, gain="reward", entropy="entropy", tokenizer=self._tokenizer, reward_scale=scale)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.left_out = self.drift.stopped and self._reuses_rollout()
+        loss = self._left_out_step() if self.left_out else super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and not self.left_out:
+            self.drift.end_update(is_last=not self._reuses_rollout())
+        return loss
+
+    def _left_out_step(self) -> Tensor:
+        """A micro-batch without forward and backward: where no parameter has a gradient, no optimizer moves any."""
+        self._step += 1
+        if self.accelerator.sync_gradients:
+            self.drift.leave_out(1)
+            self._end_step()
+        return torch.zeros((), device=self.accelerator.device)
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {**super()._checkpoint_state(), "micro_batches": self._step}
@@ -172,6 +189,8 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         self.guard.check_weights()
+        if self.model.training:
+            self.drift.begin_rollout()
         if not self.args.kl_is_measured:
             return super()._generate_and_score_completions(inputs)
         in_reward = self.kl_term.in_reward and self.args.kl_is_penalised
@@ -207,10 +226,6 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         batch |= {"ref_per_token_logps": scoring.logps, "origin_per_token_logps": origin_logps}
         if tokens is not None and scoring.hidden is not None:
             batch["ref_hidden_states"] = list(map(RefStates, scoring.hidden, tokens.scored))
-
-    def _reuses_rollout(self) -> bool:
-        """Whether the next step trains on answers of the rollout in use (TRL's own condition)."""
-        return self._step % (self.args.micro_batches_per_rollout * self.num_iterations) != 0
 
     def _drop_ref_states(self) -> None:
         """Free the reference's hidden states of the last rollout, which TRL keeps until it has the next."""
@@ -263,17 +278,23 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
     def _compute_loss(self, model, inputs):
         if self.model.training and "unscored" in inputs:
             self.guard.watch(REWARDS, torch.where(inputs["unscored"], torch.nan, 0.0))
-        if not self.args.kl_is_measured:
+        is_measured = self.args.kl_is_measured
+        if not is_measured and self.args.kl_sampler_target is None:
             return super()._compute_loss(model, inputs)
-        check_rollout(self, inputs)
+        if is_measured:
+            check_rollout(self, inputs)
         mask = loss_mask(inputs)
         tape = Tape(self._exact, self._ask(inputs, grad=self.kl_term.estimator == "exact" and self.kl_term.in_loss))
         penalised = self._with_kl_advantages(inputs)
         with swapped(self, beta=0.0, _tape=tape):  # TRL's own KL is off
             loss = super()._compute_loss(model, penalised)
         policy = self._applied(tape.one())
-        self.sampling.tell_what_changed(policy.logps.detach(), inputs, mask)
         sampler_logps = sampler_logps_of(policy.logps.detach(), inputs)
+        if sampler_logps is not None and self.model.training:
+            self.drift.add(policy.logps, sampler_logps, mask)
+        if not is_measured:
+            return loss
+        self.sampling.tell_what_changed(policy.logps.detach(), inputs, mask)
         self._measure(policy, inputs, mask, sampler_logps)
         return self._with_kl(loss, policy, inputs, mask, sampler_logps) if self.args.kl_is_penalised else loss
 
@@ -295,11 +316,6 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         """Beta, (B, 1) where it differs by group."""
         return self.kl.coef_of(inputs["kl_groups"]) if "kl_groups" in inputs else self.beta
 
-    @property
-    def _accumulation(self) -> float:
-        """Micro-batches that one optimizer step sums up; evaluation takes each batch for itself."""
-        return self.current_gradient_accumulation_steps if self.model.training else 1.0
-
     def _with_kl_advantages(self, inputs: dict) -> dict:
         """Subtract beta times the KL credit, (B, C), from the normalised advantages, (B,). Beta is today's."""
         if "kl_credit" not in inputs:
@@ -308,12 +324,6 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         advantages = inputs["advantages"]
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         return {**inputs, "advantages": advantages - self._beta_of(inputs) * inputs["kl_credit"]}
-
-    @property
-    def _is_first_use(self) -> bool:
-        """Whether the policy has not been trained on the answers of this micro-batch (`num_iterations`)."""
-        earlier_uses = self._step // self.args.micro_batches_per_rollout % self.num_iterations
-        return not self.model.training or earlier_uses == 0
 
     def _measure(self, policy: Scoring, inputs: dict, mask: Tensor, sampler_logps: Tensor | None) -> None:
         """Take the KL into the statistics: of the policy's own tokens, in the states of whoever sampled them.

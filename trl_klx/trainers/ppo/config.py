@@ -87,6 +87,11 @@ class KLXPPOConfig(KLArguments, GoldArguments, PPOArguments):
                 f"num_mini_batches={self.num_mini_batches} must divide the rollout of {self.rollout_size} answers per "
                 "process (per_device_train_batch_size * gradient_accumulation_steps)."
             )
+        if self.kl_sampler_target is not None and self.num_ppo_epochs * self.num_mini_batches == 1:
+            raise ValueError(
+                f"kl_sampler_target={self.kl_sampler_target} ends the updates of a rollout before its last and "
+                "num_ppo_epochs=1 with num_mini_batches=1 has one: remove it, or raise num_ppo_epochs."
+            )
 
     def _check_ppo_choices(self) -> None:
         check_neftune(self.neftune_noise_alpha)

@@ -30,6 +30,7 @@ from ..seams import check_trl_version
 from ..session.applied import KL_IN_REWARD, REACHED
 from ..session.coefficient import KLCoefficient
 from ..shared.baseline import baseline_of_others
+from ..shared.drift import SamplerDrift
 from ..shared.engine import policy_ratio
 from ..shared.lifecycle import Lifecycle
 from ..shared.step_guard import KL, LOSS, POLICY, REFERENCE, VALUES
@@ -129,7 +130,9 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
             adapter=adapter,
             moving=MovingReference(self) if args.sync_ref_model else None,
         )
-        self._hold_parts(keeper, made.kl_groups, gold_reward_func, more=[] if self.engine is None else [self.engine])
+        self.drift = SamplerDrift(self)
+        engine = [] if self.engine is None else [self.engine]
+        self._hold_parts(keeper, made.kl_groups, gold_reward_func, more=[*engine, self.drift])
         self.kl_term = term = args.kl_term()
         self.kl_in_reward = args.kl_is_penalised and term.in_reward
         self.kl_in_loss = args.kl_is_penalised and term.in_loss
@@ -237,6 +240,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         tokens = self._tokens(experience.rollout, minibatches)
         total = torch.zeros((), device=self.accelerator.device)
         outputs: list[LossOutputs] = []
+        self.drift.begin_rollout()
         for number, (rows, count) in enumerate(zip(minibatches, tokens, strict=True)):
             if number > 0:
                 self._optimizer_step(model)
@@ -246,7 +250,12 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
                 model.zero_grad()
             total += loss
             outputs += parts
-        return total / len(minibatches), outputs
+            left = len(minibatches) - number - 1
+            self.drift.end_update(is_last=left == 0)
+            if self.drift.stopped:
+                self.drift.leave_out(left)
+                break
+        return total / (number + 1), outputs
 
     def _tokens(self, rollout: Rollout, minibatches: list[Tensor]) -> list[int]:
         """The tokens of each minibatch that count, on all processes."""
@@ -286,6 +295,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         entropy: Entropy = "trained" if self.args.entropy_coef else "measured"
         scores = self.sampler.scores(model, part, part.ref_hidden, entropy=entropy)
         assert scores.entropy is not None
+        self.drift.add(scores.logps, part.sampler_logps, part.mask)
         per_token, policy_metrics = policy_loss(scores.logps, batch, self._clipping)
         value_error, value_metrics = value_loss(scores.values, batch, self._clipping)
         per_token = per_token + self.args.vf_coef * value_error - self.args.entropy_coef * scores.entropy

@@ -33,6 +33,8 @@ def _rows(trainer: Any) -> Iterator[tuple[str, str]]:
     yield "machine", _machine(trainer.accelerator)
     yield "precision", _precision(policy, trainer.accelerator.mixed_precision)
     yield "KL", _kl(args)
+    if args.kl_sampler_limit:
+        yield "updates", args.kl_sampler_limit
     trackers = [name for name in args.report_to if name != "none"]
     reported = f"; {', '.join(trackers)}" if trackers else ""
     yield "output", f"{args.output_dir}{reported}"

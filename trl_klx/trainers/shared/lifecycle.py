@@ -72,6 +72,7 @@ class Lifecycle(Trainer):
     recipe: Settings | None = None
     given_args: Any = None
     reward_func_names: list[str] = []
+    left_out = False  # whether the step takes no update, because the policy is too far from its sampler
     hub_model_id: Any
     _metrics: Any = None  # TRL's own, where its trainer has some
     _trl_sends_answers = False  # whether TRL's trainer itself has log_completions

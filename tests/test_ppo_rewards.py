@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from support.device import DEVICE
 from support.ppo_tools import ANSWERS, classifier, first_rollout, messages, trainer
 from support.tiny import CHARACTERS, digit_reward, tiny_dataset, tiny_tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -169,7 +170,7 @@ def test_a_reward_model_reads_the_text_with_its_own_tokenizer(tmp_path: Path, si
     rollout = first_rollout(made)
     texts = [prompt + text for prompt, text in zip(tiny_dataset(16)["prompt"][:8], TEXTS, strict=True)]
     for text, score in zip(texts, rollout.scores, strict=True):
-        ids = tokenizer(text=text, return_tensors="pt")
+        ids = tokenizer(text=text, return_tensors="pt").to(DEVICE)
         with torch.no_grad():
             expected = model.base_model(**ids).last_hidden_state[:, -1] @ model.score.weight.T
         assert float(score) == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
@@ -210,7 +211,7 @@ def test_a_reward_model_reads_messages_through_its_own_template(tmp_path: Path) 
     )
     rollout = first_rollout(made)
     for row, text in enumerate(TEXTS):
-        ids = tokenizer(text=f"{row}+{row}=a{text}a", return_tensors="pt")
+        ids = tokenizer(text=f"{row}+{row}=a{text}a", return_tensors="pt").to(DEVICE)
         with torch.no_grad():
             expected = model.base_model(**ids).last_hidden_state[:, -1] @ model.score.weight.T
         assert float(rollout.scores[row]) == pytest.approx(float(expected), rel=1e-4, abs=1e-5)

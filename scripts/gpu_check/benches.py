@@ -14,7 +14,7 @@ RATIOS = {1536: 1.6, 3584: 1.35, 4096: 1.35}
 PEAK = 1e9  # bytes, with a frozen head at a vocabulary of 152,000
 ERRORS = {"value": 0.01, "gradient of hidden": 0.02, "gradient of head": 0.02}
 EXACT_STEP, SAMPLED_STEP = 1.08, 1.01  # of stock's
-ROUNDS = 9
+ROUNDS = 7
 _VARIANTS = ("stock again", "k1 reward", "k2 loss", "k3 loss", "exact loss", "exact both")
 
 

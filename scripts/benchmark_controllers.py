@@ -5,8 +5,7 @@ python scripts/benchmark_controllers.py --output controllers.json
 Plants, courses and figures are those of `trl_klx/control/plants.py`; the second table is of plants that were fitted to
 real runs (`trl_klx/control/learners.py`), its figures those of `control_bench/figures.py`, of the true KL. All
 controllers have default settings where their name gives none, and meet the same plants and noise. `trl-klx
-controllers` compares settings on the first; this script adds a PID with constant gains, and ours without each of its
-parts.
+controllers` compares settings on the first.
 """
 
 import argparse
@@ -22,35 +21,19 @@ from rich.console import Console
 from rich.table import Table
 
 from trl_klx.cli.controllers_command import add_plant_options, figures_table, plants_of
-from trl_klx.control import Controller, PIDController, make_controller
+from trl_klx.control import Controller, make_controller
 from trl_klx.control.learners import FITTED, make_learners, simulate
 from trl_klx.control.plants import WINDOW, Figures, phase_figures, run_courses
 
-
-class PlainPID(PIDController):
-    """A PID with constant gains and without patience."""
-
-    lowest_error = -0.5
-    patience = math.inf
-
-    def __init__(self, coef: float, *, kp: float = 0.5, ki: float = 0.02, **target_and_bounds: float) -> None:
-        super().__init__(coef, kp=kp, ki=ki, gain_min=1.0, **target_and_bounds)
-
-
-class ImpatientPID(PIDController):
-    patience = math.inf
-
-
 # name: kind, and settings other than the defaults
-CONTROLLERS: dict[str, tuple[str | type[Controller], dict[str, float]]] = {
+CONTROLLERS: dict[str, tuple[str, dict[str, float]]] = {
     "fixed": ("fixed", {}),
     "adaptive": ("adaptive", {}),
     "pid": ("pid", {}),
-    "plain pid": (PlainPID, {}),
-    # With the gains that were tuned by hand for the starter task; then our law without each of its parts.
-    "plain pid, kp 4, ki 0.04": (PlainPID, {"kp": 4.0, "ki": 0.04}),
     "pid, constant gain": ("pid", {"gain_min": 1.0}),
-    "pid, no patience": (ImpatientPID, {}),
+    "pid, half the gains": ("pid", {"kp": 1.0, "ki": 0.05}),
+    "pid, kp 1": ("pid", {"kp": 1.0}),
+    "pid, ki 0.05": ("pid", {"ki": 0.05}),
 }
 
 
@@ -65,9 +48,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def make(name: str, beta: float, target: float) -> Controller:
     kind, settings = CONTROLLERS[name]
-    if isinstance(kind, str):
-        return make_controller(kind, beta, target=None if kind == "fixed" else target, **settings)
-    return kind(beta, target=target, **settings)
+    return make_controller(kind, beta, target=None if kind == "fixed" else target, **settings)
 
 
 UPDATES = 150  # on plants that learn

@@ -15,19 +15,18 @@ from typing import Any
 import pytest
 
 import trl_klx.control
-from trl_klx.control import Controller, make_controller
+from trl_klx.control import KINDS, Controller, make_controller
 
 NAN, INF = math.nan, math.inf
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "fixed": {"coef": 0.05},
     "adaptive": {"coef": 0.05, "target": 0.1, "horizon": 500},
-    "pid": {"coef": 0.05, "target": 0.1, "kd": 0.3},
+    "pid": {"coef": 0.05, "target": 0.1},
     "linear": {"coef": 0.05, "coef_end": 0.003, "total": 40},
     "cosine": {"coef": 0.05, "coef_end": 0.003, "total": 40},
 }
 HEEDING = ("adaptive", "pid")  # the kinds that look at the KL
-PLAIN = {"kp": 0.5, "ki": 0.02, "gain_min": 1.0}  # weak and constant gains, for figures by hand
 SCHEDULES = ("linear", "cosine")
 
 
@@ -70,44 +69,42 @@ def test_adaptive_keeps_beta_positive_for_any_batch() -> None:
 
 def pid_by_the_book(readings: list[float], targets: list[float], settings: dict[str, float]) -> list[float]:
     """The betas that the equations in the docstring give for finite readings from beta 0.05, written out anew."""
-    kp, ki, kd, gain_min = (settings[name] for name in ("kp", "ki", "kd", "gain_min"))
-    low, high = math.log(settings["coef_min"] / 0.05), math.log(settings["coef_max"] / 0.05)
-    smooth: list[float] = []
-    sides: list[bool] = []  # of the target, of errors beyond 0.2
-    betas, integral, gain, slope, risen, below = [0.05], 0.0, 1.0, 0.0, False, 0
-    for t, target in enumerate(targets, start=1):
-        weights = [0.8**age for age in range(t)]
-        smooth.append(sum(w * kl for w, kl in zip(weights, reversed(readings[:t]), strict=True)) / sum(weights))
-        error = min(max(math.log(smooth[-1] / target), -0.3), 2.0) if smooth[-1] > 0 else -0.3
-        new_target = t > 1 and target != targets[t - 2]
-        if new_target:
-            sides, below = [], 0
-        if abs(error) > 0.2:
+    kp, ki, gain_min = (settings[name] for name in ("kp", "ki", "gain_min"))
+    low, high = settings["coef_min"], settings["coef_max"]
+    kept: list[float] = []  # readings, bounded
+    sides: list[bool] = []  # of the target, of errors beyond 0.25
+    betas, mean, gain, above, smooth, last = [0.05], math.log(0.05), 1.0, 0, 0.0, None
+    for t, (reading, target) in enumerate(zip(readings, targets, strict=True), start=1):
+        kept.append(min(reading, 3 * max(smooth, target)))
+        weights = [0.7**age for age in range(t)]
+        smooth = sum(w * kl for w, kl in zip(weights, reversed(kept), strict=True)) / sum(weights)
+        if t > 1 and target != targets[t - 2]:
+            sides, above = [], 0
+        if smooth <= 0:
+            betas.append(betas[-1])
+            last = None
+            continue
+        error = min(max(math.log(smooth / target), -1.0), 1.0)
+        if abs(error) > 0.25:
             sides.append(error > 0)
             gain = max(0.7 * gain, gain_min) if sides[-2:] in ([False, True], [True, False]) else min(1.01 * gain, 1.0)
-        comparable = t > 1 and min(smooth[-2:]) > 0 and not new_target
-        slope = 0.8 * slope + (0.2 * math.log(smooth[-1] / smooth[-2]) if comparable else 0.0)
-        risen = risen or smooth[-1] > target / 2
-        fast = gain * kp * error + gain * kd * slope
-        if risen or t > 30:
-            output, below = fast + integral, (below + 1 if error < 0 else 0)
-            step = gain * ki * error * 30 / (30 + below)
-            integral = min(max(output + step, min(low, output)), max(high, output)) - fast
-        before = math.log(betas[-1] / 0.05)
-        moved = min(max(fast + integral, before - 0.2), before + 0.2)
-        betas.append(0.05 * math.exp(min(max(moved, low), high)))
+        above = above + 1 if error > 0 else 0
+        mean = 69 / 70 * mean + math.log(betas[-1]) / 70
+        pace = min((20 + above) / 20, 3) if error > 0 else math.exp(min(0.0, math.log(betas[-1]) - mean))
+        move = kp * (error - (error if last is None else last)) + ki * pace * max(error, -0.5)
+        betas.append(min(max(betas[-1] * math.exp(gain * move), low), high))
+        last = error
     return betas[1:]
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_pid_equals_a_second_implementation(seed: int) -> None:
     rng = random.Random(seed)
-    settings = {"kp": 2.0, "ki": 0.1, "kd": rng.choice([0.0, 2.0]), "gain_min": rng.choice([0.15, 0.5, 1.0])}
-    settings |= {"coef_min": 0.02, "coef_max": 0.3}
-    readings = [0.03 * math.exp(rng.gauss(0, 0.3)) for _ in range(45)]  # a slow rise, longer than the 30 updates
+    settings = {"kp": 2.0, "ki": 0.1, "gain_min": rng.choice([0.15, 0.5, 1.0]), "coef_min": 0.02, "coef_max": 0.3}
+    readings = [0.0, 0.0] + [0.03 * math.exp(rng.gauss(0, 0.3)) for _ in range(45)]
     readings += [0.1 * math.exp(1.5 * math.sin(k / 9) + rng.gauss(0, 0.3)) for k in range(200)]
     readings[140:144] = [-0.5, -0.2, 0.0, 0.01]
-    targets = [0.1] * 90 + [0.25] * 155
+    targets = [0.1] * 90 + [0.25] * 157
     controller = make_controller("pid", 0.05, target=0.1, **settings)
     betas = []
     for reading, target in zip(readings, targets, strict=True):
@@ -120,30 +117,34 @@ def test_pid_equals_a_second_implementation(seed: int) -> None:
 
 
 def test_pid_defaults() -> None:
-    settings = {"kp": 2.0, "ki": 0.1, "kd": 0.0, "gain_min": 0.15, "coef_min": 0.0005, "coef_max": 5.0}
-    assert example("pid", kd=None).state_dict() == example("pid", **settings).state_dict()
+    settings = {"kp": 1.75, "ki": 0.1, "gain_min": 0.2, "coef_min": 0.0005, "coef_max": 5.0}
+    assert example("pid", ki=None).state_dict() == example("pid", **settings).state_dict()
 
 
-def gains(controller: Controller, levels: Iterable[float]) -> list[float]:
-    """The gain after readings of which each makes the smoothed KL the level, in multiples of the target of 0.1."""
+def feed_levels(controller: Controller, levels: Iterable[float]) -> list[dict[str, Any]]:
+    """The states after readings of which each makes the smoothed KL the level, in multiples of the target of 0.1."""
     out, total = [], 0.0
     for t, level in enumerate(levels, start=1):
-        reading = (0.1 * level * (1 - 0.8**t) - 0.8 * total) / 0.2
-        total = 0.8 * total + 0.2 * reading
+        reading = (0.1 * level * (1 - 0.7**t) - 0.7 * total) / 0.3
+        total = 0.7 * total + 0.3 * reading
         controller.update(reading)
-        out.append(controller.state_dict()["gain"])
+        out.append(controller.state_dict())
     return out
 
 
+def gains(controller: Controller, levels: Iterable[float]) -> list[float]:
+    return [state["gain"] for state in feed_levels(controller, levels)]
+
+
 def test_pid_lowers_its_gain_at_each_swing_and_raises_it_where_an_error_stays() -> None:
-    """A swing goes from beyond 0.2 in the log on one side of the target to beyond it on the other."""
-    levels = [1.3, 1.1, 0.9, 1.3, 0.8, 0.8, 1.0, 0.75, 1.3, 1.15, 1.3]
+    """A swing goes from beyond 0.25 in the log on one side of the target to beyond it on the other."""
+    levels = [1.3, 1.1, 0.9, 1.3, 0.75, 0.75, 1.0, 0.7, 1.3, 1.15, 1.3]
     expected = [1, 1, 1, 1, 0.7, 0.7 * 1.01, 0.7 * 1.01, 0.7 * 1.01**2, 0.49 * 1.01**2, 0.49 * 1.01**2, 0.49 * 1.01**3]
     assert gains(make_controller("pid", 0.05, target=0.1), levels) == pytest.approx(expected)
-    assert gains(make_controller("pid", 0.05, target=0.1), [1.3, 0.8] * 20)[-1] == 0.15
-    assert gains(make_controller("pid", 0.05, target=0.1, gain_min=0.6), [1.3, 0.8] * 20)[-1] == 0.6
-    assert gains(make_controller("pid", 0.05, target=0.1), [1.3, 0.8] + [0.8] * 200)[-1] == 1.0
-    assert gains(make_controller("pid", 0.05, target=0.1), [1.3, -0.1])[-1] == 0.7  # no log: far below
+    assert gains(make_controller("pid", 0.05, target=0.1), [1.3, 0.75] * 20)[-1] == 0.2
+    assert gains(make_controller("pid", 0.05, target=0.1, gain_min=0.6), [1.3, 0.75] * 20)[-1] == 0.6
+    assert gains(make_controller("pid", 0.05, target=0.1), [1.3, 0.75] + [0.75] * 200)[-1] == 1.0
+    assert gains(make_controller("pid", 0.05, target=0.1), [1.3, -0.1])[-1] == 1.0  # no log, so nothing is known
     resumed = make_controller("pid", 0.05, target=0.1, gain_min=0.6)
     resumed.load_state_dict({**resumed.state_dict(), "gain": 0.2})  # from a run with a lower gain_min
     assert gains(resumed, [1.3])[-1] == 0.6
@@ -154,89 +155,86 @@ def test_pid_takes_no_change_of_target_for_a_swing() -> None:
     feed(controller, [0.15] * 5)
     controller.target = 0.5
     assert feed(controller, [0.15]) and controller.state_dict()["gain"] == 1.0
-    feed(controller, [5.0])  # but this is one
+    feed(controller, [1.4] * 2)  # but this is one, at the second
     assert controller.state_dict()["gain"] == 0.7
 
 
-def test_pid_gain_multiplies_all_three_parts() -> None:
+def test_pid_gain_multiplies_both_parts() -> None:
     """From the same state, a gain of a half with doubled settings is the same controller."""
-    whole = make_controller("pid", 0.05, target=0.1, kp=0.2, ki=0.02, kd=0.4, gain_min=0.5)
-    halved = make_controller("pid", 0.05, target=0.1, kp=0.4, ki=0.04, kd=0.8, gain_min=0.5)
-    state = {**halved.state_dict(), "gain": 0.5}
-    halved.load_state_dict(state)
-    readings = [0.09, 0.1, 0.11, 0.1, 0.095]  # errors below 0.2 leave the gain alone
+    whole = make_controller("pid", 0.05, target=0.1, kp=0.2, ki=0.02, gain_min=0.5)
+    halved = make_controller("pid", 0.05, target=0.1, kp=0.4, ki=0.04, gain_min=0.5)
+    halved.load_state_dict({**halved.state_dict(), "gain": 0.5})
+    readings = [0.09, 0.1, 0.11, 0.1, 0.095]  # errors below 0.25 leave the gain alone
     assert feed(halved, readings) == pytest.approx(feed(whole, readings), rel=1e-12)
 
 
-def test_pid_waits_at_most_30_updates_for_the_kl_to_rise() -> None:
-    betas = feed(make_controller("pid", 0.05, target=0.1, **PLAIN), [0.01] * 33)
-    log_ratio = [math.log(beta / 0.05) for beta in betas]
-    assert log_ratio[:30] == pytest.approx([-0.15] * 30)  # kp e alone
-    steps = [0.02 * 0.3 * 30 / (30 + waited) for waited in (1, 2, 3)]  # and ki e from update 31 on, less each time
-    assert log_ratio[30:] == pytest.approx([-0.15 - sum(steps[: count + 1]) for count in range(3)])
+def test_pid_is_ki_times_the_error_expected_after_kp_over_ki_updates() -> None:
+    """A KL that rises by 4 % an update, 17.5 updates ahead: beta turns where the KL will be at the target then."""
+    levels = [0.4 * 1.04**k for k in range(24)]
+    betas = [0.05, *(state["beta"] for state in feed_levels(make_controller("pid", 0.05, target=0.1), levels))]
+    moves = [math.log(later / earlier) for earlier, later in pairwise(betas)]
+    ahead = [math.log(level) + 17.5 * math.log(1.04) for level in levels]
+    inside = [k for k, level in enumerate(levels) if k > 0 and math.exp(-0.5) < level < 1]
+    assert len(inside) > 10
+    for k in inside:  # beta is above its mean, so that nothing holds it back
+        assert moves[k] == pytest.approx(0.1 * ahead[k], rel=1e-9)
 
 
-def test_pid_waits_no_more_once_the_kl_has_risen() -> None:
-    controller = make_controller("pid", 0.05, target=0.1, kp=0, ki=0.02)
-    feed(controller, [0.06])  # above half the target, once
-    log_ratio = [math.log(beta / 0.05) for beta in feed(controller, [-1.0, -1.0, -1.0])]
-    steps = [-0.02 * 0.3 * 30 / (30 + below) for below in (1, 2, 3, 4)]  # log(0.06 / 0.1) is clipped
-    assert log_ratio == pytest.approx([sum(steps[:2]), sum(steps[:3]), sum(steps)])
+def test_pid_does_nothing_while_there_is_no_kl_and_little_while_it_is_far_below() -> None:
+    controller = make_controller("pid", 0.05, target=0.1)
+    assert set(feed(controller, [0.0, 0.0, -0.1, 0.0])) == {0.05}
+    rising = [1e-7 * 3**k for k in range(10)]  # to a fiftieth of the target
+    betas = [0.05, *feed(make_controller("pid", 0.05, target=0.1), rising)]
+    moves = [math.log(later / earlier) for earlier, later in pairwise(betas)]
+    assert moves[0] == pytest.approx(-0.05)  # no more for the rise than for a KL that stays
+    assert all(-0.05 < earlier < later < -0.03 for earlier, later in pairwise(moves[1:]))
 
 
-def test_pid_patience_starts_anew_above_the_target_and_with_a_new_target() -> None:
-    """Under a KL that stays low beta sinks as 1 / time, not exponentially."""
-    settings = {"kp": 0.0, "ki": 0.1, "gain_min": 1.0, "coef_min": 1e-9}
+def test_pid_takes_a_first_kl_far_above_the_target_for_no_rise() -> None:
+    assert make_controller("pid", 0.05, target=0.1).update(0.2) == pytest.approx(0.05 * 2 ** (0.1 * 1.05))
 
-    def last_step(controller: Controller) -> float:
-        before = controller.value
-        return math.log(controller.update(0.04) / before)
 
-    controller = make_controller("pid", 0.05, target=0.1, **settings)
-    feed(controller, [0.04] * 1000)
-    assert last_step(controller) == pytest.approx(-0.03 * 30 / (30 + 971))
-    assert 0.05 / controller.value == pytest.approx((1 + 971 / 30) ** 0.9, rel=0.05)
+INTEGRAL = {"kp": 0.0, "ki": 0.1, "gain_min": 1.0, "coef_min": 1e-12, "coef_max": 1e12}
+
+
+def last_move(controller: Controller, kl: float) -> float:
+    before = controller.value
+    return math.log(controller.update(kl) / before)
+
+
+def test_pid_sinks_freely_to_its_mean_and_slowly_below() -> None:
+    """Far below the target for good, r settles where beta sinks with its mean: r = exp(-70 ki 0.5 r)."""
+    controller = make_controller("pid", 0.05, target=0.1, **INTEGRAL)
+    feed(controller, [0.01] * 400)
+    pace = -last_move(controller, 0.01) / 0.05
+    assert pace == pytest.approx(math.exp(-70 * 0.05 * pace), rel=0.02)
+    assert 0.3 < pace < 0.5
+    feed(controller, [1.0] * 40)  # up again, by far more than the mean follows
+    assert last_move(controller, -0.9) > 0  # the smoothed KL is still above
+    feed(controller, [0.01] * 10)
+    assert last_move(controller, 0.01) == pytest.approx(-0.05)
+
+
+def test_pid_rises_the_faster_the_longer_the_kl_is_above_up_to_three_times() -> None:
+    controller = make_controller("pid", 0.05, target=0.1, **INTEGRAL)
+    moves = [last_move(controller, 0.2) / (0.1 * math.log(2)) for _ in range(60)]
+    assert moves == pytest.approx([min(1 + k / 20, 3) for k in range(1, 61)])
     controller.target = 0.09
-    assert last_step(controller) == pytest.approx(-0.03 * 30 / 31)
-    feed(controller, [0.04] * 99)
-    feed(controller, [0.5])  # the smoothed KL is above the target
-    feed(controller, [-0.5] * 1)
-    assert last_step(controller) == pytest.approx(-0.03 * 30 / 32)
+    assert last_move(controller, 0.2) == pytest.approx(0.1 * math.log(0.2 / 0.09) * 1.05)
+    controller.target = 0.09  # no other one
+    assert last_move(controller, 0.2) == pytest.approx(0.1 * math.log(0.2 / 0.09) * 1.1)
 
 
-def test_pid_error_is_clipped_to_2_upwards() -> None:
-    controller = make_controller("pid", 0.05, target=0.1, kp=0.01, ki=0)
-    assert controller.update(1e6) == pytest.approx(0.05 * math.exp(0.01 * 2))
-
-
-def test_pid_slope_by_hand() -> None:
-    controller = make_controller("pid", 0.05, target=0.1, kp=0, ki=0, kd=0.5, gain_min=1)
-    assert controller.update(0.1) == pytest.approx(0.05, rel=1e-12)  # nothing to compare with
-    smooth = (0.8 * 0.2 * 0.1 + 0.2 * 0.2) / (1 - 0.8**2)
-    slope = 0.2 * math.log(smooth / 0.1)
-    assert controller.update(0.2) == pytest.approx(0.05 * math.exp(0.5 * slope), rel=1e-12)
-    # No difference is taken where the smoothed KL has no log; the slope just fades.
-    assert controller.update(-10.0) == pytest.approx(0.05 * math.exp(0.5 * 0.8 * slope), rel=1e-12)
-    assert controller.update(9.0) == pytest.approx(0.05 * math.exp(0.5 * 0.64 * slope), rel=1e-12)
-
-
-@pytest.mark.parametrize("level", [1e-4, 0.1, 100.0])
-def test_pid_rising_kl_raises_beta_through_kd(level: float) -> None:
-    rising = [level * 1.1**k for k in range(10)]
-    controller = make_controller("pid", 0.05, target=0.1, kp=0, ki=0, kd=0.2)
-    betas = feed(controller, rising)
-    assert all(later > earlier for earlier, later in pairwise(betas))
-    assert all(later < betas[-1] for later in feed(controller, [level / 2] * 10)[5:])
-
-
-def test_pid_new_target_gives_no_derivative_kick() -> None:
-    controller = make_controller("pid", 0.05, target=0.1, kp=0, ki=0, kd=1)
-    feed(controller, [0.1] * 5)
-    controller.target = 0.01
-    assert controller.update(0.1) == pytest.approx(0.05, rel=1e-9)
-    controller.target = 0.4
-    assert controller.update(0.9) == pytest.approx(0.05, rel=1e-9)  # the rise across the change is left out
-    assert controller.update(0.9) > 0.0501  # the one after it is not
+def test_an_outlier_of_any_size_counts_as_three_times_the_smoothed_kl_or_the_target() -> None:
+    betas = []
+    for outlier in (0.3, 10.0, 1e7):
+        controller = make_controller("pid", 0.05, target=0.1)
+        before = feed(controller, [0.1] * 20)[-1]
+        betas.append(feed(controller, [outlier] + [0.1] * 30))
+        assert max(betas[-1]) / before < 3
+        assert 1 < betas[-1][-1] / before < 1.3
+    assert betas[0] == pytest.approx(betas[1], rel=1e-9)
+    assert betas[1] == pytest.approx(betas[2], rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", HEEDING)
@@ -301,21 +299,19 @@ def test_non_finite_readings_are_skipped_and_counted(kind: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_pid_respects_bounds_and_slew(seed: int) -> None:
-    controller = make_controller("pid", 0.05, target=0.1, kp=3, ki=0.3, kd=5, coef_min=0.03, coef_max=0.13)
+def test_pid_respects_bounds(seed: int) -> None:
+    controller = make_controller("pid", 0.05, target=0.1, kp=3, ki=0.3, coef_min=0.03, coef_max=0.13)
     betas = [0.05]
     for level in (50.0, 1e-3, 50.0, 1e-3):
         betas += feed(controller, [level * abs(kl) for kl in noisy_readings(seed, 100)])
-    moves = [abs(math.log(later / earlier)) for earlier, later in pairwise(betas)]
     assert min(betas) == 0.03 and max(betas) == 0.13  # reached, and not passed
-    assert max(moves) == pytest.approx(0.2, abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", HEEDING)
 def test_default_bounds_are_two_decades_to_either_side(kind: str) -> None:
     settings = {"horizon": 1.0} if kind == "adaptive" else {"kp": 10, "ki": 1}
     assert feed(example(kind, **settings), [1e3] * 500)[-1] == 5.0
-    assert feed(example(kind, **settings), [0.0] * 500)[-1] == pytest.approx(0.0005, rel=1e-12)
+    assert feed(example(kind, **settings), [1e-6] * 500)[-1] == pytest.approx(0.0005, rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -327,50 +323,20 @@ def test_adaptive_respects_bounds(seed: int) -> None:
     assert min(betas) == 0.03 and max(betas) == 0.13
 
 
-def plain_pi(readings: Iterable[float], ki: float, coef_max: float) -> list[float]:
-    """Return the betas of the pid law with kd = 0 and no anti-windup, after `readings` that start high."""
-    betas, integral, log_ratio, smooth_sum = [], 0.0, 0.0, 0.0
-    for t, kl in enumerate(readings, start=1):
-        smooth_sum = 0.8 * smooth_sum + 0.2 * kl
-        error = min(max(math.log(smooth_sum / (1 - 0.8**t) / 0.1), -0.5), 2.0)
-        integral += ki * error
-        log_ratio = min(max(0.5 * error + integral, log_ratio - 0.2), log_ratio + 0.2, math.log(coef_max / 0.05))
-        betas.append(0.05 * math.exp(log_ratio))
-    return betas
-
-
-@pytest.mark.parametrize("ki", [0.02, 2.0])
-def test_pid_long_saturation_does_not_delay_recovery(ki: float) -> None:
-    delays, plain_delays = [], []
-    for saturated in (100, 500):
-        readings = [10.0] * saturated + [0.01] * 500
-        betas = feed(make_controller("pid", 0.05, target=0.1, **{**PLAIN, "ki": ki}, coef_max=0.2), readings)
-        plain = plain_pi(readings, ki, coef_max=0.2)
-        assert betas[: saturated + 1] == pytest.approx(plain[: saturated + 1], rel=1e-12)  # alike so far
-        assert betas[saturated - 1] == 0.2
-        delays.append(sum(beta > 0.19 for beta in betas[saturated:]))
-        plain_delays.append(sum(beta > 0.19 for beta in plain[saturated:]))
-    assert delays[0] == delays[1] < 30
-    assert plain_delays[1] > 10 * delays[1]
-
-
-def test_pid_long_floor_does_not_delay_recovery() -> None:
+@pytest.mark.parametrize(("saturating", "back"), [(10.0, 0.01), (0.001, 0.5)])
+def test_pid_leaves_a_bound_as_soon_after_a_long_time_there_as_after_a_short_one(
+    saturating: float, back: float
+) -> None:
     counts = []
-    for saturated in (500, 5000):
-        controller = make_controller("pid", 0.05, target=0.1, coef_min=0.03)
-        assert feed(controller, [0.001] * saturated)[-1] == 0.03
+    for long in (200, 5000):
+        controller = make_controller("pid", 0.05, target=0.1, coef_min=0.03, coef_max=0.2)
+        bound = feed(controller, [saturating] * long)[-1]
+        assert bound in (0.03, 0.2)
         count = 1
-        while controller.update(0.5) <= 0.031:
+        while controller.update(back) == bound:
             count += 1
         counts.append(count)
     assert counts[0] == counts[1] < 15
-
-
-@pytest.mark.parametrize(("bounds", "kl"), [({"coef_min": 0.045}, 0.06), ({"coef_max": 0.055}, 0.3)])
-def test_pid_proportional_part_past_a_bound_leaves_the_integral_alone(bounds: dict[str, float], kl: float) -> None:
-    controller = make_controller("pid", 0.05, target=0.1, **bounds)
-    assert feed(controller, [kl] * 50)[-1] in bounds.values()
-    assert controller.state_dict()["integral"] == 0.0
 
 
 # ---------------------------------------------------------------- closed loop
@@ -444,10 +410,10 @@ def test_resumed_run_is_bit_identical(kind: str, change_at: int | None, cut: int
 
 
 def test_state_carries_a_target_set_between_two_updates() -> None:
-    head = make_controller("pid", 0.05, target=0.1, kd=1)
+    head = make_controller("pid", 0.05, target=0.1)
     feed(head, [0.05, 0.1])
     head.target = 0.3
-    tail = make_controller("pid", 0.05, target=0.1, kd=1)
+    tail = make_controller("pid", 0.05, target=0.1)
     tail.load_state_dict(head.state_dict())
     assert feed(tail, [0.5, 0.6]) == feed(head, [0.5, 0.6])
 
@@ -457,20 +423,20 @@ def test_state_carries_a_target_set_between_two_updates() -> None:
     [
         ("pid", {"kind": "adaptive"}, ["kind='adaptive'", "kind 'pid'"]),
         ("fixed", {"kind": None}, ["kind=None", "kind 'fixed'"]),
-        ("pid", {"integral": None}, ["missing keys", "['integral']", "unaltered"]),
+        ("pid", {"error": None}, ["missing keys", "['error']", "unaltered"]),
         ("cosine", {"total": None}, ["missing keys", "['total']", "unaltered"]),
         ("linear", {"colour": 3}, ["extra keys", "['colour']", "unaltered"]),
-        ("pid", {"integral": NAN}, ["integral=nan", "unaltered"]),
-        ("pid", {"integral": "0"}, ["integral='0'", "unaltered"]),
-        ("pid", {"risen": 1}, ["risen=1", "unaltered"]),
+        ("pid", {"error": NAN}, ["error=nan", "unaltered"]),
+        ("pid", {"error": "0"}, ["error='0'", "unaltered"]),
+        ("pid", {"above": 1.0}, ["above=1.0", "unaltered"]),
         ("adaptive", {"beta": INF}, ["beta=inf", "unaltered"]),
         ("adaptive", {"beta": -0.1}, ["beta=-0.1", "unaltered"]),
         ("adaptive", {"target": -1.0}, ["target=-1.0", "unaltered"]),
         ("fixed", {"skipped": 0.5}, ["skipped=0.5", "unaltered"]),
-        ("pid", {"kp": 0.75}, ["kp=0.75", "agree", "2.0"]),
+        ("pid", {"kp": 0.75}, ["kp=0.75", "agree", "1.75"]),
         ("pid", {"gain": 0.0}, ["gain=0.0", "unaltered"]),
-        # A state of the law of before.
-        ("pid", {"gain": None, "side": None, "below": None}, ["missing keys", "['below', 'gain', 'side']"]),
+        # A state of the law of 0.1.
+        ("pid", {"integral": -0.3, "beta": 0.07}, ["trl_klx 0.1", "another law", "its beta, 0.07"]),
         ("fixed", {"coef": 0.06}, ["coef=0.06", "agree", "0.05"]),
         ("linear", {"total": 41}, ["total=41", "agree", "40"]),
     ],
@@ -517,11 +483,11 @@ BAD_INPUT: list[tuple[str, Any, dict[str, Any], list[str]]] = [
     ("fixed", 0.1, {"target": 0.5}, ["target=0.5", "drop it", "'adaptive'", "'pid'"]),
     ("linear", 0.1, {"target": 0.5, **ANNEAL}, ["target=0.5", "drop it", "'adaptive'", "'pid'"]),
     ("cosine", 0.1, {"target": 0.5, **ANNEAL}, ["target=0.5", "drop it", "'adaptive'", "'pid'"]),
-    ("pid", 0.1, {"horizon": 100, **PID}, ["horizon=100", "drop it", "use kind 'adaptive'", "kp, ki, kd"]),
+    ("pid", 0.1, {"horizon": 100, **PID}, ["horizon=100", "drop it", "use kind 'adaptive'", "kp, ki, gain_min"]),
     ("adaptive", 0.1, {"kp": 0.5, **PID}, ["kp=0.5", "drop it", "use kind 'pid'"]),
     ("fixed", 0.1, {"coef_min": 0.01}, ["coef_min=0.01", "use kind 'adaptive' or 'pid'", "takes none"]),
     ("pid", 0.1, {"total": 5, **PID}, ["total=5", "use kind 'linear' or 'cosine'"]),
-    ("pid", 0.1, {"kq": 1, **PID}, ["kq=1", "drop it", "kp, ki, kd"]),
+    ("pid", 0.1, {"kq": 1, **PID}, ["kq=1", "drop it", "kp, ki, gain_min"]),
     ("adaptive", 0.1, {"horizon": 0, **PID}, ["horizon=0", "> 0"]),
     ("adaptive", 0.1, {"horizon": INF, **PID}, ["horizon=inf", "finite"]),
     ("pid", 0.1, {"kp": -1, **PID}, ["kp=-1", ">= 0"]),
@@ -529,7 +495,8 @@ BAD_INPUT: list[tuple[str, Any, dict[str, Any], list[str]]] = [
     ("pid", 0.1, {"gain_min": 0, **PID}, ["gain_min=0", "> 0"]),
     ("pid", 0.1, {"gain_min": 1.5, **PID}, ["gain_min=1.5", "at most 1"]),
     ("adaptive", 0.1, {"gain_min": 0.5, **PID}, ["gain_min=0.5", "use kind 'pid'"]),
-    ("pid", 0.1, {"kd": "1", **PID}, ["kd='1'", "number"]),
+    ("pid", 0.1, {"kd": 1, **PID}, ["kd=1", "drop it", "kp, ki, gain_min"]),
+    ("pid", 0.1, {"kp": "1", **PID}, ["kp='1'", "number"]),
     ("pid", 0.1, {"coef_min": 0, **PID}, ["coef_min=0", "> 0"]),
     ("pid", 0.1, {"coef_min": 0.2, **PID}, ["coef_min=0.2", "at most coef", "0.1"]),
     ("adaptive", 0.1, {"coef_max": 0.05, **PID}, ["coef_max=0.05", "at least coef", "0.1"]),
@@ -569,14 +536,19 @@ def test_bad_batch_size_is_refused(bad: Any) -> None:
 
 
 def test_none_means_not_given() -> None:
-    names = ["target", "horizon", "kp", "ki", "kd", "gain_min", "coef_min", "coef_max", "coef_end", "total"]
+    names = ["target", "horizon", "kp", "ki", "gain_min", "coef_min", "coef_max", "coef_end", "total"]
     all_none = dict.fromkeys(names)
     for kind, settings in EXAMPLES.items():
         assert make_controller(kind, **{**all_none, **settings}).state_dict() == example(kind).state_dict()
 
 
 def test_module_needs_the_standard_library_only() -> None:
-    tree = ast.parse(Path(trl_klx.control.controllers.__file__).read_text(encoding="utf-8"))
-    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    names += [str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    folder = Path(trl_klx.control.__file__).parent
+    trees = [
+        ast.parse((folder / f"{cls.__module__.split('.')[-1]}.py").read_text()) for cls in (*KINDS.values(), Controller)
+    ]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]
+    assert len(set(map(ast.dump, trees))) == 4
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names

@@ -97,7 +97,7 @@ def test_every_controller_and_every_setting_of_a_recipe_is_listed(capsys: pytest
     assert run() == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert all(f"│ {kind} │" in shown for kind in KINDS)
-    assert "kl_kp = 2, kl_ki = 0.1" in shown and "kl_horizon = 10000" in shown
+    assert "kl_kp = 1.75, kl_ki = 0.1" in shown and "kl_horizon = 10000" in shown
     for kind in ("fixed", "adaptive", "pid"):
         assert all(f"│ {kind}, {phase} │" in shown for phase in PHASES)
 

@@ -17,7 +17,7 @@ from ..recipe_files import read_recipe
 from .parser import CommandParser, UsageError
 
 _COEFS = ("beta", "kl_coef")  # names of beta's start: GRPO's, and PPO's and DPO's
-_SETTINGS = ("kl_horizon", "kl_kp", "kl_ki", "kl_kd", "kl_gain_min", "kl_coef_min", "kl_coef_max", "kl_coef_end")
+_SETTINGS = ("kl_horizon", "kl_kp", "kl_ki", "kl_gain_min", "kl_coef_min", "kl_coef_max", "kl_coef_end")
 _RELATIVE = ("coef_min", "coef_max", "coef_end")  # in the unit of beta, so a plant needs them relative to its own
 _TARGETED = ("adaptive", "pid")
 _LONGEST = max(len(phases) * LENGTH[course] for course, phases in COURSES.items())  # updates

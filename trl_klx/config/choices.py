@@ -25,7 +25,6 @@ CONTROLLER_SETTINGS: dict[str, tuple[str, ...]] = {
     "kl_horizon": ("adaptive",),
     "kl_kp": ("pid",),
     "kl_ki": ("pid",),
-    "kl_kd": ("pid",),
     "kl_gain_min": ("pid",),
     "kl_coef_min": ("adaptive", "pid"),
     "kl_coef_max": ("adaptive", "pid"),

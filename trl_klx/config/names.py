@@ -53,6 +53,7 @@ REMEDIES = {
     "include_inputs_for_metrics": "write include_for_metrics: [inputs].",
     "kl_coef": "GRPO calls the weight of its KL beta.",
     "logging_dir": _BY_ENV.format("TENSORBOARD_LOGGING_DIR"),
+    "kl_kd": "the pid controller looks ahead by kl_kp / kl_ki updates instead: remove it.",
     "max_completion_length": _LENGTHS,
     "max_length": _LENGTHS,
     "max_new_tokens": _LENGTHS,

@@ -82,11 +82,12 @@ class KLArguments:
         "computed beyond it, the others are left out. Default: none is. GRPO and PPO.",
     )
     kl_horizon: float | None = _option(None, "Horizon of the adaptive controller, in episodes. Default 10000.")
-    kl_kp: float | None = _option(None, "Proportional gain of the pid controller. Default 2.")
+    kl_kp: float | None = _option(
+        None, "Proportional gain of the pid controller; kl_kp / kl_ki is how many updates it looks ahead. Default 1.75."
+    )
     kl_ki: float | None = _option(None, "Integral gain of the pid controller. Default 0.1.")
-    kl_kd: float | None = _option(None, "Derivative gain of the pid controller. Default 0.")
     kl_gain_min: float | None = _option(
-        None, "Factor, at most 1, down to which the pid controller lowers its gains while the KL swings. Default 0.15."
+        None, "Factor, at most 1, down to which the pid controller lowers its gains while the KL swings. Default 0.2."
     )
     kl_coef_min: float | None = _option(None, "Smallest beta of the adaptive and pid controllers. Default beta/100.")
     kl_coef_max: float | None = _option(None, "Largest beta of the adaptive and pid controllers. Default 100*beta.")

@@ -32,7 +32,7 @@ RANGES = {
     " temperature repetition_penalty delta sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_k_neg"
     " vespo_lambda_pos vespo_lambda_neg discopop_tau logging_steps vllm_server_timeout cliprange cliprange_value"
     " vllm_importance_sampling_clip_max vllm_importance_sampling_cap missing_eos_penalty lora_alpha num_train_epochs",
-    "[0, inf)": "kl_kp kl_ki kl_kd max_skipped_steps"
+    "[0, inf)": "kl_kp kl_ki max_skipped_steps"
     " learning_rate weight_decay adam_epsilon epsilon epsilon_high router_aux_loss_coef neftune_noise_alpha"
     " warmup_steps eval_delay save_steps eval_steps vllm_importance_sampling_clip_min entropy_coef entropy_coef_min"
     " entropy_coef_max entropy_coef_delta entropy_target vf_coef num_sample_generations dataloader_num_workers"

@@ -108,7 +108,7 @@ ALLOWED = {
     ),
     "cli": ({"control", "launching", "recipe_files"}, {"matplotlib", "numpy", "rich", "shtab"}),
     **dict.fromkeys(("launching", "files", "wording"), (set(), set())),
-    "__init__": ({"trainers/grpo", "trainers/ppo", "trainers/dpo"}, set()),
+    "__init__": ({"monitor", "trainers/grpo", "trainers/ppo", "trainers/dpo"}, set()),
     "__main__": ({"cli"}, set()),
     "trainers": (set(), set()),
 }

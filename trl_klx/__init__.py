@@ -1,7 +1,8 @@
 """KL control for TRL's trainers: how the KL is estimated, where it enters, and what holds it at its target.
 
 `trl_klx.kl` is the maths (torch only), `trl_klx.control` the controllers of beta (plain Python), `trl_klx.trainers` the
-trainers. The trainers are imported on first use, so that `import trl_klx` does not load TRL.
+trainers, and `compare_runs` draws runs beside each other. What is here is imported on first use, so that `import
+trl_klx` does not load TRL.
 """
 
 from importlib import import_module
@@ -16,9 +17,11 @@ __all__ = [
     "KLXPPOConfig",
     "KLXPPOTrainer",
     "__version__",
+    "compare_runs",
 ]
 
 if TYPE_CHECKING:
+    from .monitor.comparison import compare_runs
     from .trainers.dpo.config import KLXDPOConfig
     from .trainers.dpo.trainer import KLXDPOTrainer
     from .trainers.grpo.config import KLXGRPOConfig
@@ -33,6 +36,7 @@ _HOME = {
     "KLXGRPOTrainer": "trainers.grpo.trainer",
     "KLXPPOConfig": "trainers.ppo.config",
     "KLXPPOTrainer": "trainers.ppo.trainer",
+    "compare_runs": "monitor.comparison",
 }
 
 

@@ -22,7 +22,7 @@ _DPI = 132  # 726 pixels wide, so that on a phone, at half the size, the labels 
 REWARD_VS_KL, KL_CONTROL = "reward_vs_kl.png", "kl_control.png"
 
 
-class _Gain(NamedTuple):
+class Gain(NamedTuple):
     """What a kind of run gains, and where its KL in training is from."""
 
     metric: str
@@ -30,9 +30,9 @@ class _Gain(NamedTuple):
     source: str
 
 
-_REWARD = _Gain("reward", "mean reward", "training batches")
+REWARD = Gain("reward", "mean reward", "training batches")
 # DPO has no reward: the margin is what it raises, and its KL is from answers sampled now and then, not from the data.
-_MARGIN = _Gain("rewards/margins", "implicit reward margin, chosen minus rejected", "probes in training")
+MARGIN = Gain("rewards/margins", "implicit reward margin, chosen minus rejected", "probes in training")
 
 
 def plot_run(
@@ -52,11 +52,11 @@ def plot_run(
         reading: the estimator that the target is about, for the unit "token".
         coef_name: what the trainer's config calls the weight of the KL.
     """
-    train = _with(history, "kl/sequence")
+    train = with_numbers(history, "kl/sequence")
     if not train:
         return []
-    gain = _MARGIN if _with(train, _MARGIN.metric) else _REWARD
-    written = [_reward_vs_kl(history, folder / REWARD_VS_KL, gain)] if _with(train, gain.metric) else []
+    gain = MARGIN if with_numbers(train, MARGIN.metric) else REWARD
+    written = [_reward_vs_kl(history, folder / REWARD_VS_KL, gain)] if with_numbers(train, gain.metric) else []
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     figure.suptitle(f"KL to the reference and {coef_name}, over the steps", fontsize="medium")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -71,7 +71,7 @@ def plot_run(
     return [*written, _save(figure, folder / KL_CONTROL)]
 
 
-def _with(entries: list[dict], *names: str) -> list[dict]:
+def with_numbers(entries: list[dict], *names: str) -> list[dict]:
     """The entries that have all of these numbers."""
     return [entry for entry in entries if all(is_number(entry.get(name)) for name in names)]
 
@@ -88,18 +88,18 @@ def _held_out_sets(history: list[dict], *metrics: str) -> Iterator[tuple[str, li
     """(prefix, entries, style with label) of each evaluation set that has the first metric, and entries with all."""
     prefixes = evaluated_sets([{n: v for n, v in e.items() if is_number(v)} for e in history], metrics[0])
     for prefix, (color, marker) in zip(prefixes, cycle(_SET_STYLES), strict=False):
-        entries = _with(history, *(f"{prefix}{metric}" for metric in metrics))
+        entries = with_numbers(history, *(f"{prefix}{metric}" for metric in metrics))
         if entries:
             label = f"held out: {set_name(prefix)}" if set_name(prefix) else "held out"
             yield prefix, entries, {"color": color, "marker": marker, "label": label}
 
 
-def _reward_vs_kl(history: list[dict], path: Path, gain: _Gain) -> Path:
+def _reward_vs_kl(history: list[dict], path: Path, gain: Gain) -> Path:
     figure = Figure(figsize=(5.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    moves = bool(_with(history, "kl/origin"))
+    moves = bool(with_numbers(history, "kl/origin"))
     name, place = ("kl/origin", "start") if moves else ("kl/sequence", "reference")
-    train = _with(history, name)
+    train = with_numbers(history, name)
     kl, steps = _root(train, name), _column(train, "step")
     points = axes.scatter(kl, _column(train, gain.metric), c=steps, s=16, cmap="viridis", label=gain.source)
     for prefix, entries, style in _held_out_sets(history, name, gain.metric):
@@ -117,7 +117,7 @@ def _reward_vs_kl(history: list[dict], path: Path, gain: _Gain) -> Path:
 def _draw_group(upper: Axes, lower: Axes, history: list[dict], group: str, unit: str, style: tuple[str, str]) -> None:
     """A group's KL with its target, and its own beta where it has one."""
     name, (color, marker) = f"kl_groups/{group}", style
-    train = _with(history, f"{name}/{unit}")
+    train = with_numbers(history, f"{name}/{unit}")
     steps = _column(train, "step")
     every = max(1, len(steps) // 10)
     marks: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4, "markevery": every, "linewidth": 1}
@@ -127,7 +127,7 @@ def _draw_group(upper: Axes, lower: Axes, history: list[dict], group: str, unit:
 
 
 def _draw_kl(axes: Axes, history: list[dict], name: str, source: str) -> None:
-    train = _with(history, name)
+    train = with_numbers(history, name)
     steps, kl = _column(train, "step"), _column(train, name)
     axes.plot(steps, kl, ".-", markersize=3, color="tab:blue", label=source)
     error = _column(train, f"{name}_se")
@@ -136,13 +136,13 @@ def _draw_kl(axes: Axes, history: list[dict], name: str, source: str) -> None:
     for prefix, entries, style in _held_out_sets(history, name):
         values = _column(entries, f"{prefix}{name}")
         axes.plot(_column(entries, "step"), values, linestyle="", clip_on=False, zorder=3, **style)
-    if targets := _with(history, "kl/target"):
+    if targets := with_numbers(history, "kl/target"):
         axes.step(_column(targets, "step"), _column(targets, "kl/target"), "--", color="black", label="target")
     axes.grid(alpha=0.3)
 
 
 def _draw_coef(axes: Axes, history: list[dict], name: str) -> None:
-    logged = _with(history, "kl/coef")
+    logged = with_numbers(history, "kl/coef")
     coefs = _column(logged, "kl/coef")
     axes.plot(_column(logged, "step"), coefs, color="tab:orange")
     if coefs and min(coefs) > 0 and max(coefs) > 3 * min(coefs):

@@ -114,6 +114,44 @@ def test_five_hundred_responses_load_soon(browser, measured: Path) -> None:
     page.close()
 
 
+def test_the_summary_comes_first_and_every_picture_says_what_it_shows(page, measured: Path) -> None:
+    title = f"KL of 3 checkpoints to {measured / 'reference'}"
+    assert page.title() == f"{title}: trl-klx measure"
+    assert page.inner_text("h1") == title
+    assert page.locator("section >> nth=0").get_attribute("aria-labelledby") == "summary-title"
+    first = page.locator("section >> nth=0").locator("table").first.inner_text()
+    assert all(f"checkpoint-{step}" in first for step in (5, 20, 100))
+    assert "±" in first
+    figures = page.locator("figure")
+    for i in range(figures.count()):
+        assert figures.nth(i).locator("figcaption").inner_text()
+        assert figures.nth(i).locator("[aria-label]").first.get_attribute("aria-label")
+    for i in range(page.locator("figure svg").count()):  # an axis has its unit
+        assert "nats" in " ".join(page.locator("figure svg").nth(i).locator("text").all_text_contents())
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_scrolls_sideways_and_all_text_can_be_read(browser, measured: Path, width: int) -> None:
+    """On a phone and a desktop: wide tables scroll in boxes of their own, and no label is too small."""
+    phone = {"is_mobile": True, "has_touch": True} if width < 600 else {}
+    context = browser.new_context(viewport={"width": width, "height": 844}, **phone)
+    page = context.new_page()
+    page.goto((measured / "out" / "report.html").as_uri())
+    page.wait_for_selector(".t")
+    page.click("details:has-text('All figures') summary")
+    page.select_option("#metric", "log_ratio")
+    for token in (0, 5, 5):  # the last is tapped again
+        (page.tap if phone else page.hover)(f".t >> nth={token}")
+        assert page.is_visible("#tip")
+        tip = page.locator("#tip").bounding_box()
+        assert tip["x"] >= 0
+        assert tip["x"] + tip["width"] <= width
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    sizes = page.locator("svg text").evaluate_all("texts => texts.map(t => t.getBoundingClientRect().height)")
+    assert min(sizes) >= 12
+    context.close()
+
+
 def test_a_token_shows_its_numbers_and_both_top_fives(page, tokens: pd.DataFrame) -> None:
     open_response(page, "r7")
     page.hover(".t >> nth=4")
@@ -151,7 +189,9 @@ def test_the_slider_moves_through_the_checkpoints(page, tokens: pd.DataFrame) ->
 def test_other_measures_colour_too(page, tokens: pd.DataFrame) -> None:
     open_response(page, "r7")
     page.select_option("#metric", "log_ratio")
-    cold = page.locator(".t").evaluate_all("spans => spans.map(s => s.classList.contains('cold'))")
+    # Below 0 is overlined, too, for those who cannot tell the colours apart.
+    overlined = "spans => spans.map(s => getComputedStyle(s).textDecorationLine.includes('overline'))"
+    cold = page.locator(".t").evaluate_all(overlined)
     assert cold == [value < 0 for value in tokens.loc["checkpoint-100", "r7"]["log_ratio"]]
     assert "log-ratio" in page.inner_text("#legend")
 
@@ -195,7 +235,7 @@ def test_what_moved_most_leads_to_its_place(page, tokens: pd.DataFrame) -> None:
 def test_everything_is_reached_by_the_keyboard(page) -> None:
     reached = set()
     page.keyboard.press("Tab")
-    for _ in range(7):
+    for _ in range(20):
         reached.add(page.evaluate("document.activeElement.id"))
         page.keyboard.press("Tab")
     assert {"policy", "metric", "class", "correct", "search", "theme"} <= reached

@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: overview, every response as a heatmap, what moved most.
+"""One HTML page that needs nothing else: a summary, every response as a heatmap, what moved most.
 
 Each response is a compressed block of its own, unpacked by the browser when it is opened, so that hundreds fit.
 """
@@ -45,6 +45,7 @@ def write_page(done: Measurement, policies: list[PolicyTokens], tables: Tables) 
     loader = jinja2.PackageLoader("trl_klx.measure.page", "")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    environment.filters["with_error"] = _with_error
     page = environment.get_template("page.html.j2").render(
         style=Markup(style),
         script=Markup(script),
@@ -64,16 +65,40 @@ def write_page(done: Measurement, policies: list[PolicyTokens], tables: Tables) 
     return path
 
 
-def _pictures(tables: Tables, labels: list[str]) -> list[tuple[str, Markup]]:
-    """(caption, SVG)"""
+def _with_error(row: dict[str, Any], name: str) -> str:
+    """A mean with the digits that its standard error leaves it."""
+    value, error = row[name], row[f"{name}_se"]
+    if not math.isfinite(value):
+        return "-"
+    if not (math.isfinite(error) and error > 0):
+        return f"{value:.3g}"
+    digits = min(9, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _pictures(tables: Tables, labels: list[str]) -> list[tuple[str, str, Markup]]:
+    """(title, what it shows in words, SVG)"""
     out = [
-        ("KL by checkpoint, with 95 % intervals", svg("course", course, tables.checkpoints)),
-        ("KL along the response", svg("positions", position_curves, tables.positions, labels)),
-        (f"KL by class of token, {labels[-1]}", svg("classes", class_bars, tables.classes, labels[-1])),
+        (
+            "KL to the reference, by checkpoint",
+            "Line chart of the KL in nats per token over the checkpoints: a line for each direction, 95 % intervals",
+            svg("course", course, tables.checkpoints),
+        ),
+        (
+            "KL(P || R) along the response",
+            "Line chart of the KL in nats over the place of the token: a line for each checkpoint, 95 % bands",
+            svg("positions", position_curves, tables.positions, labels),
+        ),
+        (
+            f"KL(P || R) by class of token (how many), {labels[-1]}",
+            "Bar chart of the KL in nats per token: a bar for each class of token, 95 % intervals",
+            svg("classes", class_bars, tables.classes, labels[-1]),
+        ),
     ]
     if len(tables.right_wrong):
+        words = "Point chart of the difference in nats per token over the checkpoints, 95 % intervals"
         picture = svg("rightwrong", right_wrong, tables.right_wrong)
-        out.append(("Wrong minus right responses, with 95 % intervals", picture))
+        out.append(("KL(P || R) of wrong minus right responses", words, picture))
     return out
 
 

@@ -100,8 +100,13 @@ function colour() {
     span.classList.toggle("spike", spikes.has(i));
     span.classList.toggle("faded", state.cls !== null && response.classes[i] !== state.cls);
   });
-  const sides = signed.has(state.metric) ? "; the other colour: below 0, the policy finds it less probable" : "";
-  $("legend").textContent = `Colour: ${$("metric").selectedOptions[0].textContent}, full at ${number(scale)} and more, by its square root; one scale for all checkpoints${sides}.`;
+  const key = (variable) => {
+    const bar = element("span", "", { className: "key" });
+    bar.style.setProperty("--full", `var(${variable})`);
+    return bar;
+  };
+  const sides = signed.has(state.metric) ? ["; overlined, and ", key("--cold"), ": below 0, the policy finds it less probable"] : [];
+  $("legend").replaceChildren(`Colour: ${$("metric").selectedOptions[0].textContent}, 0 `, key("--hot"), ` ${number(scale)} and more, by its square root; one scale for all checkpoints`, ...sides, ".");
 }
 
 function select(i, focus) {
@@ -111,7 +116,9 @@ function select(i, focus) {
   active = Math.max(0, Math.min(i, spans.length - 1));
   spans[active].tabIndex = 0; // one stop for the tab key; the arrow keys move it
   spans[active].setAttribute("aria-selected", "true");
-  if (focus) spans[active].focus();
+  if (!focus) return;
+  spans[active].focus();
+  showTip(spans[active]); // of a token that is tapped again, which has the focus already
 }
 
 function top5(title, top, i) {
@@ -139,8 +146,7 @@ function showTip(span) {
     element("br"),
     `KL(P||R) ${number(policy.kl_policy_ref[i])}, KL(R||P) ${number(policy.kl_ref_policy[i])}, JS ${number(policy.js[i])}, TV ${number(policy.tv[i])}, log-ratio ${number(policy.log_ratio[i])}`,
   );
-  const tops = element("div");
-  tops.style.display = "flex";
+  const tops = element("div", "", { className: "tops" });
   tops.append(top5(`P, ${data.policies[state.policy]}`, policy, i), top5("R, reference", reference, i));
   tip.replaceChildren(head, facts, tops);
   tip.hidden = false;

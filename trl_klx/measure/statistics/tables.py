@@ -111,7 +111,8 @@ def notes(done: Measurement) -> list[str]:
     """What the numbers are, in sentences."""
     left_out = [f"Left out: {why}" for why in done.left_out_models.values()]
     if done.left_out_rows:
-        left_out.insert(0, f"{len(done.left_out_rows)} rows were left out.")
+        count = len(done.left_out_rows)
+        left_out.insert(0, f"{count} row{'s were' if count > 1 else ' was'} left out.")
     if done.sampler is None:
         truth = (
             "It is not known which model sampled the responses (sampled_from), so no sum here is a sequence KL: all "

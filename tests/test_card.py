@@ -116,6 +116,9 @@ def test_a_steered_run(tmp_path: Path) -> None:
     assert row(text, "exact") == "0.0811 ± 0.0033 | 0.443 ± 0.019"
     assert row(text, "k3") == "0.0777 ± 0.0066 |"
     assert row(text, "exact_match, held-out prompts") == "0.250 | 0.750"
+    assert row(text, "KL to the reference, nats per sequence, held-out prompts") == "0 ± 0 | 0.443 ± 0.019"
+    assert text.index("## Results") < text.index("## Quick start")  # what a reader came for is first
+    assert "\n| | " not in text  # no table begins with an empty row
     assert "Rewards: `trl_klx.rewards.exact_match`." in text
     assert "`model`, a local model that is not on the Hub, trained on `data`, a local dataset" in text
     assert "/home/somebody" not in text
@@ -135,8 +138,8 @@ def test_at_beta_0_nothing_is_claimed(tmp_path: Path) -> None:
 def test_without_metrics_pictures_and_versions(tmp_path: Path) -> None:
     text = card(tmp_path / "run", beta=0.1)
     assert "The run left no measurement of its KL." in text
-    assert "### Pictures" not in text
-    assert "### Results" not in text
+    assert "## Results" not in text
+    assert "![" not in text
     assert "Not recorded." in text
     assert row(text, "Importance weight") == "token"
     assert row(text, "Credit") == "none: no KL in the reward"
@@ -282,7 +285,7 @@ def test_alarms_pictures_badges_versions_and_a_moving_reference(tmp_path: Path) 
     assert "| k3, to the start of the run | 0.25 | 3 ± 0.5 |" in text
     assert row(text, "Budget") == "4.0 nats per sequence from the start; beyond it: stop"
     assert "Health alarms of the run: runaway at step 2." in text
-    assert "![kl_control.png](kl_control.png)" in text
+    assert "![KL to the reference over the steps, its target, and the coefficient that held it](kl_control.png)" in text
     assert "- TRL: 1.12.0\n" in text
     assert "moved by 0.6 of the way to the policy every 64 steps" in row(text, "Reference model")
     assert '[{"role": "user", "content": question}]' in text

@@ -33,6 +33,12 @@ _FRAMEWORKS = {
     "peft": "PEFT",
     "python": "Python",
 }
+# What the pictures of a run show.
+_ALT_TEXTS = {
+    "kl_control": "KL to the reference over the steps, its target, and the coefficient that held it",
+    "reward_vs_kl": "Reward, or margin in DPO, over the square root of the KL, in training and held out",
+    "overoptimisation": "Proxy and gold reward over the square root of the KL, held out",
+}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -139,7 +145,7 @@ def _facts(folder: Path, settings: Settings, kl: RecordedKL, known: Known) -> di
         "results": results(history),
         "alarms": alarm_lines(read_history(folder / HEALTH_FILE)),
         "watched": kl.kl_health,
-        "pictures": [path.name for path in sorted(folder.glob("*.png"))],
+        "pictures": [(path.name, _ALT_TEXTS.get(path.stem, path.stem)) for path in sorted(folder.glob("*.png"))],
         "recipe": as_yaml(public_settings(settings)).rstrip(),
         "from_recipe": bool(data),
         "versions": {_FRAMEWORKS[name]: versions[name] for name in _FRAMEWORKS if name in versions},

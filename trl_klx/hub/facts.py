@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config.options import KLArguments
 from ..kl.gradients import gradient_sentence
-from ..monitor.metrics import evaluated_sets, is_number, set_name, when
+from ..monitor.metrics import EVAL_PREFIX, evaluated_sets, is_number, set_name, when
 from .settings import Settings
 
 # A field that only one algorithm's config has.
@@ -216,22 +216,38 @@ class Results:
 
 
 def results(history: list[dict]) -> Results | None:
-    """Every reward function's mean, or DPO's accuracy: held out where the run evaluated; None where none was logged."""
-    for pattern, where in ((r"(eval_(?:.+_)?)", "held-out prompts"), ("()", "training batches")):
-        wanted = re.compile(rf"{pattern}rewards/(?:(.+)/mean|accuracies)")
-        seen: dict[str, list[tuple[float, dict]]] = {}
-        for entry in history:
-            for name, value in entry.items():
-                match = wanted.fullmatch(name)
-                if match and isinstance(value, (int, float)):
-                    of_set = f" ({set_name(match[1])})" if set_name(match[1]) else ""
-                    label = f"{match[2] or 'pairs ranked right'}{of_set}, {where}"
-                    seen.setdefault(label, []).append((value, entry))
-        if seen:
-            values = next(iter(seen.values()))
-            rows = [(label, f"{found[0][0]:.3f}", f"{found[-1][0]:.3f}") for label, found in seen.items()]
-            return Results(when(history, values[0][1]), when(history, values[-1][1]), rows)
+    """Every reward function's mean, or DPO's accuracy: held out where the run evaluated; None where none was logged.
+
+    And the KL, unless it was measured at other steps: DPO's probe measures it now and then.
+    """
+    for pattern, where in ((f"({EVAL_PREFIX})", "held-out prompts"), ("()", "training batches")):
+        gains = _logged(history, rf"{pattern}rewards/(?:(.+)/mean|accuracies)", "pairs ranked right", where)
+        kls = _logged(history, f"{pattern}kl/sequence()", "KL to the reference, nats per sequence", where)
+        if gains:
+            ends = [next(iter(gains.values()))[place][0] for place in (0, -1)]
+            steps = [end.get("step") for end in ends]
+            rows = [(label, f"{found[0][1]:.3f}", f"{found[-1][1]:.3f}") for label, found in gains.items()]
+            for label, found in kls.items():
+                if [found[place][0].get("step") for place in (0, -1)] == steps:
+                    first, last = (
+                        _with_error(kl, entry.get(f"{name}_se")) for entry, kl, name in (found[0], found[-1])
+                    )
+                    rows.append((label, first, last))
+            return Results(when(history, ends[0]), when(history, ends[1]), rows)
     return None
+
+
+def _logged(history: list[dict], pattern: str, label: str, where: str) -> dict[str, list[tuple[dict, float, str]]]:
+    """(entry, value, name) of each metric that fits, by what a card calls it; groups: of the set, own name or none."""
+    wanted = re.compile(pattern)
+    seen: dict[str, list[tuple[dict, float, str]]] = {}
+    for entry in history:
+        for name, value in entry.items():
+            match = wanted.fullmatch(name)
+            if match and isinstance(value, (int, float)):
+                of_set = f" ({set_name(match[1])})" if set_name(match[1]) else ""
+                seen.setdefault(f"{match[2] or label}{of_set}, {where}", []).append((entry, value, name))
+    return seen
 
 
 def _with_error(value: float | None, error: float | None) -> str:

@@ -5,6 +5,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
+# PPO's eval_objective/rlhf_reward is no reward of a set called objective/rlhf.
+EVAL_PREFIX = "eval_(?:(?!objective/|kl_groups/).+_)?"
+
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a logged value is a finite number."""
@@ -22,11 +25,8 @@ def is_training(entry: Mapping[str, Any]) -> bool:
 
 
 def evaluated_sets(history: list[dict], *metrics: str) -> list[str]:
-    """The prefixes under which evaluations logged one of `metrics`: eval_ and, of several sets, eval_<name>_.
-
-    PPO's `eval_objective/rlhf_reward` is no reward of a set called objective/rlhf.
-    """
-    wanted = re.compile(rf"(eval_(?:(?!objective/).+_)?)(?:{'|'.join(map(re.escape, metrics))})")
+    """The prefixes under which evaluations logged one of `metrics`: eval_ and, of several sets, eval_<name>_."""
+    wanted = re.compile(rf"({EVAL_PREFIX})(?:{'|'.join(map(re.escape, metrics))})")
     return list(dict.fromkeys(match[1] for entry in history for name in entry if (match := wanted.fullmatch(name))))
 
 

@@ -18,6 +18,7 @@ _GROUP_STYLES = (
     *(("tab:green", "s"), ("tab:purple", "^"), ("tab:brown", "D")),
     *(("tab:pink", "v"), ("tab:olive", "P"), ("tab:cyan", "X")),
 )
+_POINTS: dict[str, Any] = {"s": 18, "cmap": "viridis", "edgecolors": "0.3", "linewidths": 0.4}  # yellow needs an edge
 _DPI = 132  # 726 pixels wide, so that on a phone, at half the size, the labels can still be read
 REWARD_VS_KL, KL_CONTROL = "reward_vs_kl.png", "kl_control.png"
 
@@ -101,7 +102,7 @@ def _reward_vs_kl(history: list[dict], path: Path, gain: Gain) -> Path:
     name, place = ("kl/origin", "start") if moves else ("kl/sequence", "reference")
     train = with_numbers(history, name)
     kl, steps = _root(train, name), _column(train, "step")
-    points = axes.scatter(kl, _column(train, gain.metric), c=steps, s=16, cmap="viridis", label=gain.source)
+    points = axes.scatter(kl, _column(train, gain.metric), c=steps, label=gain.source, **_POINTS)
     for prefix, entries, style in _held_out_sets(history, name, gain.metric):
         kl, values = _root(entries, f"{prefix}{name}"), _column(entries, f"{prefix}{gain.metric}")
         axes.plot(kl, values, markersize=7, **style)
@@ -145,7 +146,7 @@ def _draw_coef(axes: Axes, history: list[dict], name: str) -> None:
     logged = with_numbers(history, "kl/coef")
     coefs = _column(logged, "kl/coef")
     axes.plot(_column(logged, "step"), coefs, color="tab:orange")
-    if coefs and min(coefs) > 0 and max(coefs) > 3 * min(coefs):
+    if coefs and min(coefs) > 0 and max(coefs) > 5 * min(coefs):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(coefs) < 50 * min(coefs) else (1,)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

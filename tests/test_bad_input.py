@@ -216,7 +216,7 @@ def test_command_line_is_refused(
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["grop"], "the command 'grop' does not exist: use starter, grpo, "),
+        (["grop"], "the command 'grop' does not exist: did you mean 'grpo'? use starter, "),
         (["grpo", "--accelerate_config", "zero9", "--config", "x"], "neither a file nor one of cpu, fsdp2"),
         (["dpo", "--config", "nowhere.yaml"], "--config nowhere.yaml does not exist"),
         (["grpo", "--accelerate_config"], "neither a file nor one of"),

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -538,7 +540,8 @@ ABSENT += ("vllm", "liger_kernel")
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with none of the packages that are not required, whatever this one has."""
-    monkeypatch.setattr(packages, "find_spec", lambda name: None if name in ABSENT else object())
+    there = partial(ModuleSpec, loader=None, origin="here")
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name in ABSENT else there(name))
 
 
 @pytest.mark.situation("asks for a package that is not installed", "refused")

@@ -83,13 +83,18 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """
     file = shipped_recipe(str(path))
     if not file.is_file():
-        raise ValueError(f"--config {path} does not exist: give the path of a recipe (`trl-klx recipes` lists some).")
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise ValueError(f"--config {path} {what}: give the path of a recipe (`trl-klx recipes` lists some).")
     try:
         content = yaml.load(file.read_text(), _StrictLoader)
     except (yaml.YAMLError, ValueError) as error:  # the latter of a date that does not exist, or of no text
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        said = " ".join(str(error).replace(' in "<unicode string>",', ",").split())
+        hints = {r"'\t'": "indent by spaces, not tabs", "':'": "write field: value, with a space after the colon"}
+        hint = next((f" ({remedy})" for sign, remedy in hints.items() if sign in said), "")
+        raise ValueError(f"{path} is not valid YAML: {said}{hint}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must be a YAML mapping of field: value, and is a {type(content).__name__}.")
+        kinds = {str: "text", list: "a list", type(None): "empty"}
+        raise ValueError(f"{path} must be a YAML mapping of field: value, and is {kinds.get(type(content), 'none')}.")
     for name in content:
         if not isinstance(name, str):
             raise ValueError(f"{path} has {name!r} where a field's name belongs: write field: value.")

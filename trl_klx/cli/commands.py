@@ -1,5 +1,6 @@
 """The command `trl-klx`. Thin: every command is the `main(argv, program)` of another module, imported when called."""
 
+import difflib
 import platform
 import sys
 from importlib import import_module
@@ -96,7 +97,9 @@ def main(argv: list[str] | None = None) -> int:
         print(versions())
         return 0
     if name not in COMMANDS:
-        print(f"error: the command {name!r} does not exist: use {', '.join(COMMANDS)}.", file=sys.stderr)
+        near = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        print(f"error: the command {name!r} does not exist: {hint}use {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     command, words, program = COMMANDS[name], CommandLine(rest), f"trl-klx {name}"
     if command.needs is not None and not rest:

@@ -41,7 +41,9 @@ def with_aliases(estimators: tuple[str, ...]) -> dict[str, str]:
 def unknown(option: str, value: object, choices: Iterable[object]) -> str:
     """The sentence about a value that is not one of the choices."""
     names = list(map(str, choices))
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    near = [name for name in names if name.lower() == str(value).lower()]
+    near += [name for name in names if len(str(value)) > 2 and name.startswith(str(value))]
+    near += difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{option}={value!r} does not exist; {hint}choose one of {', '.join(names)}."
 

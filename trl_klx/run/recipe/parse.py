@@ -23,6 +23,21 @@ from .arguments import BadInput, Recipe, RunArguments
 
 _COMMAND_LINE = "on the command line"
 _TRIES = 12
+# Sentences of TRL and transformers, by how they begin, in our words.
+_REMEDIES = {
+    "Your setup doesn't support bf16/gpu": (
+        "bf16=True, which is TRL's default, needs a GPU that has it, and none is here: set bf16 to false and, without "
+        "a GPU, use_cpu to true."
+    ),
+    "generation_batch_size (": (
+        "{}, and is per_device_train_batch_size * steps_per_generation * processes where it is not given: change one "
+        "of these."
+    ),
+    "Expected a string path to an existing deepspeed config": (
+        "deepspeed names no file with a configuration of DeepSpeed: give one, or instead set accelerate_config to "
+        "zero2 or zero3."
+    ),
+}
 _OURS = ("kl_", "gold_", "allow_biased", "use_bias_correction")  # how fields of this package begin
 
 
@@ -147,13 +162,21 @@ def _made(part: type, given: dict[str, Any], problems: list[str]) -> Any:
             return part(**values)
         except (ValueError, OSError, TypeError) as error:  # the latter two of files and mappings that TRL takes apart
             what = "" if isinstance(error, ValueError) else "a field that holds a file or a mapping cannot be read: "
-            sentence = f"{what}{error}"
+            sentence = f"{what}{_with_remedy(str(error))}"
         problems += [sentence] * (sentence not in problems)
         blamed = next((name for name in re.findall(r"\w+", sentence) if name in values), None)
         if blamed is None:
             return None
         del values[blamed]
     return None
+
+
+def _with_remedy(sentence: str) -> str:
+    """What TRL or transformers refuse, with the fields that a recipe has, and with what to do."""
+    for start, own in _REMEDIES.items():
+        if sentence.startswith(start):
+            return own.format(sentence.rstrip("."))
+    return sentence
 
 
 def _take_loading_arguments(args: Any, model: ModelConfig) -> None:
@@ -180,4 +203,5 @@ def _take_loading_arguments(args: Any, model: ModelConfig) -> None:
 
 
 def _stray(word: str) -> str:
-    return f"{word!r} on the command line belongs to no field: write --field value."
+    form = f"--config {word}" if word.endswith((".yaml", ".yml")) else "--field value"
+    return f"{word!r} on the command line belongs to no field: write {form}."

@@ -1,5 +1,6 @@
 """The dataset that a recipe names: opened, prepared row by row, and a sentence about whatever keeps it from that."""
 
+import difflib
 import hashlib
 import json
 import warnings
@@ -41,13 +42,25 @@ def open_dataset(args: RunArguments, *, streaming: bool, seed: int) -> DatasetDi
     except Exception as error:  # `datasets` raises a different class for every way a path can be wrong
         names = args.dataset_names
         option = "dataset_name" if args.datasets is None else "datasets with path"
-        missing = [name for name in names if name.startswith(("/", ".", "runs/")) and not Path(name).exists()]
+        missing = [name for name in names if _means_a_path(name) and not Path(name).exists()]
         name = (missing or names)[0]
         reason = f"there is no such {_kind_of(name)}" if missing else why_unreadable(names, error)
-        hint = f"; run `{maker(name)}` first" if maker(name) else ""
+        hint = f"; run `{maker(name)}` first" if maker(name) else _beside(name) if missing else ""
         which = name if missing or len(names) == 1 else ", ".join(names)
-        raise BadInput(f"{option}={which!r} cannot be loaded ({reason}){hint}.") from error
+        said = f"{option}={which!r} cannot be loaded ({reason}){hint}"
+        raise BadInput(said if said.endswith("?") else f"{said}.") from error
     return prepare_rows(dataset, args.dataset_prepare)
+
+
+def _means_a_path(name: str) -> bool:
+    return name.startswith(("/", ".", "runs/")) or Path(name).suffix in FORMATS
+
+
+def _beside(path: str) -> str:
+    """What is there in place of a path that is not, if its name is near."""
+    there = [other.name for other in Path(path).parent.glob("*")]
+    near = difflib.get_close_matches(Path(path).name, there, n=1, cutoff=0.7)
+    return f": did you mean {str(Path(path).with_name(near[0]))!r}?" if near else "; check the spelling"
 
 
 def _kind_of(path: str) -> str:
@@ -61,12 +74,15 @@ def wanted_splits(dataset: DatasetDict, args: RunArguments, *, needs_test: bool)
         wanted["dataset_test_split"] = args.dataset_test_split
     for option, split in wanted.items():
         if split not in dataset:
-            raise BadInput(f"{option}={split!r} is not in {', '.join(args.dataset_names)}, {_splits(dataset, args)}.")
+            there = _splits(dataset, args, option)
+            raise BadInput(f"{option}={split!r} is not in {', '.join(args.dataset_names)}, {there}.")
     return {option: dataset[split] for option, split in wanted.items()}
 
 
-def _splits(dataset: DatasetDict, args: RunArguments) -> str:
+def _splits(dataset: DatasetDict, args: RunArguments, option: str) -> str:
     """Which splits there are, and how to get others."""
+    if option == "dataset_train_split":
+        return f"which has {', '.join(dataset)}: name one of these"
     if args.datasets is not None and args.test_split_size is None:
         return "a mixture, which has train alone: set test_split_size, or eval_strategy to no"
     path = Path(str(args.dataset_name))
@@ -162,9 +178,10 @@ def _wrong_line(file: Path, kinds: dict[str, tuple[str, str]]) -> str | None:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        return f"{file} cannot be read, {first_line(error)}"
+        remedy = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        return f"{file} cannot be read, {first_line(error)}{remedy}"
     if not any(line.strip() for line in lines):
-        return f"{file} is empty"
+        return f"{file} is empty: give it at least one row"
     if file.suffix == ".json":
         return None  # may be one value over many lines
     earlier_columns = set(kinds)
@@ -173,8 +190,8 @@ def _wrong_line(file: Path, kinds: dict[str, tuple[str, str]]) -> str | None:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
-            return f"{file}, line {number} is not JSON: {error}"
+        except json.JSONDecodeError as error:
+            return f"{file}, line {number} is not JSON, {error.msg} at column {error.colno}: mend or remove the line"
         if not isinstance(row, dict):
             return f"{file}, line {number} is a {type(row).__name__} and no object of columns"
         for column, value in row.items():

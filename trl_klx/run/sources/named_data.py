@@ -45,11 +45,14 @@ def _source(name: str, option: str) -> dict[str, Any]:
 
     Raises:
         BadInput: a file of an unknown format.
+        FileNotFoundError: there is no such file.
     """
     path = Path(name)
     if path.is_dir():
         return {"path": str(path.resolve())}
     if not path.is_file():
+        if path.suffix in FORMATS:
+            raise FileNotFoundError(name)  # and no dataset on the Hub
         return {"path": name}
     if path.suffix not in FORMATS:
         raise BadInput(f"{option}={name!r} is a file of an unknown format: give {', '.join(FORMATS)}, or a folder.")

@@ -90,7 +90,7 @@ def _all_problems(algorithm: Algorithm, name: str, split: Any, readers: list[Cal
     except Exception as error:  # what a file holds is read here for the first time, where it is a stream
         raise BadInput(
             f"the split {name!r} of the dataset cannot be read ({type(error).__name__}: {first_line(error)}): look at "
-            "its files."
+            f"its files{', and save them as UTF-8' if isinstance(error, UnicodeDecodeError) else ''}."
         ) from error
 
 

@@ -47,6 +47,8 @@ def load_function(name: Any, option: str) -> Callable:
     file, is_file, function_name = str(name).rpartition(".py:")
     if is_file:
         where = f"{file}.py"
+    elif str(name).endswith(".py"):
+        raise BadInput(f"{given} names a file alone: add the function, as in {name}:my_reward.")
     else:
         where, _, function_name = str(name).rpartition(".")
         if not where or not all(part.isidentifier() for part in str(name).split(".")):
@@ -60,7 +62,10 @@ def load_function(name: Any, option: str) -> Callable:
     try:
         function = getattr(module, function_name)
     except AttributeError as error:
-        raise BadInput(f"{given} cannot be imported ({error}): give {FORMS}.") from error
+        functions = [value for value in vars(module).values() if inspect.isfunction(value)]
+        own = [function.__name__ for function in functions if function.__module__ == module.__name__]
+        there = f"its functions are {', '.join(own)}" if own else f"give {FORMS}"
+        raise BadInput(f"{given} cannot be imported ({error}): {there}.") from error
     if isinstance(function, type):
         raise BadInput(f"{given} is a class: name a function, or an instance of the class.")
     if not callable(function):

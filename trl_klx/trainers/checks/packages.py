@@ -25,7 +25,8 @@ class Package(NamedTuple):
 
 def _is_there(module: str) -> bool:
     try:
-        return find_spec(module) is not None
+        spec = find_spec(module)
+        return spec is not None and spec.origin is not None  # a folder of that name, such as wandb's own, is no package
     except (ImportError, ValueError):  # its parent is missing, or it was put there without a spec
         return module in sys.modules
 

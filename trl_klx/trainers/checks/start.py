@@ -107,8 +107,9 @@ def load_tokenizer(path: str, name: str, **kwargs: Any) -> Any:
     except Exception as error:  # as many classes as there are tokenizers
         tokenizer, reason = None, f"{type(error).__name__}: {first_line(error)}"
     if tokenizer is None or not has_tokens(tokenizer):
+        spelling = "" if Path(path).is_dir() else "check the spelling, for there is no such folder; else "
         raise ValueError(
-            f"the tokenizer of {name} cannot be loaded here ({reason}): put its files (tokenizer.json, "
+            f"the tokenizer of {name} cannot be loaded here ({reason}): {spelling}put its files (tokenizer.json, "
             "tokenizer_config.json) beside the model's, or in Python pass processing_class."
         )
     return tokenizer

@@ -11,7 +11,7 @@ VENV_WANDB := .venv-wandb
 WORKERS ?= 2
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-trl112 test-vllm test-wandb lint docs clean
+.PHONY: demo test test-trl112 test-vllm test-wandb lint docs release-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/trl-klx starter --output_dir runs/starter
@@ -40,6 +40,10 @@ lint: $(VENV)/installed
 # Every warning is an error: a broken link, a page that no list has, a docstring that does not parse.
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx --quiet --nitpicky --fail-on-warning --builder html docs docs/_build/html
+
+# What is about to be published, installed and used as by a stranger: see CONTRIBUTING.md.
+release-check:
+	$(PYTHON) scripts/release_check.py
 
 # A build of torch for CPUs has no Triton, whose interpreter runs the kernels in the tests. Beside the packages, where
 # nothing else finds it.

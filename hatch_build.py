@@ -1,6 +1,7 @@
 """The README for a package index, where its links and images have to be absolute.
 
-They point to `Repository` of `[project.urls]` in pyproject.toml; without one they stay as they are.
+They point to `Repository` of `[project.urls]` in pyproject.toml. Without one they would lead nowhere: links are
+then their text, and images are left out.
 """
 
 import re
@@ -23,7 +24,8 @@ class CustomMetadataHook(MetadataHookInterface):
 def with_absolute_links(text: str, repository: str | None) -> str:
     """Markdown with its relative links and images at `repository` (https://github.com/owner/name), if there is one."""
     if repository is None:
-        return text
+        text = re.sub(r"!\[[^\]]*\]\((?!http)[^)]*\)\n*", "", text)
+        return re.sub(r"\[([^\]]*)\]\((?!http|#)[^)]*\)", r"\1", text)
     raw = repository.replace("//github.com/", "//raw.githubusercontent.com/")
     text = re.sub(r"(!\[[^\]]*\]\()(?!http|#)", rf"\1{raw}/main/", text)
     return re.sub(r"((?<!!)\[[^\]]*\]\()(?!http|#)", rf"\1{repository}/blob/main/", text)

@@ -75,6 +75,16 @@ def test_the_description_is_the_readme_with_links_that_work_on_a_package_index(b
     assert "](https://github.com/owner/name/blob/main/docs/choosing.md)" in text
     assert all(target.startswith(("https://", "#")) for target in re.findall(r"\]\(([^)]+)\)", text))
     assert text.count("](") == readme.count("](")
+    nowhere = with_absolute_links(readme, None)  # no repository: nothing leads to a page that is not there
+    assert all(target.startswith(("https://", "#")) for target in re.findall(r"\]\(([^)]+)\)", nowhere))
+    assert "data and rewards, recipes" in nowhere and "](https://github.com/huggingface/trl)" in nowhere
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    top = re.search(r"^## (\S+) \((.*)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert top and top[1] == trl_klx.__version__
+    released = yaml.safe_load((ROOT / "CITATION.cff").read_text())["date-released"]
+    assert top[2] in ("unreleased", str(released))
 
 
 def tracked(folder: str) -> list[Path]:

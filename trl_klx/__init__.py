@@ -8,7 +8,7 @@ trl_klx` does not load TRL.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "KLXDPOConfig",
     "KLXDPOTrainer",

@@ -7,7 +7,12 @@ UNKNOWN = "unknown"
 
 
 def version_of(name: str) -> str:
-    """A package's version: as it was installed, else its own `__version__`, else "unknown"."""
+    """A package's version: as it was installed, else its own `__version__`, else "unknown".
+
+    Of this package it is that of the code that runs, which an editable install can be behind.
+    """
+    if name == __package__.partition(".")[0]:
+        return str(import_module(name).__version__)
     try:
         return version(name)
     except PackageNotFoundError:

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from support.notebooks import NOTEBOOKS, cells
+
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md", "examples/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
@@ -49,6 +51,9 @@ def _all() -> Iterator[tuple[Path, str]]:
                 yield from ((page, line) for line in _command_lines(block, strict=bool(language)))
         prose = FENCE.sub("", page.read_text())
         yield from ((page, code) for code in re.findall(r"`([^`]+)`", prose) if COMMAND.match(code))
+    for notebook in NOTEBOOKS:
+        text = "\n".join(cells(notebook, "markdown"))
+        yield from ((notebook, code) for code in re.findall(r"`([^`]+)`", text) if COMMAND.match(code))
     for recipe in sorted((ROOT / "recipes").rglob("*.yaml")):
         header = [line[1:].strip() for line in recipe.read_text().splitlines() if line.startswith("#")]
         yield from ((recipe, line) for line in _command_lines("\n".join(header), strict=False))

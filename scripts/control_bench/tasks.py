@@ -35,7 +35,7 @@ class Task:
 _STARTER = "trl-klx starter --output_dir runs/starter"
 TASKS = {
     "grpo": Task(
-        "starter/grpo_exact_both_pid.yaml", grpo.main, "beta", 300, (0.4, 0.2, 0.8), (0.25, 0.5, 1.0, 2.0), _STARTER
+        "starter/grpo_exact_both_pid.yaml", grpo.main, "beta", 600, (0.4, 0.2, 0.8), (0.25, 0.5, 1.0, 2.0), _STARTER
     ),
     "ppo": Task(
         "starter/ppo_exact_both_pid.yaml", ppo.main, "kl_coef", 150, (0.4, 0.2, 0.8), (0.1, 0.2, 0.4, 0.8), _STARTER

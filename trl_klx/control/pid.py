@@ -14,7 +14,7 @@ class PIDController(TargetController):
 
     A finite reading does the following, in this order; any other only adds one to `skipped`.
 
-    1. Smooth: m <- 0.7 m + 0.3 min(kl, 3 max(s, target)) and then s <- m / (1 - 0.7^t), where t counts the finite
+    1. Smooth: m <- (m + min(kl, 2 max(s, target))) / 2 and then s <- m / (1 - 0.5^t), where t counts the finite
        readings, this one too; s = 0 before the first. While s <= 0, as before the first update of the policy, nothing
        more is done.
     2. Error: e <- clip(log(s / target), -1, 1); e_before is the one of the reading before, or e itself where there is
@@ -69,9 +69,9 @@ class PIDController(TargetController):
 
     def _observe(self, kl: float, n: float) -> None:
         has_error = self.smooth_sum > 0
-        smooth = self.smooth_sum / (1 - 0.7 ** (self.readings - 1)) if has_error else 0.0
-        self.smooth_sum = 0.7 * self.smooth_sum + 0.3 * min(kl, 3 * max(smooth, self._target))
-        smooth = self.smooth_sum / (1 - 0.7**self.readings)
+        smooth = self.smooth_sum / (1 - 0.5 ** (self.readings - 1)) if has_error else 0.0
+        self.smooth_sum = (self.smooth_sum + min(kl, 2 * max(smooth, self._target))) / 2
+        smooth = self.smooth_sum / (1 - 0.5**self.readings)
         if smooth <= 0:
             return
         error = clip(math.log(smooth / self._target), -1.0, 1.0)

@@ -122,7 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
         from gpu_check.wheels import PLATFORMS, prepare
 
         platforms = args.platforms or list(PLATFORMS)
-        prepare(args.prepare, python=args.python, platforms=platforms, extra=args.packages, other_trl=args.other_trl)
+        other = args.other_trl or None
+        prepare(args.prepare, python=args.python, platforms=platforms, extra=args.packages, other_trl=other)
         return 0
     start, output = time.perf_counter(), args.output_dir.absolute()
     output.mkdir(parents=True, exist_ok=True)

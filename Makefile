@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 VENV_TRL112 := .venv-trl112
 VENV_VLLM := .venv-vllm
 VENV_WANDB := .venv-wandb
+VENV_QLORA := .venv-qlora
 # In as many processes as that; `WORKERS=0` for one that a debugger can stop.
 WORKERS ?= 2
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-trl112 test-vllm test-wandb lint docs release-check clean
+.PHONY: demo test test-trl112 test-vllm test-wandb test-qlora lint docs release-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/trl-klx starter --output_dir runs/starter
@@ -31,6 +32,10 @@ test-vllm: $(VENV_VLLM)/installed
 # wandb, offline.
 test-wandb: $(VENV_WANDB)/installed
 	$(VENV_WANDB)/bin/python -m pytest --confcutdir tests/trackers tests/trackers/wandb_offline.py
+
+# bitsandbytes on the CPU, and policies in 4 bits.
+test-qlora: $(VENV_QLORA)/installed
+	$(VENV_QLORA)/bin/python -m pytest --confcutdir tests/quantised tests/quantised/qlora.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -69,11 +74,21 @@ $(VENV_VLLM)/installed: requirements-vllm.lock pyproject.toml
 
 # wandb and what it needs, over the packages of the first environment.
 $(VENV_WANDB)/installed: $(VENV)/installed
-	$(PYTHON) -m venv $(VENV_WANDB)
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-		> $$($(VENV_WANDB)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
-	$(VENV_WANDB)/bin/python -m pip install --quiet --disable-pip-version-check wandb==0.31.0
+	$(call install_over,$(VENV_WANDB),wandb==0.31.0)
 	touch $@
+
+# bitsandbytes, 125 MB that every process would import: peft does where it is installed.
+$(VENV_QLORA)/installed: $(VENV)/installed
+	$(call install_over,$(VENV_QLORA),bitsandbytes==0.50.2)
+	touch $@
+
+# $(1) the environment, $(2) what it has beside the packages of the first
+define install_over
+	$(PYTHON) -m venv $(1)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2)
+endef
 
 # $(1) the environment, $(2) a filter of the pinned versions
 define install
@@ -85,4 +100,4 @@ define install
 endef
 
 clean:
-	rm -rf $(VENV) $(VENV_TRL112) $(VENV_VLLM) $(VENV_WANDB) runs docs/_build
+	rm -rf $(VENV) $(VENV_TRL112) $(VENV_VLLM) $(VENV_WANDB) $(VENV_QLORA) runs docs/_build

@@ -16,7 +16,8 @@ from support.quick import make_quick
 
 from trl_klx.trainers.report import outcome
 
-collect_ignore = ["kernels", "engine", "trackers"]  # test_triton.py, `make test-vllm` and `make test-wandb` run them
+# test_triton.py, `make test-vllm`, `make test-wandb` and `make test-qlora` run them
+collect_ignore = ["kernels", "engine", "trackers", "quantised"]
 ANSWERS = ("right", "refused", "warned")
 
 

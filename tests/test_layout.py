@@ -83,7 +83,7 @@ ALLOWED = {
             *("cli", "config", "kl", "recipe_files", "run/explain", "run/recipe", "run/sources"),
             *("trainers/checkpoints", "trainers/checks", "trainers/errors", "trainers/reference", "trainers/seams"),
         },
-        {"torch", "transformers", "datasets", "huggingface_hub", "rich", "yaml"},
+        {"torch", "transformers", "trl", "datasets", "huggingface_hub", "rich", "yaml"},
     ),
     "run": (
         {

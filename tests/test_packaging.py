@@ -133,10 +133,11 @@ def test_a_recipe_of_ones_own_comes_before_the_shipped_one(tmp_path: Path, monke
 
 
 def test_every_extra_is_known_and_pinned() -> None:
-    """The extras that the docs name exist, and the lock has a version of all that CI can install."""
+    """The extras that the docs name exist, and the lock, or the Makefile, has a version of all that CI can install."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     locked = {line.split("==")[0].lower() for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    locked |= set(re.findall(r"\b([\w-]+)==", (ROOT / "Makefile").read_text()))
     for name, requirements in extras.items():
         for requirement in requirements:
             package = requirement.split(";")[0].split(">")[0].split("=")[0].strip().lower()
@@ -174,6 +175,7 @@ def test_the_workflow_runs_what_ci_runs() -> None:
         "make test-trl112",
         "make test-vllm",
         "make test-wandb",
+        "make test-qlora",
     ]
 
 

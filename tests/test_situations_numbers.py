@@ -289,7 +289,7 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("ppo", {"report_to": ["tensorbord"]}, "report_to='tensorbord' does not exist; did you mean 'tensorboard'?"),
     ("dpo", {"attn_implementation": "spda"}, "attn_implementation='spda' does not exist; did you mean 'sdpa'?"),
     ("grpo", {"use_peft": True, "lora_task_type": "CASUAL_LM"}, "Invalid task type: 'CASUAL_LM'"),
-    ("grpo", {"bnb_4bit_quant_storage": "nothing"}, "bnb_4bit_quant_storage='nothing' is not a torch dtype"),
+    ("grpo", {"bnb_4bit_quant_storage": "bfloat"}, "'bfloat' does not exist; did you mean 'bfloat16'?"),
     ("dpo", {"gradient_checkpointing_kwargs": {"reentrant": True}}, "did you mean 'use_reentrant'?"),
 ]
 

@@ -52,13 +52,13 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def make(algorithm: str, folder: Path | str, **changes: Any) -> Any:
-    """A trainer; `reward`, `model`, `ref_model`, `peft_config`, `callbacks` and the datasets are its
+    """A trainer; `reward`, the models, `peft_config`, `quantization_config`, `callbacks` and the datasets are its
     arguments, the rest fields of its config."""
-    model, ref_model = changes.pop("model", None), changes.pop("ref_model", None)
+    model, ref_model, value_model = (changes.pop(name, None) for name in ("model", "ref_model", "value_model"))
     reward, callbacks = changes.pop("reward", digit_reward), changes.pop("callbacks", None)
     data = (preferences(), preferences(12)) if algorithm == "dpo" else (tiny_dataset(), None)
     shared = {"model": tiny_model() if model is None else model, "callbacks": callbacks}
-    shared |= {"peft_config": changes.pop("peft_config", None)}
+    shared |= {name: changes.pop(name, None) for name in ("peft_config", "quantization_config")}
     shared["processing_class"] = changes.pop("processing_class", tiny_tokenizer())
     shared |= {
         name: changes.pop(name, rows) for name, rows in zip(("train_dataset", "eval_dataset"), data, strict=True)
@@ -74,7 +74,7 @@ def make(algorithm: str, folder: Path | str, **changes: Any) -> Any:
         config = KLXDPOConfig(str(folder), **fields)
         return KLXDPOTrainer(args=config, ref_model=ref_model, **shared)
     config = KLXPPOConfig(str(folder), **fields)
-    return KLXPPOTrainer(config, reward_funcs=reward, ref_model=ref_model, **shared)
+    return KLXPPOTrainer(config, reward_funcs=reward, ref_model=ref_model, value_model=value_model, **shared)
 
 
 class Killer(TrainerCallback):

@@ -1,10 +1,11 @@
 """Where the trainers depend on how TRL, accelerate and transformers are made: read this when a new version is out.
 
 What differs between TRL's versions is in the constants and checks below. Methods that our classes override are in
-`OVERRIDDEN`, attributes put in for a while in `SWAPPED`, private ones that are read in `READ`. Three bends are of
+`OVERRIDDEN`, attributes put in for a while in `SWAPPED`, private ones that are read in `READ`. Four bends are of
 another kind: the exact KL wraps the models' `forward` for good (`exact.forward`), FSDP2 does not round what models
-give, in PPO and with an exact KL (`keep_float32_outputs`), and while TRL sets up, a reference that is an adapter stands
-in `peft_config` under TRL's name for it (`reference.adapters`).
+give, in PPO and with an exact KL (`keep_float32_outputs`), 4-bit layers on a CPU keep their gradient
+(`settle_packed_weights`), and while TRL sets up, a reference that is an adapter stands in `peft_config` under TRL's
+name for it (`reference.adapters`).
 """
 
 import warnings
@@ -37,6 +38,8 @@ OVERRIDDEN = {
     "_run_epoch": "a resumed run that is over takes no step",
     "_get_grad_norm": "the last call before the optimizer's step, and the place to skip it",
     "_save_checkpoint": "whole or not at all, with the controllers' state, and none of spoilt weights",
+    "_load_from_checkpoint": "PEFT would load a bfloat16 adapter in float32; PPO: policy and value model, each "
+    "from its folder",
     "_load_optimizer_and_scheduler": "the earliest call of a resumed run with the model loaded and the state known",
     "_finalize_training": "transformers would delete all checkpoints but the best",
     "_push_from_checkpoint": "pushes what the Hub has not got, with our card, and does not end the run where it fails",
@@ -46,8 +49,7 @@ OVERRIDDEN = {
     "create_model_card": "our card in place of TRL's",
     # PPO, which runs on transformers' loop (`ppo.loop`); where no method is transformers', it is TRL 1.12's
     "_save": "the policy where `from_pretrained` finds it, the value model beside it",
-    "_load_from_checkpoint": "policy and value model, each from its folder",
-    "_load_best_model": "the same",
+    "_load_best_model": "policy and value model, each from its folder",
     "save_model": "transformers' again, in place of TRL's, which swaps the model for its policy",
     "get_train_dataloader": "transformers' again: TRL builds its own when it is set up",
     "get_eval_dataloader": "the same",
@@ -118,6 +120,33 @@ def keep_float32_outputs(accelerator: Any) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def settle_packed_weights(policy: Any) -> None:
+    """Leave the 4-bit weights of bitsandbytes (0.50) as they are on CPUs with AVX512-BF16; refuse a packed head.
+
+    In eval mode, where answers are sampled, its layers would there pack them anew for a faster product, with rounded
+    scales and without a gradient: from then on none reaches the layers below, and torch only warns.
+
+    Raises:
+        ValueError: it has done so before; or the output head is packed, whose weight the exact KL and, since TRL 1.16,
+            its fused head read. (transformers packs it only when it is told to.)
+    """
+    head = policy.get_output_embeddings()
+    if type(head).__module__.startswith("bitsandbytes"):
+        raise ValueError(
+            f"the output head is quantised (a {type(head).__name__}), and its weight is read as it is: leave it out by "
+            "llm_int8_skip_modules=['lm_head'] in the quantization_config."
+        )
+    for module in policy.modules():
+        if "support_avx512bf16_for_cpu" not in vars(module):
+            continue
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                "the policy has run in eval mode (as for precompute_ref_log_probs), where bitsandbytes packs 4-bit "
+                "weights for this CPU in a way that has no gradient: load it again, and pass it before it has run."
+            )
+        module.support_avx512bf16_for_cpu = False
 
 
 @contextmanager

@@ -69,7 +69,8 @@ def run_warnings(recipe: Recipe, layout: Layout, models: Models | None) -> Itera
     parts = [models.policy] if models.value is None else [models.policy, models.value]
     trains_16_bits = any(part.trainable and part.trainable_bytes == 2 * part.trainable for part in parts)
     if trains_16_bits and not layout.shards_optimizer:
-        yield from filter(None, [lost_steps(str(recipe.model.dtype), args.learning_rate)])
+        dtype = "bfloat16" if models.policy.bits else str(recipe.model.dtype)
+        yield from filter(None, [lost_steps(dtype, args.learning_rate, is_quantised=models.policy.bits > 0)])
     yield from _space(args, models, adapter_only=bool(recipe.model.use_peft))
 
 

@@ -45,13 +45,16 @@ class Models(NamedTuple):
 
 def count_models(algorithm: Algorithm, recipe: Recipe, named: NamedModels) -> Models:
     """Count the models of a run, from those that its recipe names."""
-    value = named.classifiers.get("value_model_path")
+    policy, value = named.policy, named.classifiers.get("value_model_path")
+    if policy.bits and algorithm.halves_adapters:
+        trained = 2 * policy.trainable
+        policy = policy._replace(bytes=policy.bytes - policy.trainable_bytes + trained, trainable_bytes=trained)
     if value is None and algorithm.has_value_model:
         value = Weights.of(classifier_on_meta(named.config, named.dtype))
     frozen = named.base._replace(trainable=0, trainable_bytes=0, trainable_tensors=0)
     reference = frozen if algorithm.loads_reference(recipe.args) and not recipe.model.use_peft else None
     reward = next((named.classifiers[option] for option in REWARDS if option in named.classifiers), None)
-    return Models(named.config, named.policy, named.base, reference, value, reward, named.adapts_head)
+    return Models(named.config, policy, named.base, reference, value, reward, named.adapts_head)
 
 
 class Part(NamedTuple):
@@ -98,7 +101,8 @@ def estimate(algorithm: Algorithm, recipe: Recipe, models: Models, layout: Layou
     parts.append(Part(CONTEXT, _OVERHEAD, ESTIMATE))
     colocated = getattr(args, "use_vllm", False) and args.vllm_mode == "colocate"
     share = args.vllm_gpu_memory_utilization if colocated else 0.0
-    weights = 2 * models.base.parameters // args.vllm_tensor_parallel_size if share else 0
+    base = models.base.bytes if models.base.bits else 2 * models.base.parameters
+    weights = base // args.vllm_tensor_parallel_size if share else 0
     return Memory([part for part in parts if part.bytes], share, weights)
 
 
@@ -117,7 +121,8 @@ def training_state(weights: Weights, args: Any, layout: Layout) -> list[Part]:
         return parts
     half = bool(args.bf16 or args.fp16) and layout.kind == "DEEPSPEED"
     width = 2 if half else 4
-    held = width * weights.parameters // (processes if layout.shards_parameters else 1)
+    held = weights.bytes if weights.bits else width * weights.parameters  # packed ones stay as they are
+    held //= processes if layout.shards_parameters else 1
     gradients = width * weights.trainable // (processes if layout.shards_gradients else 1)
     master = 4 * weights.trainable if half else 0
     optimizer = master + 4 * (2 if states is None else states) * weights.trainable

@@ -44,7 +44,8 @@ def counts(models: Models) -> Iterator[str]:
     """Parameters of every model."""
     policy = models.policy
     share = 100 * policy.trainable / policy.parameters
-    yield f"policy {policy.parameters:,} parameters, {policy.trainable:,} trained ({share:.3g} %)"
+    packed = f", those below the adapter in {policy.bits} bits" if policy.bits else ""
+    yield f"policy {policy.parameters:,} parameters, {policy.trainable:,} trained ({share:.3g} %){packed}"
     if models.value is not None:
         yield f"value model {models.value.parameters:,} parameters, all trained"
     if models.reward is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from datasets import IterableDataset
+from trl import ModelConfig
 
 from ...trainers.errors import CheckpointError
 from ...trainers.reference.resumed import check_resume
@@ -44,8 +45,22 @@ def check_run(
         yield "the exact KL refuses FSDP1: set fsdp_version: 2 in the accelerate file, or kl_estimator k1, k2 or k3."
     if args.kl_needs_exact and models is not None and models.adapts_head:
         yield "the exact KL refuses an adapter on lm_head: take it out of lora_target_modules and lora_modules_to_save."
+    yield from _sharded_bits(recipe.model, layout)
     if getattr(args, "use_vllm", False) and algorithm.has_value_model and layout.fsdp_version == 1:
         yield "use_vllm=true: PPO cannot send weights that FSDP1 has flattened: set fsdp_version: 2."
     if getattr(args, "use_vllm", False) and layout.processes % args.vllm_tensor_parallel_size:
         size = args.vllm_tensor_parallel_size
         yield f"vllm_tensor_parallel_size={size} must divide the {layout.processes} processes."
+
+
+def _sharded_bits(model: ModelConfig, layout: Layout) -> Iterator[str]:
+    """What shards parameters takes packed ones only as numbers of the dtype that the others have."""
+    if not layout.shards_parameters:
+        return
+    if model.load_in_8bit:
+        yield f"load_in_8bit=True: {layout.name} cannot shard 8-bit weights: use load_in_4bit."
+    if model.load_in_4bit and model.bnb_4bit_quant_storage != model.dtype:
+        yield (
+            f"load_in_4bit=True: {layout.name} shards 4-bit weights only if they are stored as the others are: set "
+            f"bnb_4bit_quant_storage to dtype, {model.dtype}."
+        )

@@ -13,7 +13,7 @@ from ...cli.parser import CommandParser, UsageError
 from ...cli.words import CommandLine
 from ...kl.term import KLTerm
 from ...kl.variance import DISTANCES, REUSED
-from ..recipe.algorithm import Algorithm
+from ..recipe.algorithm import Algorithm, quantised_notes
 from ..recipe.algorithms import ALGORITHMS, algorithm_for
 from ..recipe.arguments import Recipe
 from ..recipe.parse import parse
@@ -102,7 +102,7 @@ def _print(console: Console, path: Path, algorithm: Algorithm, recipe: Recipe, r
         say(_LEGEND.format(behind=behind, kls=", ".join(f"{kl:g}" for kl in DISTANCES)))
     if on_data:
         console.print(_data_table(term, args.kl_in_loss))
-    for note in notes(algorithm, args):
+    for note in (*notes(algorithm, args), *quantised_notes(recipe)):
         say(f"- {note}")
 
 

@@ -11,6 +11,7 @@ from trl import get_peft_config, get_quantization_config
 
 from ...kl.term import KLTerm
 from ...kl.variance import REUSED, stale
+from ...trainers.checks.quantised import bits_of
 from ...trainers.checks.rows import RowKind
 from ...trainers.shared.correction import reward_correction
 from .arguments import Recipe
@@ -57,6 +58,7 @@ class Algorithm(ABC):
     name: ClassVar[str]
     rows: ClassVar[RowKind]
     has_value_model: ClassVar[bool] = False
+    halves_adapters: ClassVar[bool] = True  # whether an adapter on a quantised policy becomes bfloat16, as in TRL
     scores_answers: ClassVar[bool] = False  # whether answers are scored under the policy once more, KL or not
 
     @property
@@ -154,6 +156,16 @@ def loss_off_policy(term: KLTerm) -> str:
         up_to = "" if term.weight_level in ("prefix", "sequence") else ", up to the states, which stay the sampler's"
         return f"The weight on the KL loss ({term.weight_level}) corrects for it{up_to}."
     return "The KL loss has no weight, so its gradient is biased: kl_importance_sampling='token' corrects it."
+
+
+def quantised_notes(recipe: Recipe) -> Iterator[str]:
+    """What a quantised policy makes of the KL."""
+    bits = bits_of(vars(recipe.model))
+    if bits and recipe.args.kl_is_measured:
+        yield (
+            f"load_in_{bits}bit=true: the reference is the same {bits}-bit weights without the adapter. What rounding "
+            "did to them is in both and not in the KL, which is no distance to the model in 16 bits."
+        )
 
 
 def vllm_notes(args: Any) -> Iterator[str]:

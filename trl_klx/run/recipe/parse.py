@@ -70,6 +70,9 @@ def parse(config: type, words: Iterable[str], **overrides: bool) -> Parsed:
     problems: list[str] = []
     given = _given_fields(line, known_fields(config), problems)
     given |= {name: value for name, value in overrides.items() if truth(given.get(name, value)) is not None}
+    if all(truth(given.get(name)) for name in ("load_in_4bit", "load_in_8bit")):
+        problems.append("load_in_4bit=True and load_in_8bit=True cannot both be: remove one of the two.")
+        del given["load_in_8bit"]
     run, model, args = (_made(part, given, problems) for part in (RunArguments, ModelConfig, config))
     if run is None or model is None or args is None:
         return Parsed(None, problems)

@@ -14,6 +14,7 @@ class _PPO(Algorithm):
     name = "ppo"
     rows = PROMPTS_OR_TOKENS
     has_value_model = True
+    halves_adapters = False
     scores_answers = True
 
     @property

@@ -4,6 +4,7 @@ Each is built once, on the meta device: its shapes are compared with the files o
 and an adapter tried on it.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from inspect import signature
@@ -14,9 +15,10 @@ import transformers
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
-from trl import get_peft_config, get_quantization_config
+from trl import get_peft_config
 
 from ...trainers.checks.packages import missing_for_model
+from ...trainers.checks.quantised import NO_VALUE_MODEL, bits_of, without_adapter
 from ...trainers.checks.start import overwritten_checkpoints, overwritten_models
 from ..recipe.arguments import BadInput, Findings, Recipe
 from .data import maker
@@ -44,6 +46,7 @@ class Weights(NamedTuple):
     trainable: int
     trainable_bytes: int
     trainable_tensors: int
+    bits: int = 0  # of its linear layers, where these are quantised
 
     @staticmethod
     def of(module: nn.Module, *, frozen: bool = False) -> "Weights":
@@ -82,7 +85,8 @@ def named_models(recipe: Recipe, found: Findings) -> tuple[PreTrainedConfig | No
         option: found.ask(read_config, path, option, recipe, model.model_revision if option == POLICY else None)
         for option, path in paths.items()
     }
-    for problem in (*missing_for_model(configs[POLICY], f"{POLICY}={paths[POLICY]!r}"), *_folders(args, paths)):
+    packages = missing_for_model(configs[POLICY], f"{POLICY}={paths[POLICY]!r}")
+    for problem in (*packages, *_quantisation(recipe, configs[POLICY]), *_folders(args, paths)):
         found.add(problem)
     loading = args.model_init_kwargs or {}
     dtype = None if configs[POLICY] is None else _dtype(model.dtype, configs[POLICY])
@@ -105,6 +109,32 @@ def named_models(recipe: Recipe, found: Findings) -> tuple[PreTrainedConfig | No
     return configs[POLICY], counted
 
 
+def _quantised_by(recipe: Recipe, config: PreTrainedConfig | None) -> tuple[str, Any]:
+    """What quantises the policy, for a sentence, and the settings of bitsandbytes; of a policy that is not, none."""
+    model, loading = recipe.model, recipe.args.model_init_kwargs or {}
+    fields = {
+        "load_in_4bit": model.load_in_4bit,
+        "load_in_8bit": model.load_in_8bit,
+        "bnb_4bit_use_double_quant": model.use_bnb_nested_quant,
+    }
+    stored = getattr(config, "quantization_config", None)
+    ways = [("", fields), ("model_init_kwargs", loading.get("quantization_config")), (POLICY, stored)]
+    for name, settings in ways:
+        bits = bits_of(settings)
+        if bits:
+            return f"the policy of {name or f'load_in_{bits}bit=True'}", settings
+    return "", None
+
+
+def _quantisation(recipe: Recipe, config: PreTrainedConfig | None) -> Iterator[str]:
+    """Sentences about a quantised policy that cannot be trained."""
+    what, _ = _quantised_by(recipe, config)
+    if what and not recipe.model.use_peft:
+        yield without_adapter(what, "set use_peft to true")
+    if what and vars(recipe.args).get("value_model_path", "") is None:
+        yield NO_VALUE_MODEL.format("value_model_path")
+
+
 def classifier_paths(recipe: Recipe) -> dict[str, str]:
     """The reward and value models that a recipe names, by option."""
     given = {**vars(recipe.run), **vars(recipe.args)}
@@ -116,14 +146,14 @@ def _count(
 ) -> NamedModels:
     """Count all models. Raises BadInput where the recipe's adapter fits no layer of the policy."""
     base = Weights.of(policy)
-    quantized = get_quantization_config(recipe.model) is not None
-    if quantized:
-        base = base._replace(bytes=_quantized_bytes(policy, four_bits=bool(recipe.model.load_in_4bit)))
+    settings = _quantised_by(recipe, config)[1]
+    if bits_of(settings):
+        base = base._replace(bytes=_quantised_bytes(policy, settings), bits=bits_of(settings))
     whole, adapts_head = base, False
     if recipe.model.use_peft:
         adapted = _with_adapter(policy, recipe)
-        whole = Weights.of(adapted)
-        if quantized:
+        whole = Weights.of(adapted)._replace(bits=base.bits)
+        if base.bits:
             whole = whole._replace(bytes=base.bytes + whole.trainable_bytes)
         adapts_head = any("lm_head" in name and p.requires_grad for name, p in adapted.named_parameters())
     classifiers = {option: Weights.of(module, frozen=option in REWARDS) for option, module in others.items()}
@@ -211,16 +241,21 @@ def _dtype(name: Any, config: PreTrainedConfig) -> torch.dtype:
     return getattr(torch, str(name))
 
 
-def _quantized_bytes(module: nn.Module, *, four_bits: bool) -> int:
-    """Linear layers in 4 or 8 bits with their scales (one float32 per 64 weights, or per row), the rest as loaded."""
-    total = 0
+def _quantised_bytes(module: nn.Module, settings: Any) -> int:
+    """Bytes of a policy whose linear layers but the head bitsandbytes packs, with their scales; the rest as loaded.
+
+    Of 4 bits, a float32 for each 64 weights, or (double quantisation) a byte, with a float32 for each 256 of these and
+    one more; of 8 bits, a float32 for each row.
+    """
+    nested = settings if isinstance(settings, dict) else vars(settings)
+    total = sum(map(_bytes, module.parameters()))
     for name, child in module.named_modules():
-        own = sum(_bytes(p) for p in child.parameters(recurse=False))
-        if isinstance(child, nn.Linear) and "lm_head" not in name:
-            weights = child.weight.numel()
-            packed = weights // 2 + weights // 16 if four_bits else weights + 4 * child.out_features
-            own += packed - _bytes(child.weight)
-        total += own
+        if not isinstance(child, nn.Linear) or "lm_head" in name:
+            continue
+        weights, blocks = child.weight.numel(), math.ceil(child.weight.numel() / 64)
+        scales = blocks + 4 * math.ceil(blocks / 256) + 4 if nested.get("bnb_4bit_use_double_quant") else 4 * blocks
+        packed = math.ceil(weights / 2) + scales if bits_of(settings) == 4 else weights + 4 * child.out_features
+        total += packed - _bytes(child.weight)
     return total
 
 

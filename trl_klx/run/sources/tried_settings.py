@@ -17,6 +17,7 @@ from ..recipe.arguments import Recipe
 
 # The optimizers that need neither another package nor the model.
 _PLAIN = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
+_STORAGE = ("uint8", "bfloat16", "float16", "float32", "float64", "int8")  # as BitsAndBytesConfig takes it
 
 
 def setting_problems(recipe: Recipe) -> Iterator[str]:
@@ -32,9 +33,10 @@ def setting_problems(recipe: Recipe) -> Iterator[str]:
     for name in args.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
             yield unknown("report_to", name, tuple(INTEGRATION_TO_CALLBACK))
-    storage = model.bnb_4bit_quant_storage
-    if storage is not None and not isinstance(getattr(torch, storage, None), torch.dtype):
-        yield f"bnb_4bit_quant_storage={storage!r} is not a torch dtype: use uint8 or bfloat16."
+    if model.bnb_4bit_quant_storage not in (None, *_STORAGE):
+        yield unknown("bnb_4bit_quant_storage", model.bnb_4bit_quant_storage, _STORAGE)
+    if model.load_in_4bit and model.dtype in ("auto", None):
+        yield f"load_in_4bit=True computes in dtype, and dtype={model.dtype!r} names none: set it to bfloat16."
     try:
         get_peft_config(model)
     except (ValueError, TypeError) as error:

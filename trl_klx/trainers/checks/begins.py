@@ -18,10 +18,18 @@ _SMALLEST_STEP = 4e-5
 _SHARDED = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
 
 
-def lost_steps(dtype: str, learning_rate: float) -> str | None:
-    """A sentence about training weights of `dtype` that are not kept in float32 besides; None: steps reach them."""
+def lost_steps(dtype: str, learning_rate: float, *, is_quantised: bool = False) -> str | None:
+    """A sentence about training weights of `dtype` that are not kept in float32 besides; None: steps reach them.
+
+    `is_quantised`: whether they are an adapter's on a quantised model, which TRL's GRPO and DPO cast to bfloat16.
+    """
     if dtype not in ("bfloat16", "float16") or learning_rate >= _SMALLEST_STEP:
         return None
+    if is_quantised:
+        return (
+            f"TRL casts an adapter on a quantised policy to bfloat16, in which steps of learning_rate={learning_rate} "
+            f"are partly rounded away: set it to {_SMALLEST_STEP:g} or more."
+        )
     return (
         f"dtype={dtype!r} trains 16-bit weights, in which steps of learning_rate={learning_rate} are rounded away: set "
         "dtype to float32 (bf16 keeps the speed), or use DeepSpeed, which keeps float32 weights."
@@ -79,4 +87,5 @@ def start_warnings(trainer: Any, policy: nn.Module, *, resumes: bool) -> Iterato
     trained = {parameter.dtype for parameter in policy.parameters() if parameter.requires_grad}
     if accelerator.distributed_type not in _SHARDED.values():
         for dtype in trained & {torch.bfloat16, torch.float16}:
-            yield from filter(None, [lost_steps(str(dtype).removeprefix("torch."), args.learning_rate)])
+            name, is_quantised = str(dtype).removeprefix("torch."), bool(getattr(policy, "is_quantized", False))
+            yield from filter(None, [lost_steps(name, args.learning_rate, is_quantised=is_quantised)])

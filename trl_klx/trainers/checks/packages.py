@@ -32,6 +32,7 @@ def _is_there(module: str) -> bool:
 
 
 BITSANDBYTES = Package("bitsandbytes", ("bitsandbytes",))
+_QLORA = BITSANDBYTES._replace(pip="'trl_klx[qlora]'")
 DEEPSPEED = Package("'trl_klx[deepspeed]'", ("deepspeed",))
 MATH_VERIFY = Package("math-verify", ("math_verify",))
 _KERNELS = Package("kernels", ("kernels",))
@@ -99,7 +100,7 @@ def _wanted(args: Any, loading: Mapping[str, Any]) -> Iterator[tuple[str, Packag
     for flag, package in (("use_vllm", _VLLM), ("use_liger_kernel", _LIGER), ("deepspeed", DEEPSPEED)):
         if getattr(args, flag, None):
             yield f"{flag}={getattr(args, flag)!r}", package
-    for flag, package in (("load_in_4bit", BITSANDBYTES), ("load_in_8bit", BITSANDBYTES), ("use_kernels", _KERNELS)):
+    for flag, package in (("load_in_4bit", _QLORA), ("load_in_8bit", _QLORA), ("use_kernels", _KERNELS)):
         if loading.get(flag):
             yield f"{flag}={loading[flag]!r}", package
     attention = str(loading.get("attn_implementation"))

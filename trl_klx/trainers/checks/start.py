@@ -11,6 +11,7 @@ from trl.trainer.utils import get_config_model_id
 from ...wording import first_line
 from ..checkpoints.run_lock import folder_problem
 from .packages import missing_packages
+from .quantised import check_adapter
 from .vocabulary import has_tokens
 
 Config = TypeVar("Config", bound=TrainingArguments)
@@ -18,7 +19,13 @@ _MODELS = ("ref_model", "reward_model", "value_model")
 
 
 def check_start(
-    args: Any, model: Any, processing_class: Any = None, *, quantization_config: Any = None, **others: Any
+    args: Any,
+    model: Any,
+    processing_class: Any = None,
+    *,
+    quantization_config: Any = None,
+    peft_config: Any = None,
+    **others: Any,
 ) -> Any:
     """Refuse what cannot work, whether it comes from a recipe or from Python; returns the tokenizer or processor.
 
@@ -27,15 +34,17 @@ def check_start(
         model: the policy or its path.
         processing_class: its tokenizer or processor; None: that of the policy's path.
         quantization_config: of the policy.
+        peft_config: of the adapter that the policy gets.
         others: the trainer's other arguments, of which those in `_MODELS` are looked at.
 
     Raises:
-        ValueError: a package is missing, output_dir cannot be written to or is a model's folder, or the tokenizer knows
-            no words.
+        ValueError: a package is missing, a quantised policy gets no adapter, output_dir cannot be written to or is a
+            model's folder, or the tokenizer knows no words.
     """
     loading = {"quantization_config": quantization_config, **(args.model_init_kwargs or {})}
     for sentence in missing_packages(args, loading):
         raise ValueError(sentence)
+    check_adapter(model, loading["quantization_config"], peft_config)
     problem = folder_problem(args.output_dir)
     if problem is not None:
         raise ValueError(problem)

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
+from ..checks.quantised import NO_VALUE_MODEL
 from ..checks.vocabulary import check_value_vocabulary
 from ..exact.scored_head import Asked, HiddenStates, Scored
 from ..reference.build import causal_lm
@@ -161,7 +162,7 @@ def value_model_like(policy: PreTrainedModel) -> PreTrainedModel:
             "policy by its path."
         )
     if getattr(causal_lm(policy), "is_quantized", False):  # set on quantised models only
-        raise ValueError("the policy is quantised, and no value model can be copied from it: pass value_model.")
+        raise ValueError(NO_VALUE_MODEL.format("value_model"))
     if isinstance(policy, PeftModel):
         policy = _merged(policy)
     config = copy.deepcopy(policy.config)

@@ -12,6 +12,7 @@ from trl.trainer.utils import create_model_from_path
 
 from ..checks.inputs import check_inputs, check_lengths
 from ..checks.loading import loading_arguments
+from ..checks.quantised import NO_VALUE_MODEL, bits_of
 from ..checks.rows import PROMPTS_OR_TOKENS
 from ..checks.start import check_start
 from ..checks.vocabulary import check_vocabularies, vocabulary_size, with_known_padding
@@ -105,6 +106,8 @@ def _checked(args: Any, given: Given, train_dataset: Any) -> Model:
         raise ValueError("model is missing: pass the policy, or its path.")
     if train_dataset is None:
         raise ValueError("train_dataset is missing: pass a dataset with a column 'prompt'.")
+    if bits_of(given.quantization_config) and given.value_model is None:
+        raise ValueError(NO_VALUE_MODEL.format("value_model"))
     if isinstance(given.model, nn.Module) and given.ref_model is given.model:
         raise ValueError("ref_model is the policy itself: leave it out, and a copy of the policy is made.")
     if isinstance(given.value_model, nn.Module) and given.value_model is given.reward_model:

@@ -30,6 +30,17 @@ def trainable_as_before(policy: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def precisions_as_before(model: nn.Module) -> Iterator[None]:
+    """Afterwards parameters have the precision that they had: PEFT loads a checkpoint's adapter in float32, also into
+    one that TRL has cast to bfloat16 (on a quantised policy), and the resumed run would be another."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtypes.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(dtypes[name])
+
+
+@contextmanager
 def as_reference(policy: PeftModel, name: str | None = None) -> Iterator[None]:
     """While active, a policy with an adapter is its reference: with the adapter `name`, or "ref", or without any."""
     name = REF_ADAPTER if name is None and REF_ADAPTER in policy.peft_config else name

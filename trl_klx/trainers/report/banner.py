@@ -14,6 +14,8 @@ from trl.trainer.utils import get_config_model_id
 
 from ...hub.versions import version_of
 
+_PACKED = {"Params4bit": "4 bits", "Int8Params": "8 bits"}  # classes of bitsandbytes
+
 
 def banner(trainer: Any) -> Group:
     """Model, data, machine, precision, KL and output of a run, for a console."""
@@ -87,7 +89,8 @@ def _machine(accelerator: Any) -> str:
 def _precision(policy: nn.Module, mixed: str) -> str:
     dtypes: dict[bool, set[str]] = {True: set(), False: set()}
     for parameter in policy.parameters():
-        dtypes[parameter.requires_grad].add(str(parameter.dtype).removeprefix("torch."))
+        name = _PACKED.get(type(parameter).__name__, str(parameter.dtype).removeprefix("torch."))
+        dtypes[parameter.requires_grad].add(name)
     trained, frozen = (", ".join(sorted(names)) for names in (dtypes[True], dtypes[False] - dtypes[True]))
     rest = f", frozen ones in {frozen}" if frozen else ""
     return f"weights in {trained}{rest}" + (f"; computed in {mixed}" if mixed != "no" else "")

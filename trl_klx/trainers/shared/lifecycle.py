@@ -30,11 +30,12 @@ from ..checks.noise import settle_noise
 from ..checks.trainable import check_trainable
 from ..errors import CheckpointError
 from ..parts import Part
+from ..reference.adapters import precisions_as_before
 from ..reference.resumed import ReferenceKeeper
 from ..report.answers import SampledAnswers
 from ..report.report import RunReport
 from ..rewarding.gold import GoldWatch
-from ..seams import keep_float32_outputs
+from ..seams import keep_float32_outputs, settle_packed_weights
 from ..session.applied import AppliedKLCheck, wanted_kl
 from ..session.metrics import Metrics
 from ..session.session import KLSession
@@ -100,6 +101,7 @@ class Lifecycle(Trainer):
             wanted: which parts of the KL every step has to compute; None: see `wanted_kl`.
             more: parts of this trainer alone.
         """
+        settle_packed_weights(self._saved_model)
         self.metrics = Metrics(self.accelerator, self._metrics)
         self.guard, self.kl = StepGuard(self, self.reward_func_names), KLSession(self.args, self.accelerator, kl_groups)
         self.checkpoints, self.pushes, self.reference = Checkpoints(self), Pushes(self), reference
@@ -273,6 +275,10 @@ class Lifecycle(Trainer):
 
     def _load_checkpoint_state(self, state: dict[str, Any]) -> None:
         """Take what the trainer itself keeps in the state file, as `Part.load`."""
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with precisions_as_before(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

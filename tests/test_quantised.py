@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 @pytest.fixture
 def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is missing; whatever is loaded then would fail."""
-    monkeypatch.setattr(packages, "find_spec", lambda name: object())
+    monkeypatch.setattr(packages, "find_spec", lambda name: ModuleSpec(name, None, origin=name))
 
 
 @pytest.mark.situation("quantises a policy in a way that cannot be trained", "refused")

@@ -258,7 +258,9 @@ def test_the_frontier_lies_between_fixed_betas() -> None:
 
 def test_a_fit_finds_the_plant_that_made_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit = load_part("control_bench.fit")
-    plant = fit.follow(fitted("stories pid of 0.1"), fit.betas_of(made := {"coef": [0.1] * 60, "start": 0.1, "every": 1}))
+    plant = fit.follow(
+        fitted("stories pid of 0.1"), fit.betas_of(made := {"coef": [0.1] * 60, "start": 0.1, "every": 1})
+    )
     made |= {"task": "stories", "controller": "pid", "level": 12.8, "seed": 0, "steps": 60, "seconds": 1}
     made |= {"kl": plant[:, 0].tolist(), "kl_se": (0.1 * plant[:, 0]).tolist(), "reward": [0.5] * 60}
     assert fit.misfit(plant, made)[0] == pytest.approx(0, abs=1e-12)

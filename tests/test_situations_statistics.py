@@ -443,7 +443,7 @@ def test_first_and_last_say_of_which_steps_they_are(history: list[dict], first: 
     assert [column[0] for column in columns] == ["", first, last, "target"]
     results = results_of([*history, END])
     assert (results.first, results.last) == (first, last)
-    assert [row[1:] for row in results.rows] == [(columns[1][1], columns[2][1])]
+    assert (columns[1][1], columns[2][1]) in [row[1:] for row in results.rows]
 
 
 @pytest.mark.situation("reads the table, the card and the pictures of a run with several evaluation sets", "right")

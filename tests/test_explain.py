@@ -296,6 +296,12 @@ def explain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more
             0,
             ["weights of policy to engine of its own (prefix); TRL's vllm_importance_sampling_mode acts"],
         ),
+        (
+            "grpo_k1_reward",
+            ["--kl_sampler_target", "0.01"],
+            0,
+            ["at a KL(policy || sampler) above 0.01 nats per token (kl_sampler_target): at least one, at most 4."],
+        ),
         ("grpo_k3_none", [], 0, ["no penalty acts on the policy", "No penalty acts (beta=0.0"]),
         ("grpo_k3_none", ["--kl_placement", "loss"], 0, ["There is no KL to the reference"]),
         ("grpo_exact_loss", [], 0, ["exact forward in loss F", "for the reverse KL use exact in both"]),

@@ -1,6 +1,7 @@
 """Situations at the start of a run: how the command line is read, what is not installed, where a run may write."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -486,7 +487,10 @@ def test_a_downloaded_measurement_runs_no_code(measured: tuple[Path, list[str]])
     for hidden in (folder / "out" / "hidden").iterdir():
         torch.save(Evil(folder / "ran"), hidden / "head.pt")
     shutil.rmtree(folder / "out" / "pairwise")
+    logging.getLogger("transformers").setLevel(logging.WARNING)
     assert measure_main(argv) == 0
+    # by its level, a later training in this process has a progress bar or none
+    assert logging.getLogger("transformers").level == logging.WARNING
     assert not (folder / "ran").exists()
     assert (folder / "out" / "pairwise").exists()
 

@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -49,9 +51,9 @@ def main(argv: list[str] | None = None, program: str = "measure_kl.py") -> int:
     try:
         data, options = _parse(command_parser(program), sys.argv[1:] if argv is None else argv)
         classes = load_classes(options.token_classes)
-        logging.getLogger("transformers").setLevel(logging.ERROR)
         start = time.perf_counter()
-        done = run_measurement(data, options)
+        with _quiet_transformers():
+            done = run_measurement(data, options)
         if processes().is_main_process:
             _print_left_out(done)
         done.check_measured()
@@ -68,6 +70,19 @@ def main(argv: list[str] | None = None, program: str = "measure_kl.py") -> int:
         time.sleep(0.5)
         state.destroy_process_group()
     return 1 if done.left_out_models else 0
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Only errors of transformers are printed; its level is what it was afterwards, as it also decides whether a later
+    training in this process has a progress bar."""
+    transformers_logger = logging.getLogger("transformers")
+    level = transformers_logger.level
+    transformers_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logger.setLevel(level)
 
 
 def _parse(parser: HfArgumentParser, argv: list[str]) -> tuple[str, MeasureOptions]:

@@ -71,23 +71,26 @@ def pid_by_the_book(readings: list[float], targets: list[float], settings: dict[
     """The betas that the equations in the docstring give for finite readings from beta 0.05, written out anew."""
     kp, ki, gain_min = (settings[name] for name in ("kp", "ki", "gain_min"))
     low, high = settings["coef_min"], settings["coef_max"]
-    kept: list[float] = []  # readings, bounded
+    smoothed: list[float] = []
     sides: list[bool] = []  # of the target, of errors beyond 0.25
-    betas, mean, gain, above, smooth, last = [0.05], math.log(0.05), 1.0, 0, 0.0, None
+    betas, mean, gain, arrival, above, last = [0.05], math.log(0.05), 1.0, None, 0, None
     for t, (reading, target) in enumerate(zip(readings, targets, strict=True), start=1):
-        kept.append(min(reading, 2 * max(smooth, target)))
-        weights = [0.5**age for age in range(t)]
-        smooth = sum(w * kl for w, kl in zip(weights, reversed(kept), strict=True)) / sum(weights)
         if t > 1 and target != targets[t - 2]:
             sides, above = [], 0
-        if smooth <= 0:
+        before = smoothed[-1] if smoothed else 0.0
+        window = min(2 * max(gain, 1.0), t)
+        smoothed.append((before * (window - 1) + min(reading, 2 * max(before, target))) / window)
+        if smoothed[-1] <= 0:
             betas.append(betas[-1])
             last = None
             continue
-        error = min(max(math.log(smooth / target), -1.0), 1.0)
+        error = min(max(math.log(smoothed[-1] / target), -1.0), 1.0)
+        if arrival is None:
+            gain = most = min(max(t / 35, 1.0), 3.0)
+            arrival = t if error >= -0.25 else None
         if abs(error) > 0.25:
             sides.append(error > 0)
-            gain = max(0.7 * gain, gain_min) if sides[-2:] in ([False, True], [True, False]) else min(1.01 * gain, 1.0)
+            gain = max(0.7 * gain, gain_min) if sides[-2:] in ([False, True], [True, False]) else min(1.01 * gain, most)
         above = above + 1 if error > 0 else 0
         mean = 69 / 70 * mean + math.log(betas[-1]) / 70
         pace = min((20 + above) / 20, 3) if error > 0 else math.exp(min(0.0, math.log(betas[-1]) - mean))
@@ -112,8 +115,9 @@ def test_pid_equals_a_second_implementation(seed: int) -> None:
         betas.append(controller.update(reading))
     assert betas == pytest.approx(pid_by_the_book(readings, targets, settings), rel=1e-9)
     assert min(betas) == 0.02 and max(betas) == pytest.approx(0.3) and len(set(betas)) > 100
-    gain = controller.state_dict()["gain"]
-    assert gain == 1.0 if settings["gain_min"] == 1 else gain < 1
+    state = controller.state_dict()
+    assert 1 < state["gain_max"] < 3
+    assert state["gain"] >= 1.0 if settings["gain_min"] == 1 else state["gain"] < 1
 
 
 def test_pid_defaults() -> None:
@@ -123,11 +127,11 @@ def test_pid_defaults() -> None:
 
 def feed_levels(controller: Controller, levels: Iterable[float]) -> list[dict[str, Any]]:
     """The states after readings of which each makes the smoothed KL the level, in multiples of the target of 0.1."""
-    out, total = [], 0.0
-    for t, level in enumerate(levels, start=1):
-        reading = 0.2 * level * (1 - 0.5**t) - total
-        total = (total + reading) / 2
-        controller.update(reading)
+    out = []
+    for level in levels:
+        state = controller.state_dict()
+        weight = max(0.5 / max(state["gain"], 1.0), 1 / (state["readings"] + 1))
+        controller.update(state["smooth"] + (0.1 * level - state["smooth"]) / weight)
         out.append(controller.state_dict())
     return out
 
@@ -146,8 +150,31 @@ def test_pid_lowers_its_gain_at_each_swing_and_raises_it_where_an_error_stays() 
     assert gains(make_controller("pid", 0.05, target=0.1), [1.3, 0.75] + [0.75] * 200)[-1] == 1.0
     assert gains(make_controller("pid", 0.05, target=0.1), [1.3, -0.1])[-1] == 1.0  # no log, so nothing is known
     resumed = make_controller("pid", 0.05, target=0.1, gain_min=0.6)
-    resumed.load_state_dict({**resumed.state_dict(), "gain": 0.2})  # from a run with a lower gain_min
+    resumed.load_state_dict({**resumed.state_dict(), "arrived": True, "gain": 0.2})  # from a run with a lower gain_min
     assert gains(resumed, [1.3])[-1] == 0.6
+
+
+@pytest.mark.parametrize(("rise", "gain"), [(10, 1.0), (35, 1.0), (70, 2.0), (105, 3.0), (300, 3.0)])
+def test_pid_takes_its_gain_from_the_time_of_the_first_rise(rise: int, gain: float) -> None:
+    """From then on it is the most that the gain is raised to, at a later target too."""
+    controller = make_controller("pid", 0.05, target=0.1)
+    states = feed_levels(controller, [0.7] * (rise - 1) + [0.78])
+    assert [state["arrived"] for state in states] == [False] * (rise - 1) + [True]
+    assert states[-1]["gain"] == states[-1]["gain_max"] == pytest.approx(gain)
+    controller.target = 0.4
+    feed(controller, [0.08] * 100)
+    assert controller.state_dict()["gain"] == pytest.approx(gain)
+    feed(controller, ([0.8] * 12 + [0.2] * 12) * 20)
+    assert controller.state_dict()["gain"] < 0.3
+    feed(controller, [0.2] * 500)
+    assert controller.state_dict()["gain"] == pytest.approx(gain)
+
+
+def test_pid_smooths_over_more_readings_where_its_gain_is_larger() -> None:
+    controller = make_controller("pid", 0.05, target=0.1)
+    feed_levels(controller, [0.7] * 69 + [0.8])
+    controller.update(0.12)
+    assert controller.state_dict()["smooth"] == pytest.approx(0.08 + 0.04 / 4)
 
 
 def test_pid_takes_no_change_of_target_for_a_swing() -> None:
@@ -163,6 +190,8 @@ def test_pid_gain_multiplies_both_parts() -> None:
     """From the same state, a gain of a half with doubled settings is the same controller."""
     whole = make_controller("pid", 0.05, target=0.1, kp=0.2, ki=0.02, gain_min=0.5)
     halved = make_controller("pid", 0.05, target=0.1, kp=0.4, ki=0.04, gain_min=0.5)
+    for controller in (whole, halved):
+        controller.load_state_dict({**controller.state_dict(), "arrived": True})
     halved.load_state_dict({**halved.state_dict(), "gain": 0.5})
     readings = [0.09, 0.1, 0.11, 0.1, 0.095]  # errors below 0.25 leave the gain alone
     assert feed(halved, readings) == pytest.approx(feed(whole, readings), rel=1e-12)
@@ -203,15 +232,15 @@ def last_move(controller: Controller, kl: float) -> float:
 
 
 def test_pid_sinks_freely_to_its_mean_and_slowly_below() -> None:
-    """Far below the target for good, r settles where beta sinks with its mean: r = exp(-70 ki 0.5 r)."""
+    """Far below the target for good, r settles where beta sinks with its mean: r = exp(-70 g ki 0.5 r), at g = 3."""
     controller = make_controller("pid", 0.05, target=0.1, **INTEGRAL)
     feed(controller, [0.01] * 400)
-    pace = -last_move(controller, 0.01) / 0.05
-    assert pace == pytest.approx(math.exp(-70 * 0.05 * pace), rel=0.02)
-    assert 0.3 < pace < 0.5
+    pace = -last_move(controller, 0.01) / 0.15
+    assert pace == pytest.approx(math.exp(-70 * 0.15 * pace), rel=0.03)
+    assert 0.1 < pace < 0.3
     feed(controller, [1.0] * 40)  # up again, by far more than the mean follows
-    feed(controller, [0.01] * 10)
-    assert last_move(controller, 0.01) == pytest.approx(-0.05)
+    feed(controller, [0.01] * 30)
+    assert last_move(controller, 0.01) == pytest.approx(-0.05 * controller.state_dict()["gain"])
 
 
 def test_pid_rises_the_faster_the_longer_the_kl_is_above_up_to_three_times() -> None:

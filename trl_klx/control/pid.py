@@ -14,32 +14,37 @@ class PIDController(TargetController):
 
     A finite reading does the following, in this order; any other only adds one to `skipped`.
 
-    1. Smooth: m <- (m + min(kl, 2 max(s, target))) / 2 and then s <- m / (1 - 0.5^t), where t counts the finite
-       readings, this one too; s = 0 before the first. While s <= 0, as before the first update of the policy, nothing
-       more is done.
+    1. Smooth: s <- s + w (min(kl, 2 max(s, target)) - s), from s = 0, where w = 1 / (2 max(g, 1)) but at least 1/t,
+       and t counts the finite readings, this one too. While s <= 0, as before the first update of the policy, only
+       point 3 counts it.
     2. Error: e <- clip(log(s / target), -1, 1); e_before is the one of the reading before, or e itself where there is
        none, at the first reading or where s was <= 0.
-    3. Gain: where |e| > 0.25, g <- clip(0.7 g, gain_min, 1) if the last such error for this target had the other sign
-       (a swing from one side of the target to the other), else g <- clip(1.01 g, gain_min, 1); from g = 1.
+    3. Gain: until the KL first arrives, e >= -0.25, g <- g_max = clip(t / 35, 1, 3), with the t of the arrival from
+       then on. After that, where |e| > 0.25, g <- 0.7 g if the last such error for this target had the other sign (a
+       swing from one side of the target to the other), else g <- 1.01 g, within gain_min and g_max.
     4. Pace: where e > 0, r = min(1 + a / 20, 3), where a counts the readings in a row above this target. Elsewhere
        r = min(beta / b, 1), where log b <- log b + (log beta - log b) / 70 at every reading, from the first beta.
     5. Move: log beta <- log beta + g (kp (e - e_before) + ki r max(e, -0.5)), within the bounds of beta.
 
-    Point 5 looks ahead: at r = 1 it is ki times the error that there will be in kp / ki = 17.5 updates if log KL goes
+    Point 5 looks ahead: at r = 1 it is g ki times the error that there will be in kp / ki = 17.5 updates if log KL goes
     on as it does, so beta rises while the KL is still below its target and about to pass it. Below target / e the KL
     has no say in that: how fast it rises from 0 is due to the learning rate.
+
+    Point 3 takes the scale of a run from the run itself. The KL that took 100 updates to come up to its target answers
+    beta as slowly, so it needs larger moves, and bears to be smoothed over more readings, than one that was there
+    after 10. A swing may be due to a policy that answers late, or to a gain that is too large for one that answers
+    at once; a smaller gain is right for the second and does the first little harm.
 
     Point 4 tells the policy's part from beta's. A KL that stays below its target may be due to a policy that has yet to
     learn; beta is then of little effect, and what it sinks it would have to climb again. So it sinks freely to b, its
     own mean over some 70 updates, and the more slowly the further it is below. A KL that stays above its target is
     due to beta: it rises faster and faster.
 
-    A swing (point 3) may be due to a policy that answers late, or to a gain that is too large for one that answers at
-    once; a smaller gain is right for the second and does the first little harm. The logs make the loop respond alike at
-    every scale of KL and beta; with the bound of point 1 a reading of any size moves beta by a bounded factor.
+    The logs make the loop respond alike at every scale of KL and beta; with the bound of point 1 a reading of any size
+    moves beta by a bounded factor.
 
-    Defaults: kp 1.75, ki 0.1, gain_min 0.2, coef_min coef / 100, coef_max 100 coef; gain_min 1 keeps g at 1.
-    Raises ValueError as `adaptive` does, and unless kp and ki are finite and >= 0 and 0 < gain_min <= 1.
+    Defaults: kp 1.75, ki 0.1, gain_min 0.2, coef_min coef / 100, coef_max 100 coef; with gain_min 1 no swing brings g
+    below 1. Raises ValueError as `adaptive` does, and unless kp and ki are finite and >= 0 and 0 < gain_min <= 1.
 
     Sources: Astrom and Murray, "Feedback Systems", chapter 11 (the velocity form, which needs no anti-windup);
     Stooke et al. 2020, "Responsive Safety in Reinforcement Learning by PID Lagrangian Methods". Gain, pace and the
@@ -48,7 +53,7 @@ class PIDController(TargetController):
 
     kind = "pid"
     takes = ("target", "kp", "ki", "gain_min", "coef_min", "coef_max")
-    memory = ("beta", "smooth_sum", "error", "above", "log_mean", "gain", "side")
+    memory = ("beta", "smooth", "error", "arrived", "gain", "gain_max", "side", "above", "log_mean")
 
     def __init__(
         self, coef: float, *, kp: float = 1.75, ki: float = 0.1, gain_min: float = 0.2, **target_and_bounds: Any
@@ -57,38 +62,44 @@ class PIDController(TargetController):
         self.kp, self.ki = number("kp", kp), number("ki", ki)
         self.gain_min = number("gain_min", gain_min, zero=False)
         if self.gain_min > 1:
-            raise refusal("gain_min", gain_min, "give at most 1, which keeps the gains as they are")
-        self.smooth_sum = 0.0  # m of the docstring
+            raise refusal("gain_min", gain_min, "give at most 1")
+        self.smooth = 0.0  # s of the docstring
         self.error = -1.0  # e
+        self.arrived = False
+        self.gain = self.gain_max = 1.0  # g
         self.log_mean = math.log(self.coef)  # log b
-        self.gain = 1.0  # g
 
     def _new_target(self) -> None:
-        self.above = 0  # a
         self.side = 0  # of the target, where the last error beyond 0.25 was: 1, -1, or 0 before the first
+        self.above = 0  # a
 
     def _observe(self, kl: float, n: float) -> None:
-        has_error = self.smooth_sum > 0
-        smooth = self.smooth_sum / (1 - 0.5 ** (self.readings - 1)) if has_error else 0.0
-        self.smooth_sum = (self.smooth_sum + min(kl, 2 * max(smooth, self._target))) / 2
-        smooth = self.smooth_sum / (1 - 0.5**self.readings)
-        if smooth <= 0:
+        before = self.error if self.smooth > 0 else None
+        weight = max(0.5 / max(self.gain, 1.0), 1 / self.readings)
+        self.smooth += weight * (min(kl, 2 * max(self.smooth, self._target)) - self.smooth)
+        if self.smooth <= 0:
             return
-        error = clip(math.log(smooth / self._target), -1.0, 1.0)
-        change = error - self.error if has_error else 0.0
-        self.error = error
-        if abs(error) > 0.25:
-            side = 1 if error > 0 else -1
-            self.gain = clip(self.gain * (0.7 if side == -self.side else 1.01), self.gain_min, 1.0)
-            self.side = side
-        move = self.gain * (self.kp * change + self.ki * self._pace(error) * max(error, -0.5))
+        self.error = clip(math.log(self.smooth / self._target), -1.0, 1.0)
+        change = 0.0 if before is None else self.error - before
+        self._set_gain()
+        move = self.gain * (self.kp * change + self.ki * self._pace() * max(self.error, -0.5))
         self.beta = clip(self.beta * math.exp(move), self.coef_min, self.coef_max)
 
-    def _pace(self, error: float) -> float:
+    def _set_gain(self) -> None:
+        if not self.arrived:
+            self.gain = self.gain_max = clip(self.readings / 35, 1.0, 3.0)
+            self.arrived = self.error >= -0.25
+        if abs(self.error) <= 0.25:
+            return
+        side = 1 if self.error > 0 else -1
+        self.gain = clip(self.gain * (0.7 if side == -self.side else 1.01), self.gain_min, self.gain_max)
+        self.side = side
+
+    def _pace(self) -> float:
         """r of the docstring."""
-        self.above = self.above + 1 if error > 0 else 0
+        self.above = self.above + 1 if self.error > 0 else 0
         self.log_mean += (math.log(self.beta) - self.log_mean) / 70
-        return min(1 + self.above / 20, 3.0) if error > 0 else min(self.beta / math.exp(self.log_mean), 1.0)
+        return min(1 + self.above / 20, 3.0) if self.error > 0 else min(self.beta / math.exp(self.log_mean), 1.0)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if "integral" in state:

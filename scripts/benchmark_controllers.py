@@ -30,7 +30,7 @@ CONTROLLERS: dict[str, tuple[str, dict[str, float]]] = {
     "fixed": ("fixed", {}),
     "adaptive": ("adaptive", {}),
     "pid": ("pid", {}),
-    "pid, constant gain": ("pid", {"gain_min": 1.0}),
+    "pid, gain_min 1": ("pid", {"gain_min": 1.0}),
     "pid, half the gains": ("pid", {"kp": 1.0, "ki": 0.05}),
     "pid, kp 1": ("pid", {"kp": 1.0}),
     "pid, ki 0.05": ("pid", {"ki": 0.05}),

@@ -19,9 +19,9 @@ class PIDController(TargetController):
        point 3 counts it.
     2. Error: e <- clip(log(s / target), -1, 1); e_before is the one of the reading before, or e itself where there is
        none, at the first reading or where s was <= 0.
-    3. Gain: until the KL first arrives, e >= -0.25, g <- g_max = clip(t / 35, 1, 3), with the t of the arrival from
-       then on. After that, where |e| > 0.25, g <- 0.7 g if the last such error for this target had the other sign (a
-       swing from one side of the target to the other), else g <- 1.01 g, within gain_min and g_max.
+    3. Gain: until the KL first arrives, e >= -0.25, g <- g_max <- clip(t / 35, 1, 3). From then on, where |e| > 0.25:
+       if the last such error for this target had the other sign (a swing from one side of the target to the other),
+       g <- max(0.7 g, gain_min) and g_max <- max(g, 1), else g <- min(1.01 g, g_max).
     4. Pace: where e > 0, r = min(1 + a / 20, 3), where a counts the readings in a row above this target. Elsewhere
        r = min(beta / b, 1), where log b <- log b + (log beta - log b) / 70 at every reading, from the first beta.
     5. Move: log beta <- log beta + g (kp (e - e_before) + ki r max(e, -0.5)), within the bounds of beta.
@@ -33,7 +33,8 @@ class PIDController(TargetController):
     Point 3 takes the scale of a run from the run itself. The KL that took 100 updates to come up to its target answers
     beta as slowly, so it needs larger moves, and bears to be smoothed over more readings, than one that was there
     after 10. A swing may be due to a policy that answers late, or to a gain that is too large for one that answers
-    at once; a smaller gain is right for the second and does the first little harm.
+    at once; a smaller gain is right for the second and does the first little harm. A gain of 1 or less is found again
+    by a lasting error; a larger one that led to a swing is not.
 
     Point 4 tells the policy's part from beta's. A KL that stays below its target may be due to a policy that has yet to
     learn; beta is then of little effect, and what it sinks it would have to climb again. So it sinks freely to b, its
@@ -92,7 +93,10 @@ class PIDController(TargetController):
         if abs(self.error) <= 0.25:
             return
         side = 1 if self.error > 0 else -1
-        self.gain = clip(self.gain * (0.7 if side == -self.side else 1.01), self.gain_min, self.gain_max)
+        swing = side == -self.side
+        self.gain = clip(self.gain * (0.7 if swing else 1.01), self.gain_min, self.gain_max)
+        if swing:
+            self.gain_max = max(self.gain, 1.0)
         self.side = side
 
     def _pace(self) -> float:

@@ -19,31 +19,38 @@ import sys
 from pathlib import Path
 
 import torch
-from control_bench.picture import draw
+from control_bench.picture import draw, draw_frontier
 from control_bench.table import control_table
 from control_bench.tasks import TASKS, Task, recipe_of, trained
 from control_bench.traces import Key, Trace, add_trace, read_traces, trace_of
 from rich.console import Console
 
 CONTROLLERS = ("fixed", "adaptive", "pid")
+DEFAULT = ("fixed", "pid")
 TRACES = Path(__file__).parent / "control_bench" / "traces"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", help=f"of {', '.join(TASKS)}; with --show of the traces. Default: all")
-    parser.add_argument("--controllers", nargs="+", choices=CONTROLLERS, default=["fixed", "pid"])
+    parser.add_argument(
+        "--controllers",
+        nargs="+",
+        help=f"of {', '.join(CONTROLLERS)}; with --show of the traces. Default: fixed pid, all",
+    )
     parser.add_argument("--levels", nargs="+", type=float, help="targets (of fixed: betas) in place of the task's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of fixed betas only the first")
     parser.add_argument("--steps", type=int, help="in place of the task's own")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder with the tasks' models and data")
     parser.add_argument("--traces", type=Path, default=TRACES, help="folder of the traces, read and added to")
     parser.add_argument("--picture", type=Path, help="where to draw KL and beta over the steps")
+    parser.add_argument("--frontier", type=Path, help="where to draw reward over KL at the end")
     parser.add_argument("--show", action="store_true", help="train nothing")
     args = parser.parse_args(arguments)
-    unknown = set(args.tasks or ()) - set(TASKS)
-    if unknown and not args.show:
-        parser.error(f"--tasks {' '.join(sorted(unknown))}: give some of {', '.join(TASKS)}")
+    for name, given, known in (("tasks", args.tasks, TASKS), ("controllers", args.controllers, CONTROLLERS)):
+        unknown = set(given or ()) - set(known)
+        if unknown and not args.show:
+            parser.error(f"--{name} {' '.join(sorted(unknown))}: give some of {', '.join(known)}")
     return args
 
 
@@ -53,7 +60,7 @@ def wanted(args: argparse.Namespace) -> list[Key]:
     for seed in args.seeds:
         for name in args.tasks or TASKS:
             task = TASKS[name]
-            for controller in args.controllers:
+            for controller in args.controllers or DEFAULT:
                 if controller == "fixed" and seed != args.seeds[0]:
                     continue
                 levels = args.levels or (task.betas if controller == "fixed" else task.targets)
@@ -78,10 +85,17 @@ def main(arguments: list[str] | None = None) -> dict[Key, Trace]:
             traces[key] = run(key, TASKS[key.task], args.runs)
             add_trace(args.traces, traces[key])
         print(f"{number} of {len(keys)}: {' '.join(map(str, key))}: {traces[key]['seconds']} s", flush=True)
-    shown = {key: trace for key, trace in traces.items() if args.tasks is None or key.task in args.tasks}
+    shown = {
+        key: trace
+        for key, trace in traces.items()
+        if key.task in (args.tasks or [key.task])
+        and (not args.show or key.controller in (args.controllers or [key.controller]))
+    }
     Console(width=None if sys.stdout.isatty() else 180).print(control_table(shown))
     if args.picture:
         draw(shown, args.picture)
+    if args.frontier:
+        draw_frontier(shown, args.frontier)
     return shown
 
 

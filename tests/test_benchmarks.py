@@ -205,6 +205,19 @@ def test_benchmark_of_control_in_training(
     assert benchmark.main(arguments) == benchmark.main([*arguments, "--show"]) == traces and len(made) == 1
 
 
+def test_the_benchmark_shows_the_recorded_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = load("scripts/benchmark_control_training.py")
+    pictures = ["--picture", str(tmp_path / "steps.png"), "--frontier", str(tmp_path / "frontier.png")]
+    shown = benchmark.main(["--show", "--tasks", "grpo", "--controllers", "fixed", "pid", *pictures])
+    assert {(key.task, key.controller) for key in shown} == {("grpo", "fixed"), ("grpo", "pid")}
+    assert len(benchmark.main(["--show"])) > len(shown)
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("steps.png", "frontier.png"))
+    for wrong in (["--tasks", "dpo"], ["--controllers", "pid of 0.1"]):
+        with pytest.raises(SystemExit):
+            benchmark.main(wrong)
+        assert f"{wrong[0]} {wrong[1]}: give some of" in capsys.readouterr().err
+
+
 def test_the_benchmark_names_each_run_once() -> None:
     benchmark = load("scripts/benchmark_control_training.py")
     keys = benchmark.wanted(benchmark.parse(["--tasks", "grpo", "stories", "--seeds", "0", "1"]))

@@ -14,7 +14,10 @@ from .traces import Key, Trace
 
 
 def draw(traces: dict[Key, Trace], path: Path) -> None:
-    """Lines are the median over the seeds of means over five steps, areas their range; of a controller's runs the longest. Without fixed betas."""
+    """Lines are the median over the seeds of means over five steps, areas their range; of runs of one kind the longest.
+
+    Fixed betas are left out.
+    """
     controlled = {key: trace for key, trace in traces.items() if key.controller != "fixed"}
     columns = list(dict.fromkeys((key.task, key.level) for key in controlled))
     colors = {name: f"C{place}" for place, name in enumerate(sorted({key.controller for key in controlled}))}
@@ -58,9 +61,14 @@ def draw(traces: dict[Key, Trace], path: Path) -> None:
 
 
 def draw_frontier(traces: dict[Key, Trace], path: Path) -> None:
-    """Reward over KL at the end, one panel for each task whose fixed betas give a line, with runs of as many steps."""
+    """Reward over KL at the end, one panel for each task whose fixed betas give a line, with runs of as many steps.
+
+    Nothing is drawn where there is no such task.
+    """
     fixed_runs = Counter((key.task, key.steps) for key in traces if key.controller == "fixed")
     tasks = [task for task, count in fixed_runs.items() if count > 1]
+    if not tasks:
+        return
     ends = {key: end_of(trace) for key, trace in traces.items() if (key.task, key.steps) in tasks}
     names = sorted({key.controller for key in ends} - {"fixed"})
     markers = {name: {"color": f"C{place}", "marker": "os^Dv"[place % 5]} for place, name in enumerate(names)}

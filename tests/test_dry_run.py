@@ -177,6 +177,7 @@ def test_vllms_share_and_weights_decide_the_device() -> None:
     assert memory_sentence(Memory(parts, 0.5, 2**30)) == (
         "about 7 GiB per GPU beside vLLM's 50 %, so a GPU of 14 GiB or more"
     )
+    assert memory_sentence(Memory(parts, 0.0, 0), use_cpu=True) == "about 7.0 GiB per process"
 
 
 def test_estimates_grow_with_what_they_estimate(inputs: Path, tmp_path: Path) -> None:

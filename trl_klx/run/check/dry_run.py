@@ -118,7 +118,7 @@ def _print(algorithm: Algorithm, plan: Plan) -> None:
             say(f"  {line}")
         say()
         console.print(page.memory_table(plan.memory, plan.layout))
-        say(f"{page.memory_sentence(plan.memory)}. {page.assumptions(algorithm)}")
+        say(f"{page.memory_sentence(plan.memory, use_cpu=args.use_cpu)}. {page.assumptions(algorithm)}")
     say()
     if not plan.problems:
         say("no problems found")

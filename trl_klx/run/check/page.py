@@ -66,8 +66,10 @@ def memory_table(memory: Memory, layout: Layout) -> Table:
     return table
 
 
-def memory_sentence(memory: Memory) -> str:
+def memory_sentence(memory: Memory, *, use_cpu: bool = False) -> str:
     """The estimate in one sentence: what a device must have."""
+    if use_cpu:
+        return f"about {memory.peak / _GIB:.1f} GiB per process"
     text = f"about {memory.peak / _GIB:.0f} GiB per GPU"
     if not memory.vllm_share:
         return text

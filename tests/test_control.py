@@ -88,7 +88,7 @@ def pid_by_the_book(readings: list[float], targets: list[float], settings: dict[
         if arrival is None:
             gain = most = min(max(t / 35, 1.0), 3.0)
             arrival = t if error >= -0.25 else None
-        if abs(error) > 0.25:
+        elif abs(error) > 0.25:
             sides.append(error > 0)
             if sides[-2:] in ([False, True], [True, False]):
                 gain = max(0.7 * gain, gain_min)

@@ -19,9 +19,9 @@ class PIDController(TargetController):
        point 3 counts it.
     2. Error: e <- clip(log(s / target), -1, 1); e_before is the one of the reading before, or e itself where there is
        none, at the first reading or where s was <= 0.
-    3. Gain: until the KL first arrives, e >= -0.25, g <- g_max <- clip(t / 35, 1, 3). From then on, where |e| > 0.25:
-       if the last such error for this target had the other sign (a swing from one side of the target to the other),
-       g <- max(0.7 g, gain_min) and g_max <- max(g, 1), else g <- min(1.01 g, g_max).
+    3. Gain: until the KL first arrives, e >= -0.25, g <- g_max <- clip(t / 35, 1, 3). After that, where |e| > 0.25: if
+       the last such error since then and for this target had the other sign (a swing from one side of the target to
+       the other), g <- max(0.7 g, gain_min) and g_max <- max(g, 1), else g <- min(1.01 g, g_max).
     4. Pace: where e > 0, r = min(1 + a / 20, 3), where a counts the readings in a row above this target. Elsewhere
        r = min(beta / b, 1), where log b <- log b + (log beta - log b) / 70 at every reading, from the first beta.
     5. Move: log beta <- log beta + g (kp (e - e_before) + ki r max(e, -0.5)), within the bounds of beta.
@@ -90,6 +90,7 @@ class PIDController(TargetController):
         if not self.arrived:
             self.gain = self.gain_max = clip(self.readings / 35, 1.0, 3.0)
             self.arrived = self.error >= -0.25
+            return
         if abs(self.error) <= 0.25:
             return
         side = 1 if self.error > 0 else -1

@@ -13,6 +13,7 @@ from support.tiny import save_tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from trl_klx import rewards
+from trl_klx.control import make_controller
 from trl_klx.control.learners import fitted
 from trl_klx.control.plants import PHASES
 from trl_klx.tasks.starter import make_problems
@@ -216,6 +217,16 @@ def test_the_benchmark_shows_the_recorded_runs(tmp_path: Path, capsys: pytest.Ca
         with pytest.raises(SystemExit):
             benchmark.main(wrong)
         assert f"{wrong[0]} {wrong[1]}: give some of" in capsys.readouterr().err
+
+
+def test_the_recorded_runs_of_pid_are_of_this_pid() -> None:
+    """With a run's readings, of four digits, the controller gives the run's betas."""
+    traces = load("scripts/benchmark_control_training.py").main(["--show", "--controllers", "pid"])
+    assert {key.task for key in traces} == {"grpo", "ppo", "stories"}
+    for key, trace in traces.items():
+        pid = make_controller("pid", trace["start"], target=trace["level"])
+        betas = [pid.update(kl) for kl in trace["kl"]]
+        assert betas[:-1] == pytest.approx(trace["coef"][1:], rel=5e-3), key
 
 
 def test_the_benchmark_names_each_run_once() -> None:

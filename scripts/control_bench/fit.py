@@ -30,10 +30,10 @@ Candidates = Any  # Learners or Plants, a number per candidate in every array
 
 
 def betas_of(trace: Trace) -> Array:
-    """Of each step: the one that the step before it left."""
-    steps = np.arange(len(trace["coef"])) * trace["every"]
-    known = np.log([trace["start"], *trace["coef"][:-1]])
-    return np.exp(np.interp(np.arange(steps[-1] + trace["every"]), steps, known))
+    """Of each step. A value of several steps is their mean, and so that of the middle one."""
+    every, known = trace["every"], np.log(trace["coef"])
+    steps = np.arange(len(known) * every)
+    return np.exp(np.interp(steps, steps[::every] + (every - 1) / 2, known))
 
 
 def size_of(trace: Trace) -> float:

@@ -22,7 +22,7 @@ class Key(NamedTuple):
 def trace_of(key: Key, start: float, history: list[dict[str, Any]], every: int = 1) -> Trace:
     """The key, beta before the first step, the steps behind a value, and four digits of each value, by column.
 
-    `coef` is the beta after the step's reading.
+    `coef` is the beta of the step, before the controller has the step's reading.
     """
     logged = [entry for entry in history if COLUMNS["kl"] in entry and COLUMNS["coef"] in entry]
     columns = {name: [_short(entry.get(field, 0.0)) for entry in logged] for name, field in COLUMNS.items()}

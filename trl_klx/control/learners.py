@@ -89,10 +89,10 @@ def simulate(learners: Learners, controllers: Sequence[Controller], updates: int
 _COLUMNS = [field.name for field in fields(Learners)]
 # task and controller of the run: in the order of the columns
 FITTED: dict[str, tuple[float, ...]] = {
-    "stories pid of 0.1": (1.31, 171.0, 0.0684, 1.39, 0.132, 0.9, 1.34, 5.0, 0.0941, 0.1, 12.8),
-    "stories velocity": (0.454, 36.5, 0.113, 0.655, 0.352, 0.9, 1.94, 5.0, 0.0884, 0.1, 12.8),
-    "sums pid of 0.1": (0.321, 2.74, 0.579, 0.676, 1.51, 0.9, 0.572, 3.0, 0.361, 0.05, 1.0),
-    "sums-ppo pid of 0.1": (-0.291, 1.98, 0.432, 5.27, 0.328, 0.0, 1.27, 3.0, 0.148, 0.05, 1.0),
+    "stories pid of 0.1": (1.36, 182.0, 0.0767, 1.55, 0.127, 0.9, 1.04, 5.0, 0.0941, 0.1, 12.8),
+    "stories velocity": (0.451, 35.1, 0.118, 0.632, 0.369, 0.9, 1.93, 5.0, 0.0884, 0.1, 12.8),
+    "sums pid of 0.1": (-0.68, 1.33, 0.644, 0.572, 2.24, 0.9, 0.536, 3.0, 0.361, 0.05, 1.0),
+    "sums-ppo pid of 0.1": (1.16, 6.27, 0.196, 0.557, 1.79, 0.9, 2.22, 3.0, 0.148, 0.05, 1.0),
 }
 
 

@@ -38,7 +38,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         help=f"of {', '.join(CONTROLLERS)}; with --show of the traces. Default: fixed pid, all",
     )
-    parser.add_argument("--levels", nargs="+", type=float, help="targets (of fixed: betas) in place of the task's own")
+    parser.add_argument(
+        "--levels",
+        nargs="+",
+        type=float,
+        help="targets (of fixed: betas) in place of the task's own; with --show of the traces",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of fixed betas only the first")
     parser.add_argument("--steps", type=int, help="in place of the task's own")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder with the tasks' models and data")
@@ -75,6 +80,13 @@ def run(key: Key, task: Task, runs: Path) -> Trace:
     return trace
 
 
+def _is_shown(key: Key, args: argparse.Namespace) -> bool:
+    if key.task not in (args.tasks or [key.task]):
+        return False
+    asked = key.controller in (args.controllers or [key.controller]) and key.level in (args.levels or [key.level])
+    return asked or not args.show
+
+
 def main(arguments: list[str] | None = None) -> dict[Key, Trace]:
     args = parse(arguments)
     torch.set_num_threads(1)
@@ -85,12 +97,7 @@ def main(arguments: list[str] | None = None) -> dict[Key, Trace]:
             traces[key] = run(key, TASKS[key.task], args.runs)
             add_trace(args.traces, traces[key])
         print(f"{number} of {len(keys)}: {' '.join(map(str, key))}: {traces[key]['seconds']} s", flush=True)
-    shown = {
-        key: trace
-        for key, trace in traces.items()
-        if key.task in (args.tasks or [key.task])
-        and (not args.show or key.controller in (args.controllers or [key.controller]))
-    }
+    shown = {key: trace for key, trace in traces.items() if _is_shown(key, args)}
     Console(width=None if sys.stdout.isatty() else 180).print(control_table(shown))
     if args.picture:
         draw(shown, args.picture)

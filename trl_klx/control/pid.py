@@ -19,7 +19,7 @@ class PIDController(TargetController):
        point 3 counts it.
     2. Error: e <- clip(log(s / target), -1, 1); e_before is the one of the reading before, or e itself where there is
        none, at the first reading or where s was <= 0.
-    3. Gain: until the KL first arrives, e >= -0.25, g <- g_max <- clip(t / 35, 1, 3). After that, where |e| > 0.25: if
+    3. Gain: until the KL first arrives, e >= -0.25, g <- g_max <- clip(t / 35, 1, 2). After that, where |e| > 0.25: if
        the last such error since then and for this target had the other sign (a swing from one side of the target to
        the other), g <- max(0.7 g, gain_min) and g_max <- max(g, 1), else g <- min(1.01 g, g_max).
     4. Pace: where e > 0, r = min(1 + a / 20, 3), where a counts the readings in a row above this target. Elsewhere
@@ -88,7 +88,7 @@ class PIDController(TargetController):
 
     def _set_gain(self) -> None:
         if not self.arrived:
-            self.gain = self.gain_max = clip(self.readings / 35, 1.0, 3.0)
+            self.gain = self.gain_max = clip(self.readings / 35, 1.0, 2.0)
             self.arrived = self.error >= -0.25
             return
         if abs(self.error) <= 0.25:

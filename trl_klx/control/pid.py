@@ -14,14 +14,14 @@ class PIDController(TargetController):
 
     A finite reading does the following, in this order; any other only adds one to `skipped`.
 
-    1. Smooth: s <- s + w (min(kl, 2 max(s, target)) - s), from s = 0, where w = 1 / (2 max(g, 1)) but at least 1/t,
-       and t counts the finite readings, this one too. While s <= 0, as before the first update of the policy, only
-       point 3 counts it.
+    1. Smooth: s <- s + w (min(kl, 2 max(s, target)) - s), from s = 0, where w = 1 / (2 c) but at least 1/t, and t
+       counts the finite readings, this one too. While s <= 0, as before the first update of the policy, nothing more
+       is done.
     2. Error: e <- clip(log(s / target), -1, 1); e_before is the one of the reading before, or e itself where there is
        none, at the first reading or where s was <= 0.
-    3. Gain: until the KL first arrives, e >= -0.25, g <- g_max <- clip(t / 35, 1, 2). After that, where |e| > 0.25: if
-       the last such error since then and for this target had the other sign (a swing from one side of the target to
-       the other), g <- max(0.7 g, gain_min) and g_max <- max(g, 1), else g <- min(1.01 g, g_max).
+    3. Scale and gain: until the KL first arrives, e >= -0.25, g <- c <- clip(t / 35, 1, 2). After that c stays, and
+       where |e| > 0.25: if the last such error since then and for this target had the other sign (a swing from one
+       side of the target to the other), g <- max(0.7 g, gain_min), else, if g < 1, g <- min(1.01 g, 1).
     4. Pace: where e > 0, r = min(1 + a / 20, 3), where a counts the readings in a row above this target. Elsewhere
        r = min(beta / b, 1), where log b <- log b + (log beta - log b) / 70 at every reading, from the first beta.
     5. Move: log beta <- log beta + g (kp (e - e_before) + ki r max(e, -0.5)), within the bounds of beta.
@@ -30,11 +30,10 @@ class PIDController(TargetController):
     on as it does, so beta rises while the KL is still below its target and about to pass it. Below target / e the KL
     has no say in that: how fast it rises from 0 is due to the learning rate.
 
-    Point 3 takes the scale of a run from the run itself. The KL that took 100 updates to come up to its target answers
+    Point 3 takes the scale of a run from the run itself. The KL that took 70 updates to come up to its target answers
     beta as slowly, so it needs larger moves, and bears to be smoothed over more readings, than one that was there
     after 10. A swing may be due to a policy that answers late, or to a gain that is too large for one that answers
-    at once; a smaller gain is right for the second and does the first little harm. A gain of 1 or less is found again
-    by a lasting error; a larger one that led to a swing is not.
+    at once; a smaller gain is right for the second and does the first little harm.
 
     Point 4 tells the policy's part from beta's. A KL that stays below its target may be due to a policy that has yet to
     learn; beta is then of little effect, and what it sinks it would have to climb again. So it sinks freely to b, its
@@ -54,7 +53,7 @@ class PIDController(TargetController):
 
     kind = "pid"
     takes = ("target", "kp", "ki", "gain_min", "coef_min", "coef_max")
-    memory = ("beta", "smooth", "error", "arrived", "gain", "gain_max", "side", "above", "log_mean")
+    memory = ("beta", "smooth", "error", "arrived", "scale", "gain", "side", "above", "log_mean")
 
     def __init__(
         self, coef: float, *, kp: float = 1.75, ki: float = 0.1, gain_min: float = 0.2, **target_and_bounds: Any
@@ -67,7 +66,8 @@ class PIDController(TargetController):
         self.smooth = 0.0  # s of the docstring
         self.error = -1.0  # e
         self.arrived = False
-        self.gain = self.gain_max = 1.0  # g
+        self.scale = 1.0  # c
+        self.gain = 1.0  # g
         self.log_mean = math.log(self.coef)  # log b
 
     def _new_target(self) -> None:
@@ -76,7 +76,7 @@ class PIDController(TargetController):
 
     def _observe(self, kl: float, n: float) -> None:
         before = self.error if self.smooth > 0 else None
-        weight = max(0.5 / max(self.gain, 1.0), 1 / self.readings)
+        weight = max(0.5 / self.scale, 1 / self.readings)
         self.smooth += weight * (min(kl, 2 * max(self.smooth, self._target)) - self.smooth)
         if self.smooth <= 0:
             return
@@ -88,17 +88,15 @@ class PIDController(TargetController):
 
     def _set_gain(self) -> None:
         if not self.arrived:
-            self.gain = self.gain_max = clip(self.readings / 35, 1.0, 2.0)
+            self.gain = self.scale = clip(self.readings / 35, 1.0, 2.0)
             self.arrived = self.error >= -0.25
-            return
-        if abs(self.error) <= 0.25:
-            return
-        side = 1 if self.error > 0 else -1
-        swing = side == -self.side
-        self.gain = clip(self.gain * (0.7 if swing else 1.01), self.gain_min, self.gain_max)
-        if swing:
-            self.gain_max = max(self.gain, 1.0)
-        self.side = side
+        elif abs(self.error) > 0.25:
+            side = 1 if self.error > 0 else -1
+            if side == -self.side:
+                self.gain = max(0.7 * self.gain, self.gain_min)
+            elif self.gain < 1:
+                self.gain = min(1.01 * self.gain, 1.0)
+            self.side = side
 
     def _pace(self) -> float:
         """r of the docstring."""

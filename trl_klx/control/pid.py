@@ -14,14 +14,14 @@ class PIDController(TargetController):
 
     A finite reading does the following, in this order; any other only adds one to `skipped`.
 
-    1. Smooth: s <- s + w (min(kl, 2 max(s, target)) - s), from s = 0, where w = 1 / (2 c) but at least 1/t, and t
-       counts the finite readings, this one too. While s <= 0, as before the first update of the policy, nothing more
-       is done.
+    1. Smooth: s <- s + w (min(kl, 2 max(s, target)) - s), where w = 1 / (2 c), or 1 where s was <= 0, as it is at
+       first. While s <= 0, as before the first update of the policy, nothing more is done.
     2. Error: e <- clip(log(s / target), -1, 1); e_before is the one of the reading before, or e itself where there is
        none, at the first reading or where s was <= 0.
-    3. Scale and gain: until the KL first arrives, e >= -0.25, g <- c <- clip(t / 35, 1, 2). After that c stays, and
-       where |e| > 0.25: if the last such error since then and for this target had the other sign (a swing from one
-       side of the target to the other), g <- max(0.7 g, gain_min), else, if g < 1, g <- min(1.01 g, 1).
+    3. Scale and gain: until the KL first arrives, e >= -0.25, g <- c <- clip(t / 35, 1, 2), where t counts the finite
+       readings, this one too. After that c stays, and where |e| > 0.25: if the last such error since then and for
+       this target had the other sign (a swing from one side of the target to the other), g <- max(0.7 g, gain_min),
+       else, if g < 1, g <- min(1.01 g, 1).
     4. Pace: where e > 0, r = min(1 + a / 20, 3), where a counts the readings in a row above this target. Elsewhere
        r = min(beta / b, 1), where log b <- log b + (log beta - log b) / 70 at every reading, from the first beta.
     5. Move: log beta <- log beta + g (kp (e - e_before) + ki r max(e, -0.5)), within the bounds of beta.
@@ -76,7 +76,7 @@ class PIDController(TargetController):
 
     def _observe(self, kl: float, n: float) -> None:
         before = self.error if self.smooth > 0 else None
-        weight = max(0.5 / self.scale, 1 / self.readings)
+        weight = 0.5 / self.scale if self.smooth > 0 else 1.0
         self.smooth += weight * (min(kl, 2 * max(self.smooth, self._target)) - self.smooth)
         if self.smooth <= 0:
             return

@@ -78,7 +78,7 @@ def pid_by_the_book(readings: list[float], targets: list[float], settings: dict[
         if t > 1 and target != targets[t - 2]:
             sides, above = [], 0
         before = smoothed[-1] if smoothed else 0.0
-        window = 2 * scale if before > 0 else 1
+        window = 2 * scale if before != 0 else 1
         smoothed.append((before * (window - 1) + min(reading, 2 * max(before, target))) / window)
         if smoothed[-1] <= 0:
             betas.append(betas[-1])
@@ -133,7 +133,7 @@ def feed_levels(controller: Controller, levels: Iterable[float]) -> list[dict[st
     out = []
     for level in levels:
         state = controller.state_dict()
-        weight = 0.5 / state["scale"] if state["smooth"] > 0 else 1.0
+        weight = 0.5 / state["scale"] if state["smooth"] else 1.0
         controller.update(state["smooth"] + (0.1 * level - state["smooth"]) / weight)
         out.append(controller.state_dict())
     return out

@@ -14,8 +14,8 @@ class PIDController(TargetController):
 
     A finite reading does the following, in this order; any other only adds one to `skipped`.
 
-    1. Smooth: s <- s + w (min(kl, 2 max(s, target)) - s), where w = 1 / (2 c), or 1 where s was <= 0, as it is at
-       first. While s <= 0, as before the first update of the policy, nothing more is done.
+    1. Smooth: s <- s + w (min(kl, 2 max(s, target)) - s), where w = 1 / (2 c), or 1 while s = 0, as at first.
+       While s <= 0, as before the first update of the policy, nothing more is done.
     2. Error: e <- clip(log(s / target), -1, 1); e_before is the one of the reading before, or e itself where there is
        none, at the first reading or where s was <= 0.
     3. Scale and gain: until the KL first arrives, e >= -0.25, g <- c <- clip(t / 35, 1, 2), where t counts the finite
@@ -76,7 +76,7 @@ class PIDController(TargetController):
 
     def _observe(self, kl: float, n: float) -> None:
         before = self.error if self.smooth > 0 else None
-        weight = 0.5 / self.scale if self.smooth > 0 else 1.0
+        weight = 0.5 / self.scale if self.smooth else 1.0
         self.smooth += weight * (min(kl, 2 * max(self.smooth, self._target)) - self.smooth)
         if self.smooth <= 0:
             return

@@ -463,6 +463,7 @@ def test_state_carries_a_target_set_between_two_updates() -> None:
         ("fixed", {"skipped": 0.5}, ["skipped=0.5", "unaltered"]),
         ("pid", {"kp": 0.75}, ["kp=0.75", "agree", "1.75"]),
         ("pid", {"gain": 0.0}, ["gain=0.0", "unaltered"]),
+        ("pid", {"scale": 0.0}, ["scale=0.0", "unaltered"]),
         # A state of the law of 0.1.
         ("pid", {"integral": -0.3, "beta": 0.07}, ["trl_klx 0.1", "another law", "its beta, 0.07"]),
         ("fixed", {"coef": 0.06}, ["coef=0.06", "agree", "0.05"]),

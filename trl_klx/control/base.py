@@ -83,7 +83,7 @@ class Controller:
                 raise refusal(f"{trouble} keys of the state", sorted(names), remedy)
         for name in self._names():
             value, mine = state[name], getattr(self, name)
-            positive = name in ("beta", "target", "gain")
+            positive = name in ("beta", "target", "gain", "scale")
             if type(value) is not type(mine) or not math.isfinite(value) or (positive and value <= 0):
                 raise refusal(name, value, remedy)
             if name in ("coef", *self.takes) and name != "target" and value != mine:

@@ -222,7 +222,7 @@ def test_the_benchmark_shows_the_recorded_runs(tmp_path: Path, capsys: pytest.Ca
 def test_the_recorded_runs_of_pid_are_of_this_pid() -> None:
     """With a run's readings, of four digits, the controller gives the run's betas."""
     traces = load("scripts/benchmark_control_training.py").main(["--show", "--controllers", "pid"])
-    assert {key.task for key in traces} == {"grpo", "ppo", "stories"}
+    assert {key.task for key in traces} == {"grpo", "ppo", "stories", "sums"}
     for key, trace in traces.items():
         pid = make_controller("pid", trace["start"], target=trace["level"])
         betas = [pid.update(kl) for kl in trace["kl"]]

@@ -310,10 +310,10 @@ def test_a_scoring_by_bf16_logits_has_a_floor_and_one_by_float32_results_has_non
 def test_a_target_below_the_rounding_of_trls_scores_is_told_of(tmp_path: Path) -> None:
     """Of sampled estimators alone TRL scores: a target near its floor is told of, with what to set."""
     given = {"use_cpu": True, "bf16": True, "beta": 0.1, "kl_controller": "pid", "kl_target": 0.002, "report_to": []}
-    with pytest.warns(UserWarning, match="adds about 0.001 nats per token to k2 and k3, and the KL target is 0.002"):
+    with pytest.warns(UserWarning, match="adds about 0.001 nats per token to k2 and k3, and kl_target is 0.002"):
         KLXGRPOConfig(str(tmp_path), **given)
     unit = {"kl_target": 0.2, "kl_target_unit": "sequence", "max_completion_length": 100}
-    with pytest.warns(UserWarning, match="the KL target is 0.002: add exact to kl_monitor"):
+    with pytest.warns(UserWarning, match="is 0.002 per token: add exact to kl_monitor"):
         KLXGRPOConfig(str(tmp_path), **given | unit)
     quiet: list[dict[str, Any]] = [
         {"bf16": False},

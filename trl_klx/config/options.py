@@ -81,6 +81,12 @@ class KLArguments:
         "KL(policy || sampler), nats per token, up to which the updates of a rollout go on: after the first that is "
         "computed beyond it, the others are left out. Default: none is. GRPO and PPO.",
     )
+    kl_step_limit: float | None = _option(
+        None,
+        "KL(policy after a step || policy before it), in kl_target_unit, below which the learning rate is held: it is "
+        "lowered while steps go farther. 0.03 times kl_target is a good start. Default: none. GRPO and PPO, where a "
+        "step is a rollout.",
+    )
     kl_horizon: float | None = _option(None, "Horizon of the adaptive controller, in episodes. Default 10000.")
     kl_kp: float | None = _option(
         None, "Proportional gain of the pid controller; kl_kp / kl_ki is how many updates it looks ahead. Default 1.75."

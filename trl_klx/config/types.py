@@ -28,7 +28,7 @@ _YAML_READS = ", because YAML reads a bare yes, no, on or off as true or false"
 # Numbers by their range; a round bracket leaves the bound out. Of the KL's, then of TRL's and transformers'.
 RANGES = {
     "(0, inf)": "kl_target kl_horizon kl_coef_min kl_coef_max kl_coef_end kl_is_cap kl_value_cap kl_budget"
-    " kl_sampler_target"
+    " kl_sampler_target kl_step_limit"
     " temperature repetition_penalty delta sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_k_neg"
     " vespo_lambda_pos vespo_lambda_neg discopop_tau logging_steps vllm_server_timeout cliprange cliprange_value"
     " vllm_importance_sampling_clip_max vllm_importance_sampling_cap missing_eos_penalty lora_alpha num_train_epochs",

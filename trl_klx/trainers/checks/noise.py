@@ -51,12 +51,21 @@ def _settings(module: nn.Module) -> dict[str, float]:
 
 
 def settle_noise(policy: nn.Module, args: Any) -> None:
-    """At the start of a run: stop the noise as `disable_dropout` asks (TRL stops what is a module), or warn of it."""
+    """At the start of a run: stop the noise as `disable_dropout` asks (TRL stops what is a module), or warn of it.
+
+    Raises:
+        ValueError: `kl_step_limit` is to compare the policy with itself, through the noise.
+    """
     noise = noise_of(policy)
     if noise and args.disable_dropout:
         without_noise(policy)
     elif noise:
         named = ", ".join(f"{name} {value:g}" for name, value in sorted(noise.items()))
+        if args.kl_step_limit is not None:
+            raise ValueError(
+                f"kl_step_limit={args.kl_step_limit:g} compares the policy before and after a step and the policy is "
+                f"noisy in training ({named}): set disable_dropout=true, or remove kl_step_limit."
+            )
         logger.warning(
             f"The policy is noisy in training ({named}): its log-probs are not those of the policy that samples, "
             "and its KL is above 0 from the start. Set disable_dropout=true."

@@ -26,6 +26,7 @@ _NO_MEANING = {
     "kl_group_column": "its KL is measured on the probe's prompts, which have no groups",
     "kl_group_targets": "its KL is measured on the probe's prompts, which have no groups",
     "kl_sampler_target": "its answers come from a dataset and not from a sampler",
+    "kl_step_limit": "its answers are not the policy's, whose KL cannot be read from them",
     "allow_biased_kl": "it takes one estimator, whose gradient is right",
 }
 # What only the probe gives a meaning to.

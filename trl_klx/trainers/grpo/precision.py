@@ -17,8 +17,9 @@ def rounded_target(args: Any) -> str | None:
     """
     in_bf16 = not args.fp16 if args.bf16 is None else args.bf16  # TRL's default
     has_float32_head = FUSED_LM_HEAD and args.cast_lm_head_to_fp32
-    targets = [args.kl_target, *(args.kl_group_targets or {}).values()]
-    smallest = min((target for target in targets if target is not None), default=None)
+    held = {"kl_target": args.kl_target, "kl_step_limit": args.kl_step_limit}
+    held |= {f"kl_group_targets of {group}": target for group, target in (args.kl_group_targets or {}).items()}
+    smallest, name = min(((value, name) for name, value in held.items() if value is not None), default=(None, ""))
     if smallest is None or not in_bf16 or has_float32_head or args.kl_needs_exact:
         return None
     per_token = smallest / (args.max_completion_length if args.kl_target_unit == "sequence" else 1)
@@ -29,5 +30,5 @@ def rounded_target(args: Any) -> str | None:
         remedy += ", or set cast_lm_head_to_fp32=true (of models whose head is not tied to the embeddings)"
     return (
         f"bf16=true: TRL scores answers by logits that are rounded to bfloat16, which adds about {FLOOR:g} nats per "
-        f"token to k2 and k3, and the KL target is {per_token:.2g}: {remedy}."
+        f"token to k2 and k3, and {name} is {per_token:.2g} per token: {remedy}."
     )

@@ -175,8 +175,7 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
 
     @property
     def _rows_at_once(self) -> int:
-        args = self.args
-        return args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        return self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
 
     def _applied(self, scoring: Scoring | None) -> Scoring:
         if scoring is None:
@@ -236,8 +235,7 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
     @property
     def _group_size(self) -> int:
         """Answers per prompt."""
-        answers = self.num_generations if self.model.training else self.num_generations_eval
-        return answers or 1
+        return (self.num_generations if self.model.training else self.num_generations_eval) or 1
 
     @torch.no_grad()
     def _credit(self, batch: dict, policy: Scoring | None) -> tuple[Tensor, Tensor]:
@@ -279,7 +277,7 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
         if self.model.training and "unscored" in inputs:
             self.guard.watch(REWARDS, torch.where(inputs["unscored"], torch.nan, 0.0))
         is_measured = self.args.kl_is_measured
-        if not is_measured and self.args.kl_sampler_target is None:
+        if not is_measured and self.args.kl_sampler_target is None and self.args.kl_step_limit is None:
             return super()._compute_loss(model, inputs)
         if is_measured:
             check_rollout(self, inputs)
@@ -290,6 +288,8 @@ class KLXGRPOTrainer(Lifecycle, CheckedGRPOTrainer):
             loss = super()._compute_loss(model, penalised)
         policy = self._applied(tape.one())
         sampler_logps = sampler_logps_of(policy.logps.detach(), inputs)
+        if self.model.training:
+            self.step_limit.before(policy.logps, mask, lambda: self._score(self.model, inputs, Ask()).logps)
         if sampler_logps is not None and self.model.training:
             self.drift.add(policy.logps, sampler_logps, mask)
         if not is_measured:

@@ -203,6 +203,11 @@ class PPOSampler:
         values = fill_masked(output.state_values.float(), part.mask)
         return Scores(output.logps, values, output.get("entropy"), output.get("exact"))
 
+    def logps(self, part: Rewarded) -> Tensor:
+        """(B, T) log-probs under the policy as it is, without a gradient."""
+        with torch.no_grad(), self._trainer.without_checkpointing():
+            return self.scores(self._trainer.model, part, None).logps
+
     def _reference_scores(self, part: Rewarded, *, keeps_hidden: bool = False) -> tuple[Tensor, Tensor | None]:
         """(B, T) log-probs and, for an exact KL, the (N, H) hidden states of the tokens that count."""
         trainer, model, reference = self._trainer, self._trainer.model, self._trainer.ref_model

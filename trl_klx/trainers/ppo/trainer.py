@@ -138,9 +138,7 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         self.kl_in_loss = args.kl_is_penalised and term.in_loss
         self.kl_at_update = args.kl_is_penalised and term.reward_at_update
         made.rewards.rewards = [self.frozen(r) if isinstance(r, nn.Module) else r for r in made.rewards.rewards]
-        heads = scored_heads(
-            self, self.model.policy, temperature=args.temperature, with_exact=bool(args.kl_needs_exact)
-        )
+        heads = scored_heads(self, self.model.policy, temperature=args.temperature, with_exact=args.kl_needs_exact)
         self.sampler = PPOSampler(self, made.prompts, made.rewards, rollout_func, heads)
         self._clipping = Clipping(args.cliprange, args.cliprange_value)
         self._watch_health(made.model.policy, gain="reward", entropy="policy/entropy_avg", tokenizer=made.tokenizer)
@@ -241,6 +239,8 @@ class KLXPPOTrainer(Lifecycle, PPOLoop):
         total = torch.zeros((), device=self.accelerator.device)
         outputs: list[LossOutputs] = []
         self.drift.begin_rollout()
+        some = experience.rollout.rows(slice(self.args.per_device_train_batch_size))
+        self.step_limit.before(some.old_logps, some.mask, lambda: self.sampler.logps(some))
         for number, (rows, count) in enumerate(zip(minibatches, tokens, strict=True)):
             if number > 0:
                 self._optimizer_step(model)

@@ -41,6 +41,7 @@ from ..session.metrics import Metrics
 from ..session.session import KLSession
 from .health import health_callback
 from .step_guard import LOSS, StepGuard
+from .step_limit import StepLimit
 
 logger = get_logger(__name__)
 
@@ -54,6 +55,7 @@ class Lifecycle(Trainer):
         kl: beta, its controller, the KL that is measured, and the budget.
         metrics: all other numbers, until the next log.
         guard: skips steps that are not finite.
+        step_limit: lowers the learning rate where steps go too far.
         gold: follows a gold reward; None without one.
         answers: shows a few of the answers that it is given.
         parts: all that watch the run, in the order in which each moment reaches them.
@@ -67,6 +69,7 @@ class Lifecycle(Trainer):
     kl: KLSession
     metrics: Metrics
     guard: StepGuard
+    step_limit: StepLimit
     gold: GoldWatch | None = None
     answers: SampledAnswers
     parts: Sequence[Part] = ()
@@ -105,11 +108,12 @@ class Lifecycle(Trainer):
         self.metrics = Metrics(self.accelerator, self._metrics)
         self.guard, self.kl = StepGuard(self, self.reward_func_names), KLSession(self.args, self.accelerator, kl_groups)
         self.checkpoints, self.pushes, self.reference = Checkpoints(self), Pushes(self), reference
+        self.step_limit = StepLimit(self)
         self.gold = None if gold_reward_func is None else GoldWatch(self, gold_reward_func)
-        gold = [] if self.gold is None else [self.gold]
+        more = [self.step_limit, *([] if self.gold is None else [self.gold]), *more]
         self.answers = SampledAnswers(self, sends_tables=not self._trl_sends_answers)
         report = [self.answers, *([RunReport(self)] if self.args.kl_report else [])]
-        self.parts = (self.checkpoints, self.kl, self.guard, self.reference, self.pushes, *gold, *more, *report)
+        self.parts = (self.checkpoints, self.kl, self.guard, self.reference, self.pushes, *more, *report)
         if reference.moving is not None:
             self.add_callback(reference.moving)
         self.add_callback(AppliedKLCheck(self, wanted_kl(self.args) if wanted is None else wanted))

@@ -5,9 +5,9 @@ python recipes/tinystories-15m/prepare.py
 OMP_NUM_THREADS=1 python scripts/benchmark_control_training.py --tasks grpo ppo stories
 
 Tasks are recipes, each at several targets (`scripts/control_bench/tasks.py`); a run starts from the recipe's beta and
-differs from it in controller, target and seed. Runs of fixed betas give the frontier: the reward that each KL buys.
-`sums` (`python recipes/smollm2-135m/prepare.py`) takes two minutes a run on a GPU, and three quarters of an hour on a
-CPU whose cores have AMX.
+differs from it in controller, target and seed. "pid, steps limited" has a `kl_step_limit` of 1.5 % of the target. Runs
+of fixed betas give the frontier: the reward that each KL buys. `sums` (`python recipes/smollm2-135m/prepare.py`) takes two
+minutes a run on a GPU, and three quarters of an hour on a CPU whose cores have AMX.
 
 Every run leaves a trace, step by step, in `--traces` (`scripts/control_bench/traces` holds those behind
 docs/controllers.md) and is not repeated while it is there, so the benchmark can be made task by task and interrupted.
@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from control_bench.picture import draw, draw_frontier
 from control_bench.table import control_table
-from control_bench.tasks import TASKS, Task, recipe_of, trained
+from control_bench.tasks import LIMITED, TASKS, Task, recipe_of, trained
 from control_bench.traces import Key, Trace, add_trace, read_traces, trace_of
 from rich.console import Console
 
-CONTROLLERS = ("fixed", "adaptive", "pid")
+CONTROLLERS = ("fixed", "adaptive", "pid", LIMITED)
 DEFAULT = ("fixed", "pid")
 TRACES = Path(__file__).parent / "control_bench" / "traces"
 
@@ -37,7 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--controllers",
         nargs="+",
-        help=f"of {', '.join(CONTROLLERS)}; with --show of the traces. Default: fixed pid, all",
+        help=f"of {', '.join(map(repr, CONTROLLERS))}; with --show of the traces. Default: fixed pid, all",
     )
     parser.add_argument(
         "--levels",

@@ -302,6 +302,13 @@ def explain(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *more
             0,
             ["at a KL(policy || sampler) above 0.01 nats per token (kl_sampler_target): at least one, at most 4."],
         ),
+        (
+            "grpo_k1_reward",
+            ["--kl_step_limit", "0.01", "--kl_controller", "pid", "--kl_target", "0.5", "--kl_target_unit", "sequence"],
+            0,
+            ["farther than 0.01 nats per sequence (2.0% of kl_target) from where it was, the learning rate is lowered"],
+        ),
+        ("ppo_k1_reward", ["--kl_step_limit", "0.001"], 0, ["farther than 0.001 nats per token from where it was"]),
         ("grpo_k3_none", [], 0, ["no penalty acts on the policy", "No penalty acts (beta=0.0"]),
         ("grpo_k3_none", ["--kl_placement", "loss"], 0, ["There is no KL to the reference"]),
         ("grpo_exact_loss", [], 0, ["exact forward in loss F", "for the reverse KL use exact in both"]),

@@ -33,10 +33,24 @@ class Task:
     changes: tuple[tuple[str, Any], ...] = ()
 
 
+# Controllers beside those of the package: pid where a step's KL is limited to this share of the target.
+LIMITED, STEP_SHARE = "pid, steps limited", 0.015
+
 _STARTER = "trl-klx starter --output_dir runs/starter"
 TASKS = {
     "grpo": Task(
         "starter/grpo_exact_both_pid.yaml", grpo.main, "beta", 600, (0.4, 0.2, 0.8), (0.25, 0.5, 1.0, 2.0), _STARTER
+    ),
+    # At twice the recipe's learning rate: a step takes the policy four times as far.
+    "grpo-fast": Task(
+        "starter/grpo_exact_both_pid.yaml",
+        grpo.main,
+        "beta",
+        300,
+        (0.4,),
+        (0.25, 0.5, 1.0, 2.0),
+        _STARTER,
+        (("learning_rate", 2e-4),),
     ),
     "ppo": Task(
         "starter/ppo_exact_both_pid.yaml", ppo.main, "kl_coef", 150, (0.4, 0.2, 0.8), (0.1, 0.2, 0.4, 0.8), _STARTER
@@ -74,8 +88,11 @@ def recipe_of(task: Task, controller: str, level: float, seed: int, steps: int, 
     """The task's recipe with this controller; `level` is the target, or the beta of a fixed one."""
     recipe = yaml.safe_load((RECIPES / task.recipe).read_text())
     recipe = {name: value for name, value in recipe.items() if name not in CONTROLLER_SETTINGS}
-    recipe |= {**SMALL, **dict(task.changes), "kl_controller": controller, "seed": seed, "max_steps": steps}
+    is_limited = controller == LIMITED
+    recipe |= {**SMALL, **dict(task.changes), "kl_controller": "pid" if is_limited else controller}
+    recipe |= {"seed": seed, "max_steps": steps}
     recipe |= {task.coef: level} if controller == "fixed" else {"kl_target": level}
+    recipe["kl_step_limit"] = STEP_SHARE * level if is_limited else None
     for name in ("model_name_or_path", "dataset_name"):
         recipe[name] = str(runs / Path(recipe[name]).relative_to("runs"))
     return {name: value for name, value in recipe.items() if value is not None}

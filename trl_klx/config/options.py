@@ -84,7 +84,7 @@ class KLArguments:
     kl_step_limit: float | None = _option(
         None,
         "KL(policy after a step || policy before it), in kl_target_unit, below which the learning rate is held: it is "
-        "lowered while steps go farther. 0.03 times kl_target is a good start. Default: none. GRPO and PPO, where a "
+        "lowered while steps go farther. 0.015 times kl_target is a good start. Default: none. GRPO and PPO, where a "
         "step is a rollout.",
     )
     kl_horizon: float | None = _option(None, "Horizon of the adaptive controller, in episodes. Default 10000.")

@@ -160,7 +160,8 @@ def collapse(
         seen += f"; {same_reward:.0%} of the prompts have answers of one reward only"
         return Finding(seen, "the rewards do not differ", "use a finer reward, or prompts that are sometimes solved")
     if largest > threshold:
-        return Finding(seen, "the KL outweighs the reward", f"lower {coef_name}")
+        remedy = f"lower {coef_name}; where a controller has raised it, lower learning_rate, whose noise is in the KL"
+        return Finding(seen, "the KL outweighs the reward", remedy)
     if entropy is not None and entropy <= NO_CHOICE:
         seen += f"; entropy {entropy:.2g} nats per token (threshold {NO_CHOICE:g})"
         return Finding(seen, "the policy hardly varies its answers", "raise temperature, or start from another model")

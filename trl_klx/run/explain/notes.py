@@ -13,7 +13,13 @@ _FAR = 0.40  # KL(policy || sampler), nats per answer
 
 def notes(algorithm: Algorithm, args: Any) -> list[str]:
     """Everything beside estimator, placement and weight that changes what the KL does, or a note that nothing does."""
-    return [*algorithm.notes(args), *_moving(args), *_reused(algorithm, args), *_shared(algorithm, args)]
+    return [
+        *algorithm.notes(args),
+        *_moving(args),
+        *_reused(algorithm, args),
+        *_limited(args),
+        *_shared(algorithm, args),
+    ]
 
 
 def _moving(args: Any) -> Iterator[str]:
@@ -37,6 +43,16 @@ def _reused(algorithm: Algorithm, args: Any) -> Iterator[str]:
             f"{args.kl_sampler_limit} (kl_sampler_target): at least one, at most "
             f"{algorithm.updates_per_rollout(args):g}. kl/updates is the share that is made, kl/drift_last the KL at a "
             "rollout's last one."
+        )
+
+
+def _limited(args: Any) -> Iterator[str]:
+    limit, target = args.kl_step_limit, args.kl_target
+    if limit is not None:
+        share = "" if target is None else f" ({limit / target:.1%} of kl_target)"
+        yield (
+            f"kl_step_limit: while a step takes the policy farther than {limit:g} nats per {args.kl_target_unit}{share} "
+            "from where it was, the learning rate is lowered. kl/step is how far it went, kl/lr_scale the factor."
         )
 
 

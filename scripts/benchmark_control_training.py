@@ -6,8 +6,8 @@ OMP_NUM_THREADS=1 python scripts/benchmark_control_training.py --tasks grpo ppo 
 
 Tasks are recipes, each at several targets (`scripts/control_bench/tasks.py`); a run starts from the recipe's beta and
 differs from it in controller, target and seed. "pid, steps limited" has a `kl_step_limit` of 1.5 % of the target. Runs
-of fixed betas give the frontier: the reward that each KL buys. `sums` (`python recipes/smollm2-135m/prepare.py`) takes two
-minutes a run on a GPU, and three quarters of an hour on a CPU whose cores have AMX.
+of fixed betas give the frontier: the reward that each KL buys. `sums` (`python recipes/smollm2-135m/prepare.py`)
+takes two minutes a run on a GPU, and three quarters of an hour on a CPU whose cores have AMX.
 
 Every run leaves a trace, step by step, in `--traces` (`scripts/control_bench/traces` holds those behind
 docs/controllers.md) and is not repeated while it is there, so the benchmark can be made task by task and interrupted.

@@ -51,8 +51,9 @@ def _limited(args: Any) -> Iterator[str]:
     if limit is not None:
         share = "" if target is None else f" ({limit / target:.1%} of kl_target)"
         yield (
-            f"kl_step_limit: while a step takes the policy farther than {limit:g} nats per {args.kl_target_unit}{share} "
-            "from where it was, the learning rate is lowered. kl/step is how far it went, kl/lr_scale the factor."
+            f"kl_step_limit: while a step takes the policy farther than {limit:g} nats per {args.kl_target_unit}"
+            f"{share} from where it was, the learning rate is lowered. kl/step is how far it went, kl/lr_scale the "
+            "factor."
         )
 
 

@@ -92,10 +92,11 @@ class KLXGRPOConfig(KLArguments, GoldArguments, GRPOConfig):
 
     def _check_trl_options(self) -> None:
         check_neftune(self.neftune_noise_alpha)
-        if LIGER_COMPUTES_THE_LOSS and self.use_liger_kernel and self.kl_is_measured:
+        reads_logps = self.kl_is_measured or self.kl_sampler_target is not None or self.kl_step_limit is not None
+        if LIGER_COMPUTES_THE_LOSS and self.use_liger_kernel and reads_logps:
             raise ValueError(
-                "use_liger_kernel=true computes TRL's loss in a fused kernel with its own k3 KL: set it to false, or "
-                "install trl>=1.16, where it only swaps layers."
+                "use_liger_kernel=true computes TRL's loss in a fused kernel with its own k3 KL, out of which no "
+                "log-probs come: set it to false, or install trl>=1.16, where it only swaps layers."
             )
 
     def _check_reuse(self) -> None:

@@ -25,14 +25,14 @@ class _Before(NamedTuple):
 
 
 class StepLimit(Part, TrainerCallback):
-    r"""Measures D = KL(policy after a step || policy before it), and holds it below `kl_step_limit`.
+    r"""Measures D = KL(policy after a step || policy before it), and holds it down to `kl_step_limit`.
 
         D = sum_t m_t (w_t log w_t - w_t + 1) / n,    w_t = after(a_t|s_t) / before(a_t|s_t)
         log s <- min(0, log s + 0.3 clip(log(limit / D), -2, 2) / 2)
 
     The next step's learning rate is the schedule's times s. D grows with the square of the learning rate: hence the
     half. 0.3 lets s follow the last three steps or so, because D of a single one is noisy. A D of 0 (nothing moved) or
-    that is not a number leaves s as it is.
+    that is not a number leaves s as it is. In PPO the value model learns at this rate, too.
 
     A step is one of the training loop: in GRPO an optimizer step, in PPO a rollout with all its updates. The answers
     are those of one micro-batch of each process, which are scored once more when the step is taken, without a gradient;

@@ -193,7 +193,7 @@ def test_benchmark_of_control_in_training(
         assert f"{task}, {key.controller}" in shown
         assert len(trace["kl"]) == len(trace["kl_se"]) == len(trace["coef"]) == len(trace["reward"]) == 6
         assert trace["every"] == 1 and trace["kl"][0] == 0  # untrained, it may earn nothing and stay where it is
-    (fixed, adaptive, _) = traces.values()
+    fixed, adaptive, *_ = traces.values()
     assert set(fixed["coef"]) == {0.4} and fixed["start"] == 0.4  # the level
     assert adaptive["coef"][-1] < adaptive["start"] != 0.4
     assert (tmp_path / "p.png").stat().st_size > 0
@@ -202,7 +202,7 @@ def test_benchmark_of_control_in_training(
     made = []
     monkeypatch.setattr(benchmark, "run", lambda key, *rest: made.append(key) or traces[key])
     assert benchmark.main(arguments) == traces
-    assert [key.controller for key in made] == ["pid"]
+    assert [key.controller for key in made] == [benchmark.LIMITED]
     assert benchmark.main(arguments) == benchmark.main([*arguments, "--show"]) == traces and len(made) == 1
 
 
@@ -221,8 +221,9 @@ def test_the_benchmark_shows_the_recorded_runs(tmp_path: Path, capsys: pytest.Ca
 
 def test_the_recorded_runs_of_pid_are_of_this_pid() -> None:
     """With a run's readings, of four digits, the controller gives the run's betas."""
-    traces = load("scripts/benchmark_control_training.py").main(["--show", "--controllers", "pid"])
-    assert {key.task for key in traces} == {"grpo", "ppo", "stories", "sums"}
+    benchmark = load("scripts/benchmark_control_training.py")
+    traces = benchmark.main(["--show", "--controllers", "pid", benchmark.LIMITED])
+    assert {key.task for key in traces} >= {"grpo", "grpo-fast", "ppo", "stories", "sums"}
     for key, trace in traces.items():
         pid = make_controller("pid", trace["start"], target=trace["level"])
         betas = [pid.update(kl) for kl in trace["kl"]]
@@ -246,6 +247,8 @@ def test_the_benchmark_names_each_run_once() -> None:
         assert recipe["model_name_or_path"].startswith("elsewhere/")
         fixed = benchmark.recipe_of(task, "fixed", 0.7, 5, 11, Path("elsewhere"))
         assert fixed[task.coef] == 0.7 and "kl_target" not in fixed
+        limited = benchmark.recipe_of(task, benchmark.LIMITED, 0.7, 5, 11, Path("elsewhere"))
+        assert limited == recipe | {"kl_step_limit": pytest.approx(0.015 * 0.7)}, name
 
 
 def a_trace(relative: list[float], level: float = 0.4, reward: float = 0.5, error: float = 0.1) -> dict:

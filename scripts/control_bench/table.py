@@ -27,7 +27,8 @@ def control_table(traces: dict[Key, Trace]) -> Table:
         "of fixed betas at the same KL.",
     )
     for column in ("task, controller", "level", "seeds", *COLUMNS.values(), "KL at the end", "reward", "over frontier"):
-        table.add_column(column, justify="left" if column.startswith("task") else "right")
+        is_name = column.startswith("task")
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
     for row in dict.fromkeys((key.task, key.controller, key.level, key.steps) for key in traces):
         mine = [trace for key, trace in traces.items() if (key.task, key.controller, key.level, key.steps) == row]
         fixed = [t for key, t in traces.items() if (key.task, key.controller, key.steps) == (row[0], "fixed", row[3])]

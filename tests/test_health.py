@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, Tr
 from trl_klx import KLXGRPOConfig, KLXGRPOTrainer
 from trl_klx.kl import kl_estimate
 from trl_klx.monitor.health.alarms import HEALTH_FILE, HealthCallback, HealthMonitor, HealthSources
-from trl_klx.trainers.grpo.batch import hidden_mask, loss_mask, with_cut_answers
+from trl_klx.trainers.grpo.batch import health_metrics, hidden_mask, loss_mask, with_cut_answers
 from trl_klx.trainers.report.outcome import health_lines
 from trl_klx.trainers.shared.engine import cut_ratios
 from trl_klx.trainers.shared.health import SCORING_NOISE, coarsest_precision, reference_mismatches
@@ -340,6 +340,14 @@ def test_kl_of_cut_answers_is_their_real_one(tmp_path: Path) -> None:
     hidden, seen = float(k3[cut].sum()), float(k3[inputs["completion_mask"].bool()].sum())
     assert found["kl/masked"] == pytest.approx(hidden / len(cut), rel=1e-4)
     assert found["kl/masked_share"] == pytest.approx(hidden / (hidden + seen), rel=1e-4)
+
+
+def test_rounding_has_no_share() -> None:
+    """Before the first update the KL is what float32 leaves of 0, and depends on the processor and the batch."""
+    rounding = {"seen": 7e-13, "hidden": 1e-13, "answers": 12.0}
+    assert health_metrics(rounding, behind_mask=True)["kl/masked_share"] == 0
+    more = {**rounding, "hidden": 3e-3, "seen": 1e-3}
+    assert health_metrics(more, behind_mask=True)["kl/masked_share"] == pytest.approx(0.75)
 
 
 def test_looking_behind_the_mask_changes_no_gradient(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ VISION_INPUTS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
+_ROUNDING = 1e-9  # nats per answer: less than this is float32's rounding of log-probs that are equal
 
 
 def loss_mask(inputs: dict) -> Tensor:
@@ -118,7 +119,7 @@ def health_sums(logps: Tensor, inputs: dict, pad_token_id: int) -> dict[str, Ten
 
 
 def health_metrics(sums: dict[str, float], *, behind_mask: bool) -> dict[str, float]:
-    """`kl/masked` (nats per answer outside the loss mask) and its share of the KL.
+    """`kl/masked` (nats per answer outside the loss mask) and its share of the KL, 0 of a KL that is rounding alone.
 
     Args:
         sums: of `health_sums`, over all processes.
@@ -126,7 +127,8 @@ def health_metrics(sums: dict[str, float], *, behind_mask: bool) -> dict[str, fl
     """
     if not behind_mask or sums["answers"] <= 0:
         return {}
-    share = sums["hidden"] / max(sums["hidden"] + sums["seen"], 1e-30)
+    whole = sums["hidden"] + sums["seen"]
+    share = sums["hidden"] / whole if whole > _ROUNDING * sums["answers"] else 0.0
     return finite({"kl/masked": sums["hidden"] / sums["answers"], "kl/masked_share": share})
 
 

@@ -112,7 +112,7 @@ class StepLimit(Part, TrainerCallback):
             self._log_scale = min(0.0, self._log_scale + _WEIGHT * wanted / 2)
 
     def state(self) -> dict[str, Any]:
-        return {"lr_log_scale": self._log_scale}
+        return {} if self.limit is None else {"lr_log_scale": self._log_scale}
 
     def load(self, state: dict[str, Any], checkpoint: Path, run: Path | None) -> None:
         self._log_scale = float(state.get("lr_log_scale", 0.0))

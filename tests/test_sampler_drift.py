@@ -8,8 +8,8 @@ import torch
 from support import ppo_tools
 from support.device import PLAIN
 from support.launching import Launched, alone, launch
+from support.runs import equal, trained
 from support.tiny import digit_reward, tiny_dataset, tiny_model, tiny_tokenizer
-from torch import Tensor
 
 from trl_klx import KLXDPOConfig, KLXGRPOConfig, KLXGRPOTrainer, KLXPPOConfig
 from trl_klx.kl import kl_to_sampler
@@ -64,17 +64,6 @@ def grpo(folder: Path, **settings: Any) -> KLXGRPOTrainer:
     config = KLXGRPOConfig(str(folder), **{**GRPO, **settings})
     given = {"train_dataset": tiny_dataset(), "processing_class": tiny_tokenizer()}
     return KLXGRPOTrainer(tiny_model(), digit_reward, config, **given)
-
-
-def trained(made: Any, *args: Any) -> tuple[list[dict], list[Tensor]]:
-    """What a run logged at each step, and its weights."""
-    made.train(*args)
-    logs = [entry for entry in made.state.log_history if "loss" in entry]
-    return logs, [weight.detach().clone() for weight in made.model.parameters()]
-
-
-def equal(mine: list[Tensor], theirs: list[Tensor]) -> bool:
-    return all(map(torch.equal, mine, theirs))
 
 
 @pytest.fixture(scope="module")

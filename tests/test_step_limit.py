@@ -11,6 +11,7 @@ import torch
 from support import ppo_tools
 from support.device import PLAIN
 from support.launching import Launched, alone, launch
+from support.runs import equal, trained
 from support.tiny import digit_reward, tiny_dataset, tiny_model, tiny_tokenizer
 from torch import Tensor
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
@@ -176,17 +177,6 @@ def grpo(folder: Path, *, cls: type = KLXGRPOTrainer, **settings: Any) -> KLXGRP
 def ppo(folder: Path, **settings: Any) -> Any:
     own = {"learning_rate": 1.0, "max_steps": 5, "given": False, "kl_report": False}
     return ppo_tools.trainer(folder, **{**own, **settings})
-
-
-def trained(made: Any, *args: Any) -> tuple[list[dict], list[Tensor]]:
-    """What a run logged at each step, and its weights."""
-    made.train(*args)
-    logs = [entry for entry in made.state.log_history if "loss" in entry]
-    return logs, [weight.detach().clone() for weight in made.model.parameters()]
-
-
-def equal(mine: list[Tensor], theirs: list[Tensor]) -> bool:
-    return all(map(torch.equal, mine, theirs))
 
 
 def column(logs: list[dict], name: str) -> list[float]:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ...kl import kl_to_sampler, masked_sum
 from ..parts import Part
 
-_WEIGHT = 0.3  # w of `StepLimit`
+_WEIGHT = 0.3  # of the last step, in s
 _FAR = 2.0  # |log(limit / D)| counts as at most this
 
 
